@@ -1,0 +1,184 @@
+"""Bytes on disk: safe names, atomic files, checksummed tensors, sealed lines; what a record is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+SCHEMA = 1
+MANIFEST, INDEX, SNAPSHOTS = "manifest.json", "metrics.jsonl", "snapshots"
+LAYER = "layer:"  # before a parameter's name, in a snapshot
+_SEAL = re.compile(rb'\{"crc":"([0-9a-f]{8})",')
+_SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # device names on Windows
+_LONGEST_NAME = 100  # leaves room for an extension and a temporary suffix under the usual 255 bytes
+
+
+class RecordError(ValueError):
+    """A record that is missing, damaged or not a record: what, where, and what to do."""
+
+
+def safe_name(name: str) -> str:
+    """A file name that stays in its folder: ``name`` itself if it is safe, else its safe part and a hash of the whole.
+
+    >>> safe_name("version_0")
+    'version_0'
+    >>> safe_name("../../etc/passwd")
+    'etc_passwd-3754d6cb'
+    """
+    fits = _SAFE.fullmatch(name) and not _RESERVED.fullmatch(name) and len(name) <= _LONGEST_NAME
+    if fits and not name.endswith("."):
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    part = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_")[: _LONGEST_NAME - 20]
+    return f"{part or 'unnamed'}-{digest}"
+
+
+def inside(root: Path, *parts: str) -> Path:
+    """``root/parts``, refused where it would leave ``root`` (by ``..``, an absolute part or a link)."""
+    path = root.joinpath(*parts)
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise RecordError(f"{path} lies outside the record {root}; restore the record from its source.")
+    return path
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """All of ``data`` under ``path``, or the old file untouched: temporary file beside it, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the record from a group that shares the folder
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` outlive a power cut, where the system lets a folder be opened."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_tensors(folder: Path | str, name: str, tensors: Mapping[str, Tensor]) -> str:
+    """Write ``<folder>/<safe_name(name)>.safetensors`` whole or not at all; returns the sha256 of its bytes."""
+    # Clones: safetensors refuses tensors that share memory, as a one-layer model's kernel and layer kernel may.
+    plain = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+    data = safetensors.torch.save(plain)
+    write_atomic(inside(Path(folder), f"{safe_name(name)}.safetensors"), data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def load_tensors(folder: Path | str, name: str, sha256: str) -> dict[str, Tensor]:
+    """The tensors that ``save_tensors(folder, name, …)`` wrote, on the CPU; RecordError if a byte has changed since."""
+    path = inside(Path(folder), f"{safe_name(name)}.safetensors")
+    data = _read(path)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise RecordError(f"{path} has changed since it was written (its checksum differs); restore it from a copy.")
+    try:
+        return safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise RecordError(f"{path} is not a safetensors file ({error}); restore it from a copy.") from error
+
+
+def seal(body: Mapping[str, Any]) -> bytes:
+    """One line of the index: ``body`` as JSON with the CRC-32 of that JSON in front, newline at the end."""
+    text = json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
+    return b'{"crc":"%08x",' % zlib.crc32(text) + text[1:] + b"\n"
+
+
+def unseal(line: bytes) -> dict[str, Any]:
+    """The body of a sealed line without its newline; ValueError, saying what is wrong, if it is not what was sealed."""
+    found = _SEAL.match(line)
+    if found is None:
+        raise ValueError("it does not begin with its checksum")
+    text = b"{" + line[found.end() :]
+    if b"%08x" % zlib.crc32(text) != found[1]:
+        raise ValueError("its checksum differs")
+    return _json_object(text)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """``manifest.json``, indented for people, with a sha256 of the content under ``checksum``."""
+    body = plain(manifest)
+    text = json.dumps(body | {"checksum": _checksum(body)}, allow_nan=False, indent=1)
+    write_atomic(folder / MANIFEST, text.encode() + b"\n")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest as it was written; RecordError if it is missing, changed, or of an unknown schema."""
+    path = folder / MANIFEST
+    data = _read(path)
+    try:
+        body = _json_object(data)
+    except ValueError as error:
+        raise RecordError(f"{path} is damaged ({error}); restore it from a copy.") from error
+    if body.pop("checksum", None) != _checksum(body):
+        raise RecordError(f"{path} has changed since it was written (its checksum differs); restore it from a copy.")
+    schema = body.get("schema")
+    if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
+        raise RecordError(
+            f"{path} has schema {schema}, this ntkwatch reads 1 to {SCHEMA}; install the ntkwatch that wrote it."
+        )
+    return body
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: numbers, text, lists, mappings; anything else, and inf or nan, as text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a numpy or torch scalar
+        value = value.item()
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    return str(value)[:500]
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise ValueError("it is not a JSON object")
+    return body
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read ({error.strerror}); restore it from a copy.") from error
