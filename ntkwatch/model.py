@@ -1,0 +1,313 @@
+"""nn.Module → what the engines need: trained parameters by name, and outputs(model, batch) → [n, C]."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import fnmatch
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+LABEL_KEYS = ("label", "labels", "target", "targets", "y")
+OutputsFn = Callable[[nn.Module, Any], Tensor]
+
+
+class UnsupportedModel(ValueError):
+    """A model whose per-example kernel does not exist, or that an engine cannot do; the message says what to change."""
+
+
+class _Forward(nn.Module):
+    """Wraps a module so that `functional_call` reaches it through any `outputs` function."""
+
+    def __init__(self, module: nn.Module, outputs: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.module = module
+        self.outputs = outputs
+
+    def forward(self, batch: Any) -> Any:
+        return self.outputs(batch)
+
+
+class Network:
+    """The one seam between a module and everything downstream.
+
+    Args:
+        module: any nn.Module; a torch.compile'd or DDP-wrapped one is unwrapped.
+        outputs: `outputs(module, batch) -> Tensor[n, C]`; None follows `call_module`.
+        params: names or globs among the trained parameters; None takes all of them.
+
+    Raises:
+        UnsupportedModel: no trained parameter, or one that is not initialised yet (lazy modules).
+        ValueError: a name or glob in `params` that matches no trained parameter.
+    """
+
+    def __init__(
+        self, module: nn.Module, outputs: OutputsFn | None = None, params: str | Sequence[str] | None = None
+    ) -> None:
+        self.module = unwrap(module)
+        self._outputs = outputs
+        self._wrapper = _Forward(self.module, self._raw)
+        self.parameters: dict[str, Tensor] = _trained(self.module, params)
+        self.buffers: dict[str, Tensor] = dict(self.module.named_buffers())
+        self.device: torch.device = next(iter(self.parameters.values())).device
+
+    def outputs(self, batch: Any, state: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Outputs [n, C] of the batch, differentiable; `state` swaps parameters or buffers by name for this call."""
+        with eager():
+            if not state:
+                return self._checked(self._raw(batch), batch)
+            swapped = {f"module.{name}": value for name, value in state.items()}
+            return self._checked(torch.func.functional_call(self._wrapper, swapped, (batch,)), batch)
+
+    def _raw(self, batch: Any) -> Any:
+        if self._outputs is not None:
+            return self._outputs(self.module, batch)
+        if callable(getattr(self.module, "ntk_outputs", None)):
+            return self.module.ntk_outputs(batch)  # type: ignore[operator]
+        return call_module(self.module, batch)
+
+    def _checked(self, result: Any, batch: Any) -> Tensor:
+        f = _as_tensor(result)
+        if f.ndim == 1:
+            f = f[:, None]
+        n = batch_size(inputs_of(batch))
+        if f.ndim != 2 or f.shape[0] != n or f.shape[1] == 0 or not f.is_floating_point():
+            raise UnsupportedModel(
+                f"the model's output must be real and [n, C] with n = {n} (or [n]), got {tuple(f.shape)} of {f.dtype}; "
+                "pass outputs=lambda model, batch: ... that returns [n, C], for example by pooling over positions"
+            )
+        return f
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside torch.compile's and DistributedDataParallel's wrappers."""
+    while True:
+        if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            module = module._orig_mod  # type: ignore[assignment]
+        elif isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            module = module.module
+        else:
+            return module
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Compiled modules and functions run eagerly inside: a probe adds no graph and its backward is seen op by op."""
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _trained(module: nn.Module, params: str | Sequence[str] | None) -> dict[str, Tensor]:
+    trained: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    for name, p in trained.items():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise UnsupportedModel(f"parameter {name} is not initialised yet; run one batch through the model first")
+    if not trained:
+        raise UnsupportedModel(
+            "the model has no trained parameter: every one has requires_grad=False, or there is none"
+        )
+    if params is None:
+        return trained
+    globs = [params] if isinstance(params, str) else list(params)
+    for glob in globs:
+        if not fnmatch.filter(trained, glob):
+            raise ValueError(
+                f"params: {glob!r} matches no trained parameter; there are {', '.join(list(trained)[:8])}…"
+            )
+    return {name: p for name, p in trained.items() if any(fnmatch.fnmatchcase(name, g) for g in globs)}
+
+
+def call_module(module: nn.Module, batch: Any) -> Any:
+    """Calls the module on a batch as DESIGN's "Batch to outputs" says.
+
+    A mapping goes in as keywords without its labels (whole, where forward takes one argument that is not among the
+    keys); of a tuple or list all but the last item; anything else as it is.
+    """
+    if isinstance(batch, Mapping):
+        keywords = inputs_of(batch)
+        only = _only_argument(module)
+        return module(batch) if only is not None and only not in keywords else module(**keywords)
+    if isinstance(batch, tuple | list):
+        return module(*batch[:-1]) if len(batch) > 1 else module(*batch)
+    return module(batch)
+
+
+def _only_argument(module: nn.Module) -> str | None:
+    """The name of forward's only argument, or None when it takes several or a variable number."""
+    try:
+        arguments = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    if len(arguments) != 1 or arguments[0].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+        return None
+    return arguments[0].name
+
+
+def _as_tensor(result: Any) -> Tensor:
+    """The output tensor of a tensor, a `.logits` or ["logits"] holder, or a tuple (its first)."""
+    if isinstance(result, Tensor):
+        return result
+    logits = getattr(result, "logits", None)
+    if logits is None and isinstance(result, Mapping):
+        logits = result.get("logits")
+    if logits is None and isinstance(result, tuple | list) and result:
+        logits = result[0]
+    if isinstance(logits, Tensor):
+        return logits
+    raise UnsupportedModel(
+        f"the model returned {type(result).__name__}, which holds no tensor under .logits, ['logits'] or first place; "
+        "pass outputs=lambda model, batch: ... that returns [n, C]"
+    )
+
+
+def inputs_of(batch: Any) -> Any:
+    """The inputs: a mapping without its labels, x of (x, y), all but the last of a longer tuple, or itself."""
+    if isinstance(batch, Mapping):
+        return {key: value for key, value in batch.items() if key not in LABEL_KEYS}
+    if isinstance(batch, tuple | list):
+        return tuple(batch[:-1]) if len(batch) > 2 else batch[0]
+    return batch
+
+
+def targets_of(batch: Any) -> Tensor | None:
+    """The targets of a batch as they are: the value under a label key, or the last item of a tuple; None if absent."""
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    elif isinstance(batch, tuple | list) and len(batch) > 1:
+        found = batch[-1]
+    else:
+        found = None
+    return found if found is None or isinstance(found, Tensor) else _tensor_or_none(found)
+
+
+def _tensor_or_none(value: Any) -> Tensor | None:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def leaves(batch: Any) -> list[Any]:
+    """The leaves of nested mappings, tuples and lists, in order."""
+    found: list[Any] = []
+    map_leaves(lambda leaf: found.append(leaf), batch)
+    return found
+
+
+def map_leaves(fn: Callable[[Any], Any], batch: Any) -> Any:
+    """`fn` of every leaf of nested mappings, tuples and lists, with the containers' types kept."""
+    if isinstance(batch, Mapping):
+        items = {key: map_leaves(fn, value) for key, value in batch.items()}
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
+            return items
+        new = copy.copy(batch)
+        new.update(items)
+        return new
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_leaves(fn, item) for item in batch))
+    if isinstance(batch, tuple | list) and not (batch and all(isinstance(item, str) for item in batch)):
+        return type(batch)(map_leaves(fn, item) for item in batch)
+    return fn(batch)
+
+
+def batch_size(inputs: Any) -> int:
+    """The number of examples: the first dimension of the first tensor among the leaves.
+
+    Raises:
+        ValueError: no tensor with at least one dimension is among them.
+    """
+    for leaf in leaves(inputs):
+        if isinstance(leaf, Tensor) and leaf.ndim > 0:
+            return leaf.shape[0]
+    raise ValueError(
+        f"a batch must hold a tensor [n, ...], got {type(inputs).__name__}; pass tensors, or collate them first"
+    )
+
+
+def is_per_example(leaf: Any, n: int) -> bool:
+    """Whether a leaf has one row per example."""
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == n
+
+
+def take(batch: Any, rows: slice | list[int]) -> Any:
+    """The batch restricted to some rows: leaves whose first dimension is n are indexed, others are kept."""
+    n = batch_size(inputs_of(batch))
+
+    def pick(leaf: Any) -> Any:
+        if is_per_example(leaf, n):
+            return leaf[rows]
+        if isinstance(leaf, tuple | list) and len(leaf) == n:
+            return leaf[rows] if isinstance(rows, slice) else type(leaf)(leaf[i] for i in rows)
+        return leaf
+
+    return map_leaves(pick, batch)
+
+
+def to_device(batch: Any, device: torch.device | str) -> Any:
+    """The batch with its tensors on `device`."""
+    return map_leaves(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def running_statistics(module: nn.Module) -> dict[str, Tensor]:
+    """running_mean and running_var of every normalisation that tracks them, by buffer name."""
+    ends = ("running_mean", "running_var")
+    return {name: b for name, b in module.named_buffers() if name.rpartition(".")[2] in ends}
+
+
+def untracked_statistics(module: nn.Module) -> bool:
+    """Whether some BatchNorm still has the statistics (0, 1) it was built with."""
+    counts = (m.num_batches_tracked for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats)
+    return any(count is not None and int(count) == 0 for count in counts)
+
+
+def calibrated_statistics(network: Network, batches: Sequence[Any]) -> dict[str, Tensor]:
+    """The running statistics that these batches give at the present parameters, pooled over batches and uses.
+
+    Each BatchNorm normalises by the batch's own mean and variance on the way, as it does in training, though the module
+    stays in its mode and nothing in it changes.
+    """
+    names = {id(m): name for name, m in network.module.named_modules() if isinstance(m, _BatchNorm)}
+    clones = {name: b.clone() for name, b in running_statistics(network.module).items()}
+    sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module.running_mean is None:
+            return
+        name, x = names[id(module)], args[0].detach()
+        x = x.transpose(0, 1).flatten(1).double()
+        count = torch.tensor(float(x.shape[1]), dtype=torch.float64)
+        mean, square = x.mean(1), x.square().mean(1)
+        variance = x.var(1, unbiased=x.shape[1] > 1)
+        _assign(clones, name, mean, variance)
+        old = sums.get(name)
+        sums[name] = (count, mean * count, square * count) if old is None else (
+            old[0] + count, old[1] + mean * count, old[2] + square * count)  # fmt: skip
+
+    handles = [m.register_forward_pre_hook(before) for m in network.module.modules() if id(m) in names]
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                network.outputs(batch, clones)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, (count, total, square) in sums.items():
+        mean = total / count
+        variance = (square / count - mean.square()) * (count / (count - 1).clamp(min=1))
+        _assign(clones, name, mean, variance)
+    return clones
+
+
+def _assign(clones: dict[str, Tensor], name: str, mean: Tensor, variance: Tensor) -> None:
+    prefix = f"{name}." if name else ""
+    clones[f"{prefix}running_mean"].copy_(mean)
+    clones[f"{prefix}running_var"].copy_(variance)
