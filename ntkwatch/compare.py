@@ -1,0 +1,290 @@
+"""Runs → one tidy table over width (or any hyperparameter), and log–log slopes with confidence intervals.
+
+Only kernels of one kind can be compared: unlike probes, reduction, mode or diagnostics are refused, with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ntkwatch.record import Run, find_runs, load_run
+from ntkwatch.slopes import LEVEL, Slope, fit_slope, read_slope
+from ntkwatch.words import summarise
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["CompareError", "Comparison", "MismatchError", "Slope", "compare_runs", "fit_slope", "summarise"]
+
+SLOPES = ("kernel_angle", "relative_change", "kernel_distance", "taylor_ratio", "parameter_distance")
+SEED_NAMES = ("seed", "random_seed", "rng_seed", "seed_everything")
+
+
+class CompareError(ValueError):
+    """Runs that cannot be put in one table: which, why, what to do."""
+
+
+class MismatchError(CompareError):
+    """Runs whose kernels are not the same quantity (probes, reduction, mode or diagnostics differ)."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several runs at their last common step.
+
+    `table`: a row per run (run, x, seed, step, optimizer, every metric); `history`: the metrics at every step, a row
+    per run, step and metric; `notes`: what was left out and what to bear in mind; `mismatch`: what was overridden.
+    """
+
+    x: str
+    step: int
+    table: pd.DataFrame
+    history: pd.DataFrame
+    slopes: dict[str, Slope]
+    notes: tuple[str, ...]
+    mismatch: str | None
+    runs: tuple[Run, ...]
+
+    @cached_property
+    def seed_spread(self) -> pd.DataFrame:
+        """Relative deviation of K at the first step over the seeds of each x (theory: ∝ width^−½), a row per x."""
+        return _seed_spread(self.runs, self.table[self.x])
+
+    def reading(self, name: str) -> str:
+        """Which reference line the slope of `name` is nearer, and whether its interval holds that line."""
+        return read_slope(name, self.slopes[name]) if self.x == "width" else "no reference line for this x"
+
+    def figures(self) -> dict[str, Figure]:
+        """One log–log figure for each slope, and the course of kernel_angle and taylor_ratio in every run."""
+        return _figures(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the history as JSON types; an undefined number is None."""
+        return {
+            "x": self.x,
+            "step": self.step,
+            "runs": plain(self.table),
+            "slopes": {
+                name: {k: _plain(v) for k, v in s._asdict().items()} | {"level": LEVEL, "reading": self.reading(name)}
+                for name, s in self.slopes.items()
+            },
+            "seed_spread": plain(self.seed_spread),
+            "mismatch": self.mismatch,
+            "notes": list(self.notes),
+        }
+
+
+def compare_runs(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    x: str = "width",
+    *,
+    allow_mismatch: bool = False,
+    min_width: float | None = None,
+) -> Comparison:
+    """Compare records (or folders that hold records) over `x`, a hyperparameter, at the last step they all share.
+
+    `min_width` drops runs with a smaller x: small widths bend the line. Raises MismatchError where the kernels are
+    not one quantity (unless `allow_mismatch`), CompareError where x is missing, not a number, or nothing is shared,
+    and RecordError for a folder without a record.
+    """
+    placed = [(x_of(run, x), run) for run in _load(paths)]
+    kept = [(value, run) for value, run in placed if min_width is None or value >= min_width]
+    if not kept:
+        raise CompareError(
+            f"no run has {x} ≥ {min_width:g} (the largest is {max(value for value, _ in placed):g}): lower --min-width"
+        )
+    kept.sort(key=lambda pair: (pair[0], _seed(pair[1]) or 0))
+    xs, runs = [value for value, _ in kept], [run for _, run in kept]
+    if len(set(xs)) < 2:
+        raise CompareError(
+            f"{_runs(len(runs))} with one {x} ({xs[0]:g}): a comparison needs at least two; give more runs, or name "
+            "another hyperparameter with --x"
+        )
+    mismatch = "; ".join(differences(runs)) or None
+    if mismatch and not allow_mismatch:
+        raise MismatchError(f"these runs do not measure the same kernel: {mismatch} (--allow-mismatch compares anyway)")
+    step = last_common_step(runs)
+    table = _table(runs, xs, x, step)
+    slopes, notes = _slopes(table, x, runs)
+    notes += _cautions(table, x, step)
+    return Comparison(x, step, table, _history(runs, xs, x), slopes, tuple(notes), mismatch, tuple(runs))
+
+
+def x_of(run: Run, x: str) -> float:
+    """What places a run on the x axis: its width, or any hyperparameter; CompareError names the run and the remedy."""
+    number = run.width if x == "width" else run.hparam(x)
+    if number is not None and number > 0:
+        return number
+    hparams = run.manifest.get("hparams") or {}
+    if number is None and x not in hparams:
+        raise CompareError(
+            f"{run.folder} has no hyperparameter {x!r} (it has {', '.join(sorted(hparams)) or 'none'}): record it with "
+            f"save_hyperparameters() or NTKWatch(hparams={{{x!r}: …}}), or name another with --x"
+        )
+    got = hparams.get(x) if number is None else number
+    raise CompareError(f"{run.folder} has {x} = {got!r}: a log–log axis needs a positive number; name another with --x")
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """What makes the kernels of these runs unlike quantities: one clause for each of probes, targets, reduction, …"""
+    clauses = []
+    for what, of in _IDENTITY.items():
+        groups: dict[str, list[str]] = {}
+        for run, name in zip(runs, names_of(runs), strict=True):
+            groups.setdefault(of(run.manifest), []).append(name)
+        if len(groups) > 1:
+            sides = " against ".join(f"{value} in {_some(names)}" for value, names in groups.items())
+            clauses.append(f"{what}: {sides}")
+    return clauses
+
+
+def _probes(manifest: Mapping[str, Any], key: str) -> str:
+    value = (manifest.get("probes") or {}).get(key)
+    return "none" if value is None else str(value)[:12]
+
+
+_IDENTITY = {
+    "probe hash": lambda m: _probes(m, "hash"),
+    "targets hash": lambda m: _probes(m, "targets_hash"),
+    "reduction": lambda m: str(m.get("reduction")),
+    "mode": lambda m: str(m.get("mode")),
+    "diagnostics": lambda m: str(m.get("diagnostics")),
+    "record schema": lambda m: str(m.get("schema")),
+}
+
+
+def last_common_step(runs: Sequence[Run]) -> int:
+    """The largest step that every run measured; CompareError where there is none."""
+    shared = set(runs[0].steps).intersection(*(run.steps for run in runs[1:]))
+    if shared:
+        return max(shared)
+    ends = _some([f"{name} {run.steps[0]}–{run.steps[-1]}" for run, name in zip(runs, names_of(runs), strict=True)])
+    raise CompareError(f"the runs share no measured step ({ends}): watch them with the same every=")
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """Short distinct names: the folders, without the part that all share and without the closing `ntkwatch`."""
+    parts = [list(Path(run.folder).resolve().parts) for run in runs]
+    parts = [p[:-1] if p[-1] == "ntkwatch" and len(p) > 2 else p for p in parts]
+    if len(parts) < 2:
+        return [p[-1] for p in parts]
+    shared = 0
+    while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    names = ["/".join(p[shared:]) for p in parts]
+    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+
+
+def _load(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Run]:
+    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    folders = {folder.resolve(): folder for folder in find_runs([Path(path) for path in given])}
+    runs = [load_run(folder) for folder in folders.values()]
+    empty = [str(run.folder) for run in runs if not run.steps]
+    if empty:
+        raise CompareError(f"{_some(empty)} holds no probe yet: wait for its first, or leave it out")
+    return runs
+
+
+def _table(runs: Sequence[Run], xs: Sequence[float], x: str, step: int) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = [
+        {"run": name, x: value, "seed": _seed(run), "step": step, "optimizer": _optimizer(run)}
+        | {k: v for k, v in run.metrics.loc[step].items() if k not in (x, "seed", "step")}
+        for run, value, name in zip(runs, xs, names_of(runs), strict=True)
+    ]
+    return pd.DataFrame(rows).astype({"seed": "Int64"})
+
+
+def _history(runs: Sequence[Run], xs: Sequence[float], x: str) -> pd.DataFrame:
+    import pandas as pd
+
+    parts = []
+    for run, value, name in zip(runs, xs, names_of(runs), strict=True):
+        long = run.metrics.rename_axis("step").reset_index().melt("step", var_name="metric", value_name="value")
+        parts.append(long.assign(run=name, **{x: value}, seed=_seed(run)))
+    return pd.concat(parts, ignore_index=True)[["run", x, "seed", "step", "metric", "value"]]
+
+
+def _slopes(table: pd.DataFrame, x: str, runs: Sequence[Run]) -> tuple[dict[str, Slope], list[str]]:
+    slopes, notes = {}, []
+    for name in SLOPES:
+        if name not in table:
+            notes.append(f"{name} has no slope: no run measured it")
+        elif not ((values := table[name]) > 0).all():
+            bad = int((~(values > 0)).to_numpy().argmax())
+            why = (runs[bad].reasons.get(int(table["step"][bad])) or {}).get(name) or f"it is {values[bad]:g} there"
+            notes.append(f"{name} has no slope, which needs positive values: {table['run'][bad]}: {why}")
+        else:
+            slopes[name] = fit_slope(list(table[x]), list(values))
+    return slopes, notes
+
+
+def _cautions(table: pd.DataFrame, x: str, step: int) -> list[str]:
+    notes = []
+    if step == 0:
+        notes.append("the last common step is 0, before training: nothing can have moved")
+    if len(table) < 3:
+        notes.append(f"no confidence interval from {len(table)} points: it needs three or more")
+    few = table.groupby(x).size()
+    if (few < 3).any():
+        notes.append(
+            f"{x} {few.idxmin():g} has {_runs(int(few.min()))}: the interval asks for three seeds or more at each"
+        )
+    other = sorted(set(table["optimizer"]) - {"SGD"})
+    if x == "width" and other:
+        notes.append(f"the reference lines hold for SGD; the optimizer here: {', '.join(other)}")
+    if len(set(table["optimizer"])) > 1:
+        notes.append("the runs differ in their optimizer")
+    return notes
+
+
+def _seed_spread(runs: Sequence[Run], xs: Iterable[float]) -> pd.DataFrame:
+    import pandas as pd
+    import torch
+
+    groups: dict[float, list[Run]] = {}
+    for run, value in zip(runs, xs, strict=True):
+        groups.setdefault(value, []).append(run)
+    rows = []
+    for value, members in groups.items():
+        kernels = torch.stack([run.kernel(run.steps[0]) for run in members])
+        deviation = (kernels - kernels.mean(0)).square().sum() / max(len(members) - 1, 1)
+        relative = float(deviation.sqrt() / kernels.mean(0).norm())
+        rows.append({"x": value, "runs": len(members), "spread": relative if len(members) > 1 else math.nan})
+    return pd.DataFrame(rows)
+
+
+def _seed(run: Run) -> int | None:
+    seeds = (run.hparam(name) for name in SEED_NAMES)
+    return next((int(seed) for seed in seeds if seed is not None), None)
+
+
+def _optimizer(run: Run) -> str:
+    return str(run.manifest.get("optimizer") or "unknown")
+
+
+def plain(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows as JSON types; an undefined number is None."""
+    return [{str(k): _plain(v) for k, v in row.items()} for row in rows.to_dict("records")]
+
+
+def _plain(value: Any) -> Any:
+    import pandas as pd
+
+    return None if pd.isna(value) or value in (math.inf, -math.inf) else getattr(value, "item", lambda: value)()
+
+
+def _runs(n: int) -> str:
+    return "1 run" if n == 1 else f"{n} runs"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} others"

@@ -1,0 +1,262 @@
+"""One run → a summary in words: axes with numbers beside reference points, never a bare "lazy" or "rich".
+
+Strength (how far from its linearisation, how far the kernel turned), direction (towards the targets or not), speed,
+where (which layers), cost. The reference ladder is a two-layer ReLU network on parity whose output scale 1/γ sets how
+far it leaves the linear regime; it calibrates the words, it is no threshold.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# k=2 parity, n=2048, full-batch GD to a loss of .02: output scale γ_0, Taylor ratio, kernel angle (rad), three seeds.
+LADDER = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+LADDER_RHO = (0.014, 0.048, 0.224, 0.485, 0.690, 0.810)
+LADDER_ANGLE = (0.0065, 0.035, 0.180, 0.419, 0.677, 0.830)
+LADDER_NOTE = "two-layer ReLU net on parity: γ0 .01 is next to linear, 3 is the far end"
+DISAGREE = 10.0  # a factor in γ_0, two rungs of the ladder
+NULL_Z = 2.0  # |z| below this is what shuffled labels give
+LABEL = 11
+REGIME = (
+    "One run states its own linearity. Whether this is a lazy regime needs a sweep of the width or the output scale: "
+    "ntkwatch widths RUN…"
+)
+
+
+class Readable(Protocol):
+    """What a summary needs of a run; `Run` is one."""
+
+    @property
+    def manifest(self) -> Mapping[str, Any]: ...
+    @property
+    def metrics(self) -> pd.DataFrame: ...
+    @property
+    def reasons(self) -> Mapping[int, Mapping[str, str]]: ...
+    @property
+    def layer_metrics(self) -> pd.DataFrame: ...
+
+
+def summarise(run: Readable, width: int = 79) -> str:
+    """The run in words at its last measured step, wrapped at `width` columns.
+
+    >>> from types import SimpleNamespace
+    >>> import pandas as pd
+    >>> empty = pd.DataFrame()
+    >>> print(summarise(SimpleNamespace(manifest={}, metrics=empty, reasons={}, layer_metrics=empty)))
+    Run        unnamed model. No probe has been recorded yet.
+    """
+    if len(run.metrics) == 0:
+        return _wrap([("Run", f"{_header(run.manifest)}. No probe has been recorded yet.")], width)
+    first, last = int(run.metrics.index[0]), int(run.metrics.index[-1])
+    lines = [("Run", f"{_header(run.manifest)}; {_probing(run.manifest)}. {_span(run.metrics)}.")]
+    if last == first or unmoved(run.metrics):
+        lines.append(("Motion", f"Nothing has moved yet: the kernel at step {last} is the one at step {first}."))
+    else:
+        lines += [("Strength", _strength(run)), ("Direction", _direction(run)), ("Speed", speed(run.metrics))]
+        lines.append(("Where", _where(layers_at(run.layer_metrics, last))))
+    lines += [("Cost", _cost(run)), ("Undefined", _undefined(run.reasons.get(last) or {}))]
+    lines += [("Baseline", run.manifest.get("baseline") or ""), ("Regime", REGIME)]
+    return _wrap([(label, text) for label, text in lines if text], width)
+
+
+def unmoved(metrics: pd.DataFrame) -> bool:
+    """True where no defined measure of motion differs from zero at any step."""
+    names = [n for n in ("kernel_angle", "relative_change", "taylor_ratio", "parameter_distance") if n in metrics]
+    return not (metrics[names].fillna(0.0).abs() > 0).any(axis=None)
+
+
+def rung(value: float, ladder: Sequence[float]) -> float:
+    """The γ_0 at which the ladder shows this value (log–log interpolation); 0 below its foot, inf above its top."""
+    if value < ladder[0]:
+        return 0.0
+    for i in range(len(ladder) - 1):
+        if value <= ladder[i + 1]:
+            share = math.log(value / ladder[i]) / math.log(ladder[i + 1] / ladder[i])
+            return float(LADDER[i] * (LADDER[i + 1] / LADDER[i]) ** share)
+    return math.inf
+
+
+def place(gamma: float) -> str:
+    """A rung of the ladder in words."""
+    if gamma == 0:
+        return "below the ladder's foot (γ0 .01), next to linear"
+    if math.isinf(gamma):
+        return "above the ladder's top (γ0 3)"
+    word = "close to linear" if gamma < 0.1 else "clearly non-linear" if gamma < 0.3 else "strongly non-linear"
+    return f"{word}, where the ladder has γ0 {gamma:.1g}"
+
+
+def _strength(run: Readable) -> str:
+    rho, angle, scale, relative = (
+        _last(run.metrics, n) for n in ("taylor_ratio", "kernel_angle", "kernel_scale", "relative_change")
+    )
+    parts = []
+    if rho is not None:
+        parts.append(f"Taylor ratio {_n(rho)}: {place(rung(rho, LADDER_RHO))}.")
+    if angle is not None:
+        parts.append(f"Kernel angle {_n(angle)} rad: {place(rung(angle, LADDER_ANGLE))}.")
+    if scale is not None:
+        parts.append(f"Apart from turning, its trace went × {_n(math.exp(scale))} (log scale {scale:+.3g}).")
+    if relative is not None:
+        parts.append(f"Relative change {_n(relative)} mixes the two.")
+    if rho is not None and angle is not None:
+        parts.append(_agreement(rung(rho, LADDER_RHO), rung(angle, LADDER_ANGLE), scale))
+    if parts:
+        parts.append(f"(Ladder: {LADDER_NOTE}.)")
+    return " ".join(p for p in parts if p) + _bias(run.manifest)
+
+
+def _agreement(by_rho: float, by_angle: float, scale: float | None) -> str:
+    low, high = sorted(min(max(g, LADDER[0]), LADDER[-1]) for g in (by_rho, by_angle))
+    if high / low < DISAGREE:
+        return ""
+    if by_rho < by_angle:
+        return "These disagree: the kernel turned while the outputs moved almost as its linearisation says."
+    grew = scale is not None and abs(scale) > 0.5
+    why = ", which growth or shrinking of the weights alone can do (see the trace)" if grew else ""
+    return f"These disagree: the outputs left the linearisation while the kernel hardly turned{why}."
+
+
+def _bias(manifest: Mapping[str, Any]) -> str:
+    n, reduction = (manifest.get("probes") or {}).get("n"), manifest.get("reduction")
+    text = ""
+    if isinstance(n, int) and n < 64:
+        text += f" {n} probes understate the angle (64 are enough)."
+    if reduction == "trace" and (manifest.get("n_outputs") or 1) > 1:
+        text += " The trace kernel turns less than the full one, by a quarter or more."
+    return text
+
+
+def _direction(run: Readable) -> str:
+    start, end = _first(run.metrics, "centered_alignment"), _last(run.metrics, "centered_alignment")
+    z0, z1 = _first(run.metrics, "centered_alignment_z"), _last(run.metrics, "centered_alignment_z")
+    if start is None or end is None:
+        return ""
+    source = (run.manifest.get("probes") or {}).get("source")
+    split = {"val": " on held-out probes", "train": " on training probes"}.get(source, "")
+    change = end - start
+    text = f"Alignment with the targets{split} {start:.3f} → {end:.3f} ({change:+.3f})"
+    if z0 is None or z1 is None:
+        return f"{text}; without a z-score it cannot be told from chance."
+    text += f", z {z0:.1f} → {z1:.1f} against shuffled labels"
+    if abs(z1) < NULL_Z:
+        return f"{text}: within chance."
+    if change * (z1 - z0) < 0:
+        return f"{text}. These disagree: read the z-score, which nets out the kernel's own shape."
+    return f"{text}: it turned {'towards' if change > 0 else 'away from'} the targets."
+
+
+def path(metrics: pd.DataFrame) -> pd.Series | None:
+    """Length of the kernel's path up to each step, Σ angle over successive probes, rad; None where undefined."""
+    if "kernel_velocity" not in metrics or len(metrics) < 2:
+        return None
+    steps = metrics.index.to_series()
+    pieces = (metrics["kernel_velocity"] * steps.diff()).iloc[1:]
+    return None if pieces.isna().any() else pieces.cumsum()
+
+
+def speed(metrics: pd.DataFrame) -> str:
+    """When half of the kernel's path was covered, and how straight the path is."""
+    travelled, last = path(metrics), int(metrics.index[-1])
+    if travelled is None or travelled.iloc[-1] <= 0:
+        return ""
+    total = float(travelled.iloc[-1])
+    half = int(travelled.index[(travelled >= total / 2).to_numpy().argmax()])
+    text = f"Half of the kernel's path ({_n(total)} rad) was covered by step {half:,} of {last:,} ({half / last:.1%})"
+    angle = _last(metrics, "kernel_angle")
+    if angle is not None:
+        text += f"; directness {min(angle / total, 1.0):.2f} (1 is straight)"
+    velocity = metrics["kernel_velocity"].dropna()
+    return (
+        f"{text}. It now turns {_n(float(velocity.iloc[-1]))} rad a step; its fastest was {_n(float(velocity.max()))}."
+    )
+
+
+def _where(layers: Mapping[str, Mapping[str, float]]) -> str:
+    shares = {name: m["share"] for name, m in layers.items() if "share" in m}
+    angles = {name: m["angle"] for name, m in layers.items() if "angle" in m}
+    if len(shares) < 2:
+        return ""
+    largest = sorted(shares, key=lambda name: -shares[name])[:3]
+    text = "Share of the trace: " + ", ".join(f"{name} {shares[name]:.0%}" for name in largest)
+    text += f", {len(shares) - 3} more" if len(shares) > 3 else ""
+    if len(angles) < 2:
+        return f"{text}."
+    most, least = max(angles, key=lambda n: angles[n]), min(angles, key=lambda n: angles[n])
+    return f"{text}. Turned most: {most} ({_n(angles[most])} rad); least: {least} ({_n(angles[least])})."
+
+
+def _cost(run: Readable) -> str:
+    overhead, engine = _last(run.metrics, "overhead"), run.manifest.get("engine")
+    budget = run.manifest.get("budget")
+    if overhead is None:
+        return ""
+    limit = f" (budget {budget:.1%} after a free allowance)" if isinstance(budget, int | float) else ""
+    count = len(run.metrics)
+    probes = f"{count} probe{'s' * (count != 1)}"
+    return f"{overhead:.2%} of wall time{limit}, {probes}{f', {engine} engine' if engine else ''}."
+
+
+def _undefined(reasons: Mapping[str, str]) -> str:
+    causes: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        causes.setdefault(why, []).append(name)
+    return "; ".join(f"{', '.join(names)}: {why}" for why, names in causes.items())
+
+
+def _header(manifest: Mapping[str, Any]) -> str:
+    count, optimizer = manifest.get("n_parameters"), manifest.get("optimizer")
+    parts = [str(manifest.get("model") or "unnamed model")]
+    parts += [f"{count:,} trained parameters"] if isinstance(count, int) else []
+    parts += [str(optimizer)] if optimizer else []
+    return ", ".join(parts)
+
+
+def _probing(manifest: Mapping[str, Any]) -> str:
+    probes = manifest.get("probes") or {}
+    source = f" from {probes['source']}" if probes.get("source") else ""
+    kind = f"{manifest.get('reduction', '?')} kernel, {manifest.get('mode', '?')} mode"
+    return f"{probes.get('n', '?')} probes{source}, {kind}"
+
+
+def _span(metrics: pd.DataFrame) -> str:
+    if len(metrics) == 1:
+        return f"Measured once, at step {metrics.index[0]:,}"
+    return f"Measured {len(metrics)} times, steps {metrics.index[0]:,} to {metrics.index[-1]:,}"
+
+
+def layers_at(layer_metrics: pd.DataFrame, step: int) -> dict[str, dict[str, float]]:
+    """Module name -> its defined metrics at a step; the root module is called `model`."""
+    found: dict[str, dict[str, float]] = {}
+    if step in layer_metrics.index:
+        for (module, metric), value in layer_metrics.loc[step].dropna().items():
+            found.setdefault(module or "model", {})[metric] = float(value)
+    return found
+
+
+def _last(metrics: pd.DataFrame, name: str) -> float | None:
+    return _defined(metrics[name].iloc[-1]) if name in metrics else None
+
+
+def _first(metrics: pd.DataFrame, name: str) -> float | None:
+    return _defined(metrics[name].iloc[0]) if name in metrics else None
+
+
+def _defined(value: Any) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _n(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _wrap(lines: Sequence[tuple[str, str]], width: int) -> str:
+    indent = " " * LABEL
+    wrap = textwrap.TextWrapper(width=max(width, 40), subsequent_indent=indent, break_on_hyphens=False)
+    return "\n".join(wrap.fill(f"{label:<{LABEL}}{text}") for label, text in lines)
