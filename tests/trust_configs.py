@@ -1,8 +1,8 @@
 """The trainer configurations of the trust harness: small nets in which every disturbance of training shows.
 
 The net has BatchNorm (its statistics move in a train-mode forward), Dropout and own noise (they draw from the global
-generator), an attribute left with a graph on it, and a table built lazily in `forward` (an inference tensor in it breaks the
-next backward). The data augments with python's, numpy's and torch's generators. `Job` says how a Trainer runs it.
+generator), an attribute left with a graph on it, and a table built lazily in `forward` (an inference tensor there
+breaks the next backward). The data augments with python's, numpy's and torch's generators. `Job` says how a Trainer runs it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def final_state(trainer: Any, module: Any) -> dict[str, str]:
 OPTIMIZER_TABLES = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", "_optimizer_state_dict_pre_hooks")
 
 
-@lru_cache(maxsize=None)
+@cache
 def reference(name: str, import_name: str = "pytorch_lightning") -> Observation:
     """The unwatched run of the job called `name`, trained once."""
     return observe(job_named(name), import_name)

@@ -1,7 +1,7 @@
 """Negative controls: nine naive probes that change training, and a careful one that does not.
 
-Each is what somebody would write in a first monitor. The harness must see every one of them; were one not seen, "0 differ"
-about the real monitor would say nothing. `Mutant.job` and `.hook` name a cell in which its harm reaches the training itself.
+Each is what somebody would write in a first monitor. The harness must see every one of them; were one not seen, "0
+differ" about the real monitor would say nothing. `Mutant.job` and `.hook` name a cell where the trained weights differ.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What the trust harness sees of a run: everything that a monitor could change, as digests that compare bitwise.
 
-`Opening` and `Closing` are callbacks placed just before and just after the watcher. `Closing` writes a line for every hook
-(RNG, batch, loss, flags, gradients, weights), which two runs compare; the pair also compares the instant before with the instant after the
-watcher inside one run, by object where a digest cannot see (`.grad` replaced by an equal tensor, a hook left behind).
+`Opening` and `Closing` are callbacks placed just before and just after the watcher. At every hook `Closing` notes RNG,
+batch, loss, flags, gradients and weights, which two runs compare; the pair also compares the instant before the watcher
+with the one after it, by object where a digest cannot see (`.grad` replaced by an equal tensor, a dead cached tensor).
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ def process() -> dict[str, str]:
         "tf32": (cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
         "sdp": (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
         "mha fast path": torch.backends.mha.get_fastpath_enabled(),
+        "cudnn": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "default device": torch.get_default_device(),
         "mkldnn": torch.backends.mkldnn.enabled,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "anomaly": torch.is_anomaly_enabled(),

@@ -1,0 +1,101 @@
+"""Promise 1: training with the monitor is bitwise the training without it.
+
+A cell is a configuration of the Trainer × the hook in which a Monitor measures × the engine. It counts only if kernels
+were in fact recorded; the functional engine on a checkpointed model counts as a refusal that names its cause.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from trust_configs import ENGINES, HOOKS, IMPORT_NAMES, JOBS, Job
+from trust_harness import Driver, MonitorProbe, Tally, observe, real_kernel, reference
+
+Cell = tuple[Job, str, str]
+EVERY_CELL: list[Cell] = list(itertools.product(JOBS, HOOKS, ENGINES))
+SAMPLE: list[Cell] = [
+    cell
+    for i, job in enumerate(JOBS)
+    for cell in [(job, HOOKS[i % 6], "functional"), (job, HOOKS[(i + 2 + i // 6) % 6], "layerwise")]
+]
+
+
+def refusal_expected(cell: Cell) -> bool:
+    job, _, engine = cell
+    return job.name == "checkpointing" and engine == "functional"
+
+
+def sweep(cells: list[Cell]) -> Tally:
+    tally = Tally()
+    for job, hook, engine in cells:
+        name, probe = f"{job.name} × {hook} × {engine}", MonitorProbe(engine)
+        probes = [probe, MonitorProbe(engine)] if job.resumed else [probe]  # a resumed run has a new Monitor
+        waiting = iter(probes)
+        seen = observe(job, watch=lambda hook=hook, waiting=waiting: [Driver(hook, next(waiting))])
+        tally.compare(name, reference(job.name), seen)
+        if refusal_expected((job, hook, engine)) and "checkpoint" in str(probe.refusal):
+            tally.refused.append(f"{name}: {probe.refusal}")
+        elif all(p.recorded() for p in probes):
+            tally.recorded += 1
+        else:
+            tally.unrecorded.append(f"{name}: {probe.refusal or [len(p.kernels) for p in probes]}")
+    return tally
+
+
+def assert_all(tally: Tally, cells: list[Cell]) -> None:
+    assert tally.differ == [], tally.faults()
+    assert tally.unrecorded == [], tally.faults()
+    expected = sum(map(refusal_expected, cells))
+    assert len(tally.refused) == expected
+    assert (tally.cells, tally.recorded) == (len(cells), len(cells) - expected)
+
+
+def test_the_sample_holds_every_configuration_hook_and_engine() -> None:
+    assert len(EVERY_CELL) == 168
+    assert {job.name for job, _, _ in SAMPLE} == {job.name for job in JOBS}
+    assert {(hook, engine) for _, hook, engine in SAMPLE} == set(itertools.product(HOOKS, ENGINES))
+
+
+def test_a_monitor_in_any_hook_leaves_training_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    tally = sweep(SAMPLE)
+    with capsys.disabled():
+        print("\n" + tally.line("promise 1, sample"))
+    assert_all(tally, SAMPLE)
+
+
+@pytest.mark.soak
+def test_every_cell(capsys: pytest.CaptureFixture[str]) -> None:
+    tally = sweep(EVERY_CELL)
+    with capsys.disabled():
+        print("\n" + tally.line("promise 1"))
+    assert_all(tally, EVERY_CELL)
+
+
+def watched(job: Job, import_name: str, tally: Tally, **arguments: Any) -> None:
+    """NTKWatch itself in one configuration, counted into `tally`."""
+    from ntkwatch import NTKWatch
+
+    made: list[Any] = []
+
+    def watch() -> list[Any]:
+        made.append(NTKWatch(probes=6, every=[1, 2, 5], budget=None, on_error="raise", **arguments))
+        return made[-1:]
+
+    name = f"NTKWatch × {job.name} × {import_name}"
+    tally.compare(name, reference(job.name, import_name), observe(job, import_name, watch))
+    if all(callback.last is not None and real_kernel(callback.last.kernel) for callback in made) and made:
+        tally.recorded += 1
+    else:
+        tally.unrecorded.append(name)
+
+
+def test_the_callback_in_every_configuration_under_both_import_names(capsys: pytest.CaptureFixture[str]) -> None:
+    tally = Tally()
+    for job, import_name in itertools.product(JOBS, IMPORT_NAMES):
+        watched(job, import_name, tally)
+    with capsys.disabled():
+        print("\n" + tally.line("promise 1, NTKWatch"))
+    assert tally.faults() == ""
+    assert (tally.cells, tally.recorded) == (28, 28)
