@@ -1,0 +1,35 @@
+# Every target works alone on a machine with Python >= 3.10, git and make.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := OMP_NUM_THREADS=2 $(BIN)/python
+STAMP := .venv/.installed
+
+.PHONY: setup demo test soak check bench browser clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(STAMP)
+
+demo: setup            ## train digits at four widths with the callback, then compare them
+	$(BIN)/ntkwatch demo
+
+check: setup           ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: setup check      ## everything that CI runs
+	$(RUN) -m pytest -m "not soak"
+
+soak: setup            ## the long sweeps, with their full counts
+	$(RUN) -m pytest -m soak -s
+
+bench: setup           ## ratios against the peers, in one run
+	$(RUN) -m tests.bench
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

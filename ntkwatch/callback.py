@@ -1,0 +1,439 @@
+"""NTKWatch: when → measure → sinks, inside a Lightning Trainer. Sequencing only, no arithmetic."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ntkwatch import probes as probing
+from ntkwatch.words import summarise
+from ntkwatch.diagnostics import select
+from ntkwatch.distributed import Ranks, sharded
+from ntkwatch.guard import leave_no_trace
+from ntkwatch.monitor import ENGINES, REDUCTIONS, Monitor, check_choice
+from ntkwatch.probes import ProbeSet
+from ntkwatch.record import Measurement, RecordError, load_run, safe_name
+from ntkwatch.schedule import Schedule
+from ntkwatch.session import Session
+from ntkwatch.sinks import Sinks
+
+if TYPE_CHECKING or "lightning.pytorch" not in sys.modules:
+    from pytorch_lightning import Callback
+else:  # the import name that the run already uses: a second copy of the package would cost seconds
+    from lightning.pytorch import Callback
+
+log = logging.getLogger(f"{Callback.__module__.partition('.callbacks')[0]}.ntkwatch")  # Lightning's own handler
+PATIENCE = 3  # failures in a row before probing is switched off
+TRIAL = 4  # probes under fast_dev_run
+COLUMNS = {"ntk_angle": "kernel_angle", "ntk_rho": "taylor_ratio"}  # of the progress bar
+
+
+class NTKWatch(Callback):
+    """Watch the empirical NTK of the model during `trainer.fit`.
+
+    Args:
+        probes: how many validation (else training) examples to watch, class-balanced; or "val", "train", a tensor,
+            a batch, a ProbeSet.
+        every: "log" (0 and round(2^(k/4))), a number of steps, a list of steps, or a function of the step.
+        budget: share of wall time that probing may take, beyond 5 s in all that are free; None: no limit.
+        reduction: "trace", "sum", "blocks" or "full".
+        engine: "auto", "layerwise" or "functional".
+        outputs: callable (model, batch) -> [n, C], where the model's own output is something else.
+        targets: None (from the batch), a tensor for the probes, or a callable of the batch.
+        loss: callable (outputs, targets) -> mean loss, for the diagnostics that need one.
+        diagnostics: "default", "full" or a list of names.
+        resample: fresh probes at every measurement, θ_0 and θ_t both evaluated on them.
+        save_kernels: keep every kernel in the record, not only the first.
+        on_error: "warn" or "raise": what a failing probe does in mid-run.
+        loggers: None for the trainer's, [] for the record alone, or a list of Lightning loggers.
+        hparams: kept in the record beside the module's own `hparams`; {"width": 256} feeds `ntkwatch widths`.
+        seed: of the probe choice and the label permutations; the run's own generators are never touched.
+
+    Attributes:
+        record: the folder of this run's record, None before fit.
+        last: the last Measurement (on rank 0), None before the first.
+
+    Raises:
+        ValueError: an argument of an unknown value, at construction.
+    """
+
+    state_key = "NTKWatch"
+
+    def __init__(
+        self,
+        probes: Any = 64,
+        every: str | int | Sequence[int] | Callable[[int], bool] = "log",
+        budget: float | None = 0.02,
+        reduction: str = "trace",
+        engine: str = "auto",
+        outputs: Callable[[torch.nn.Module, Any], Tensor] | None = None,
+        targets: Tensor | Callable[[Any], Tensor] | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        diagnostics: str | Sequence[str] = "default",
+        resample: bool = False,
+        save_kernels: bool = True,
+        on_error: str = "warn",
+        loggers: Sequence[Any] | None = None,
+        hparams: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("engine", engine, ENGINES)
+        check_choice("on_error", on_error, ("warn", "raise"))
+        select(diagnostics)
+        self._wanted = probing.resolve(probes)
+        if resample and self._wanted.data is not None:
+            raise ValueError("resample=True draws fresh probes each time: pass a number, 'val' or 'train' as probes=")
+        self._monitor_args: dict[str, Any] = {
+            "outputs": outputs, "loss": loss, "reduction": reduction, "engine": engine,
+            "diagnostics": diagnostics, "seed": seed,
+        }  # fmt: skip
+        self._targets, self._seed, self._resample = targets, seed, resample
+        self._explicit = self._wanted.data is not None or outputs is not None or targets is not None
+        self._every, self._budget, self._save_kernels = every, budget, save_kernels
+        self._on_error, self._loggers, self._hparams = on_error, loggers, dict(hparams or {})
+        self._start_clocks()
+        self.record: Path | None = None
+        self.last: Measurement | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """A clean slate for one fit; a checkpoint's state is loaded after this."""
+        self._off: str | None = None
+        self._session: Session | None = None
+        self._ranks = Ranks.detect()
+        self._restored: dict[str, Any] | None = None
+        self._failures = self._step = self._global_step = 0
+        self._probed_at: int | None = None
+        self._trial = False
+
+    def _start_clocks(self) -> None:
+        self.schedule = Schedule(self._every, self._budget)
+        # Every rank walks the whole grid; whether the budget lets a step fire is rank 0's to say.
+        self._grid = Schedule(self._every, None)
+
+    # ── Lightning's hooks ─────────────────────────────────────────────────────────────────────────────────────────
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """A new fit: nothing of an earlier one is left."""
+        if stage != "fit":
+            return
+        self._forget()
+        self._start_clocks()
+        self._trial = bool(trainer.fast_dev_run)
+        if trainer.barebones:
+            self._switch_off("Trainer(barebones=True) runs without extras")
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Choose the probes, look at the model; what was passed explicitly and does not fit raises here."""
+        if self._off is None and (reason := sharded(pl_module)) is not None:
+            self._switch_off(f"{reason}; sharded parameters cannot be measured yet: use DDP or one device")
+        if self._off is not None:
+            return
+        self._ranks = Ranks.detect()
+        self._global_step = trainer.global_step
+        self._step = trainer.global_step
+        if self._restored is not None:
+            self._step = self._probed_at = self._restored["step"]
+            self.schedule.load_state_dict(self._restored["schedule"])
+            self._grid.load_state_dict(self._restored["grid"])
+        for clock in (self.schedule, self._grid):
+            clock.start()
+        _show_columns(trainer, self)
+        self._together(trainer, "the look at model and probes", partial(self._prepare, trainer, pl_module), start=True)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """K_0, before the first training step; the first batch calibrates BatchNorm and gives streamed probes."""
+        if self._off is None and self._probed_at is None:
+            self._grid.due(self._step)
+            self.schedule.due(self._step)
+            work = partial(self._begin, trainer, pl_module, batch)
+            self._together(trainer, "the baseline probe", work, start=True)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count optimizer-stepping batches; measure where the schedule says so."""
+        if trainer.global_step == self._global_step:
+            return  # gradients are being accumulated
+        self._global_step = trainer.global_step
+        self._step += 1
+        if self._off is None and not self._trial and self._grid.due(self._step):
+            self._probe(trainer, last=False)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """The last step is always measured."""
+        if self._off is None and not self._trial and self._probed_at not in (None, self._step):
+            self._probe(trainer, last=True)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """What was measured is already on disk; loggers are flushed in teardown."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let go of the model and of θ_0."""
+        if stage == "fit" and self._session is not None:
+            session, self._session = self._session, None
+            self._quietly("closing the loggers", session.finish)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives only, under 1 MB."""
+        state: dict[str, Any] = {"step": self._step, "schedule": self.schedule.state_dict(), "grid": self._grid.state_dict()}
+        if self._session is not None:
+            state["session"] = self._session.state()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the record of the run that the checkpoint is from."""
+        if state_dict.get("session"):
+            self._restored = dict(state_dict)
+
+    def summary(self) -> str:
+        """The run in words, with its numbers; see `ntkwatch show`."""
+        if self.record is None:
+            return "ntkwatch has measured nothing yet: call trainer.fit first."
+        return summarise(load_run(self.record))
+
+    # ── one probe ─────────────────────────────────────────────────────────────────────────────────────────────────
+    def _probe(self, trainer: Any, last: bool) -> None:
+        def work() -> Measurement | None:
+            if not last and not self.schedule.due(self._step) or trainer.received_sigterm:
+                return None
+            return self._measure(trainer, last)
+
+        self._together(trainer, f"the probe at step {self._step}", work)
+
+    def _measure(self, trainer: Any, last: bool = False) -> Measurement:
+        assert self._session is not None
+        at = {"global_step": trainer.global_step, "epoch": trainer.current_epoch}
+        optimizers = trainer.optimizers
+        with _default_dtype(trainer):
+            return self._session.probe(
+                self._step,
+                lambda: self.schedule.overhead,
+                last=last,
+                optimizer=optimizers[0] if len(optimizers) == 1 else None,
+                **at,
+            )
+
+    def _begin(self, trainer: Any, pl_module: Any, batch: Any) -> Measurement:
+        if self._session is None:  # an iterable dataset: the first rows of the stream are the probes
+            stream = probing.from_stream([batch], self._count, source="train", targets=self._targets)
+            self._session = self._open(trainer, pl_module, stream)
+        with _default_dtype(trainer):
+            self._session.begin([trainer.precision_plugin.convert_input(batch)])
+        measurement = self._measure(trainer)
+        if not self._trial:
+            self.record = self._session.folder
+        self._say(self._session.monitor)
+        return measurement
+
+    def _together(
+        self, trainer: Any, what: str, work: Callable[[], Measurement | None], start: bool = False
+    ) -> None:
+        """Rank 0 works, every rank learns how it went: the same values, the same error, the same switch-off."""
+        error: Exception | None = None
+        measurement: Measurement | None = None
+        if self._ranks.first():
+            try:
+                with self.schedule.probing():
+                    measurement = work()
+            except Exception as caught:  # whatever a probe meets, the run that it watches goes on
+                error = caught
+        said = f"{type(error).__name__}: {error}" if error is not None else None
+        values = measurement.as_flat() if measurement is not None else None
+        said, values = self._ranks.broadcast((said, values))
+        if said is not None:
+            self._failed(what, said, error, start)
+        elif values is not None:
+            self._failures, self._probed_at = 0, self._step
+            self.last = measurement
+            trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items() if k.startswith("ntk/")})
+
+    def _failed(self, what: str, said: str, error: Exception | None, start: bool) -> None:
+        if self._on_error == "raise" or (start and self._explicit):
+            raise error or RuntimeError(said)
+        self._failures += 1
+        if start:
+            remedy = "pass outputs=, targets= or probes= to NTKWatch (on_error='raise' shows the traceback)"
+            self._switch_off(f"{what} failed ({said}): {remedy}")
+        elif self._failures == PATIENCE:
+            self._switch_off(f"{what} failed ({said}), the {PATIENCE}rd time in a row")
+        else:
+            _warn(f"{what} failed ({said}); training goes on")
+
+    def _quietly(self, what: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            _warn(f"{what} failed ({type(error).__name__}: {error}); training goes on")
+
+    def _switch_off(self, why: str) -> None:
+        self._off = why
+        _warn(f"switched off: {why}")
+
+    # ── before the first probe ────────────────────────────────────────────────────────────────────────────────────
+    @property
+    def _count(self) -> int:
+        return min(self._wanted.n, TRIAL) if self._trial else self._wanted.n
+
+    def _prepare(self, trainer: Any, pl_module: Any) -> None:
+        """Rank 0: the session, where the probes can be had already; and the continued record of a resumed run."""
+        probes = self._choose(trainer, self._seed)
+        if probes is None:
+            return
+        self._session = self._open(trainer, pl_module, probes)
+        if self._restored is not None:
+            try:
+                self._session.resume(self._restored["session"], self._restored["step"])
+                self.record = self._session.folder
+            except RecordError as error:
+                _warn(f"the earlier record cannot be continued ({error}); a new one starts at step {self._step}")
+                self._restored = self._probed_at = None
+
+    def _choose(self, trainer: Any, seed: int) -> ProbeSet | None:
+        if self._wanted.data is not None:
+            return probing.given(self._wanted.data, self._targets)
+        source, loader = _loader(trainer, self._wanted.split)
+        if probing.is_streaming(loader):
+            return None
+        return probing.choose(loader, self._count, seed=seed, source=source, targets=self._targets)
+
+    def _open(self, trainer: Any, pl_module: Any, probes: ProbeSet) -> Session:
+        loggers = trainer.loggers if self._loggers is None else self._loggers
+        monitor = Monitor(
+            pl_module, self._on_device(trainer, pl_module, probes), hparams=self._hyperparameters(trainer, pl_module),
+            **self._monitor_args,
+        )  # fmt: skip
+        return Session(
+            monitor,
+            None if self._trial else _folder(trainer),
+            Sinks([] if self._trial else loggers, _warn),
+            save_kernels=self._save_kernels,
+            fresh=partial(self._fresh, trainer, pl_module) if self._resample else None,
+            extra={
+                "optimizer": [type(optimizer).__name__ for optimizer in trainer.optimizers],
+                "every": self._every if isinstance(self._every, (str, int)) else repr(self._every),
+                "budget": self._budget,
+            },
+        )
+
+    def _fresh(self, trainer: Any, pl_module: Any, step: int) -> ProbeSet:
+        probes = self._choose(trainer, self._seed + 1_000_003 * (step + 1))
+        if probes is None:
+            raise ValueError("resample=True needs a dataset that can be indexed; this loader only streams")
+        return self._on_device(trainer, pl_module, probes)
+
+    def _on_device(self, trainer: Any, pl_module: Any, probes: ProbeSet) -> ProbeSet:
+        """The batch as training_step would get it: after the module's transfer hooks and the precision plugin."""
+        with leave_no_trace(pl_module):
+            torch.manual_seed(self._seed)  # a random transfer hook then does the same at every width
+            batch = trainer.strategy.batch_to_device(probes.batch, dataloader_idx=0)
+            return replace(probes, batch=trainer.precision_plugin.convert_input(batch))
+
+    def _hyperparameters(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+        sources = (getattr(trainer.datamodule, "hparams", {}), getattr(pl_module, "hparams", {}), self._hparams)
+        merged = {str(key): value for source in sources for key, value in dict(source).items()}
+        return {k: v for k, v in merged.items() if isinstance(v, (bool, int, float, str, type(None)))}
+
+    def _say(self, monitor: Monitor) -> None:
+        assert monitor.choice is not None
+        log.info(f"NTKWatch: {len(monitor.probes)} probes from {monitor.probes.source}: {monitor.probes.how}")
+        log.info(f"NTKWatch: engine {monitor.choice.engine.name}: {monitor.choice.reason}")
+        if monitor.calibration:
+            log.info(f"NTKWatch: {monitor.calibration}")
+        limit = "no limit" if self._budget is None else f"at most {self._budget:.1%} of wall time beyond 5 s that are free"
+        log.info(f"NTKWatch: record {self.record}; probing takes {limit}")
+
+
+def _warn(message: str) -> None:
+    """One warning that cannot raise: under `-W error` it is logged instead."""
+    try:
+        warnings.warn(f"NTKWatch: {message}", stacklevel=2)
+    except Warning:
+        log.warning(f"NTKWatch: {message}")
+
+
+def _loader(trainer: Any, split: str | None) -> tuple[str, Any]:
+    """("val" | "train", loader): the split asked for, else validation where there is one."""
+    if split != "train":
+        loader = _val_loader(trainer)
+        if loader is not None:
+            return "val", loader
+        if split == "val":
+            raise ValueError("probes='val' but the trainer has no validation loader: pass one, or probes='train'")
+    return "train", trainer.train_dataloader
+
+
+def _val_loader(trainer: Any) -> Any:
+    """The validation loader, asked for early where Lightning has not set it up yet (and forgotten again)."""
+    if trainer.val_dataloaders is not None:
+        return trainer.val_dataloaders or None
+    source = getattr(getattr(trainer.fit_loop.epoch_loop, "val_loop", None), "_data_source", None)
+    if source is None or not source.is_defined() or not trainer.enable_validation:
+        return None
+    with leave_no_trace(trainer.lightning_module):
+        return source.dataloader() or None
+
+
+def _folder(trainer: Any) -> Path:
+    """<log_dir>/ntkwatch, else <save_dir>/ntkwatch/<id>; a name that no other record has."""
+    for logger in trainer.loggers:
+        if isinstance(directory := getattr(logger, "log_dir", None), str) and "://" not in directory:
+            return _free(Path(directory) / "ntkwatch")
+    saves = [getattr(logger, "save_dir", None) for logger in trainer.loggers]
+    root = next((s for s in saves if isinstance(s, str) and "://" not in s), trainer.default_root_dir)
+    names = [f"{logger.name}-{logger.version}" for logger in trainer.loggers[:1]]
+    return _free(Path(root) / "ntkwatch" / safe_name(names[0] if names else time.strftime("run-%Y%m%d-%H%M%S")))
+
+
+def _free(folder: Path) -> Path:
+    if not (folder / "manifest.json").exists():
+        return folder
+    return next(
+        other
+        for k in range(2, 1_000_000)
+        if not ((other := folder.with_name(f"{folder.name}-{k}")) / "manifest.json").exists()
+    )
+
+
+class _default_dtype:  # noqa: N801  a context manager used like a function
+    """Under "64-true" and the like Lightning runs forward with another default dtype; so does a probe."""
+
+    TRUE = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+    def __init__(self, trainer: Any) -> None:
+        self._wanted = self.TRUE.get(str(trainer.precision))
+
+    def __enter__(self) -> None:
+        self._before = torch.get_default_dtype()
+        if self._wanted is not None:
+            torch.set_default_dtype(self._wanted)
+
+    def __exit__(self, *error: Any) -> None:
+        torch.set_default_dtype(self._before)
+
+
+def _show_columns(trainer: Any, watch: NTKWatch) -> None:
+    """Two short columns in the progress bar, through its public `get_metrics`."""
+    bar = trainer.progress_bar_callback
+    if bar is None or hasattr(bar.get_metrics, "ntkwatch"):
+        return
+    inner = bar.get_metrics
+
+    def get_metrics(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        items = inner(*args, **kwargs)
+        metrics = watch.last.metrics if watch.last is not None else {}
+        found = {column: metrics.get(name) for column, name in COLUMNS.items()}
+        return {**items, **{column: f"{value:.3f}" for column, value in found.items() if value is not None}}
+
+    get_metrics.ntkwatch = True  # type: ignore[attr-defined]
+    bar.get_metrics = get_metrics

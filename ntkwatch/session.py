@@ -1,0 +1,125 @@
+"""Session: one run being watched. Monitor → record and sinks, and what a checkpoint must carry. No Lightning here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ntkwatch.monitor import Baseline, Monitor
+from ntkwatch.probes import ProbeSet
+from ntkwatch.record import Measurement, RecordError, RecordWriter, load_run, load_tensors, save_tensors
+from ntkwatch.sinks import Sinks
+
+STATE_LIMIT = 512 * 1024  # bytes: a larger kernel stays out of the user's checkpoints
+BASELINE_FILE = "baseline"
+
+
+class Session:
+    """A monitor, the record it writes and the sinks it feeds.
+
+    Args:
+        monitor: measures.
+        folder: where the record goes; None writes nothing.
+        sinks: loggers and dashboards.
+        save_kernels: keep every kernel in the record, not only the baseline's.
+        fresh: step -> ProbeSet, for resampled probes; None measures the monitor's own.
+        extra: added to the manifest (optimizer, schedule, …).
+    """
+
+    def __init__(
+        self,
+        monitor: Monitor,
+        folder: Path | None,
+        sinks: Sinks,
+        *,
+        save_kernels: bool = True,
+        fresh: Callable[[int], ProbeSet] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.monitor, self.folder, self.sinks = monitor, folder, sinks
+        self.last: Measurement | None = None
+        self._save_kernels, self._fresh, self._extra = save_kernels, fresh, dict(extra or {})
+        self._writer: RecordWriter | None = None
+        self._theta_0: dict[str, str] | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a baseline to compare with."""
+        return self.monitor.baseline is not None
+
+    def begin(self, batches: Sequence[Any] = ()) -> None:
+        """Settle engine and BatchNorm baseline before the first probe; batches: training batches for calibration."""
+        self.monitor.start(batches)
+
+    def probe(self, step: int, overhead: Callable[[], float], last: bool = False, **at: Any) -> Measurement:
+        """Measure, then write to the record and to every sink. overhead: share of wall time, asked after measuring."""
+        probes = self._fresh(step) if self._fresh is not None and self.begun else None
+        first = not self.begun
+        measured = self.monitor.measure(step, probes=probes, **at)
+        measurement = replace(measured, metrics={**measured.metrics, "overhead": overhead()})
+        if first:
+            self._open()
+        if self._writer is not None:
+            self._writer.append(measurement, save_kernels=self._save_kernels or first)
+        self.sinks.write(measurement, labels=self.monitor.probes.targets, last=last)
+        self.last = measurement
+        return measurement
+
+    def _open(self) -> None:
+        manifest = {**self.monitor.manifest(), **self._extra}
+        if self.folder is not None:
+            baseline = self.monitor.baseline
+            assert baseline is not None
+            self._writer = RecordWriter.create(self.folder, manifest)
+            self._theta_0 = {"file": BASELINE_FILE, "sha256": save_tensors(self.folder, BASELINE_FILE, baseline.tensors())}
+            self._writer.update_manifest(theta0=self._theta_0, baseline_step=baseline.step)
+        self.sinks.start(manifest)
+
+    def finish(self) -> None:
+        """Flush and close what was opened."""
+        self.sinks.finish()
+
+    # ── resume ────────────────────────────────────────────────────────────────────────────────────────────────────
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint carries: tensors and primitives, under 1 MB."""
+        if not self.begun or self.folder is None:
+            return {}
+        previous = self.monitor.previous
+        small = previous is not None and previous[1].numel() * previous[1].element_size() <= STATE_LIMIT
+        return {
+            "record": str(self.folder),
+            "probe_hash": self.monitor.probes.hash,
+            "previous_step": previous[0] if previous is not None else None,
+            "previous_kernel": previous[1].clone() if previous is not None and small else None,
+        }
+
+    def resume(self, state: Mapping[str, Any], step: int) -> None:
+        """Continue the record that the state names, against its own baseline.
+
+        Raises RecordError (with the reason) where record, baseline or probes are not the ones of the state.
+        """
+        folder = Path(state["record"])
+        manifest = load_run(folder).manifest
+        if state["probe_hash"] != self.monitor.probes.hash:
+            raise RecordError(f"the probes are not the ones that {folder} was measured on: the data has changed")
+        self._theta_0 = manifest["theta0"]
+        tensors = load_tensors(folder, self._theta_0["file"], self._theta_0["sha256"])
+        baseline = Baseline.from_tensors(manifest["baseline_step"], tensors)
+        self.monitor.restore(baseline, self._previous(state, folder))
+        self._writer = RecordWriter.resume(folder, step)
+        self.folder = folder
+        self.sinks.start({**manifest, **self._extra})
+
+    @staticmethod
+    def _previous(state: Mapping[str, Any], folder: Path) -> tuple[int, Tensor] | None:
+        step, kernel = state["previous_step"], state["previous_kernel"]
+        if step is None:
+            return None
+        if kernel is None:
+            kernel = load_run(folder).kernel(step)
+        return int(step), torch.as_tensor(kernel)

@@ -1,0 +1,31 @@
+"""Fixtures and the leak watch: no test may leave global state, an environment variable or a file behind."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_SILENT", "true")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_trace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A test that changes the default dtype, grad mode or working directory fails here, by name."""
+    before = (torch.get_default_dtype(), torch.is_grad_enabled(), os.getcwd())
+    yield
+    after = (torch.get_default_dtype(), torch.is_grad_enabled(), os.getcwd())
+    assert after == before, f"the test left global state changed: {before} -> {after}"
