@@ -1,0 +1,80 @@
+"""Leave no trace: everything a probe may disturb in a run is saved before it and put back after it, also when it fails.
+
+What stays outside its reach, since it does not hang on the modules: data loaders and their samplers, optimizers, and
+what a forward hook of the user's writes into objects of its own. Forward hooks run (weight norm and its kin need them);
+backward hooks and gradient hooks do not: they listen to training, and a probe is none.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ntkwatch.guard.modules import GuardError, Modules
+from ntkwatch.guard.process import guard_flags, guard_generators
+from ntkwatch.guard.values import Undo
+
+__all__ = ["GuardError", "leave_no_trace"]
+
+
+@contextmanager
+def leave_no_trace(*modules: nn.Module) -> Iterator[None]:
+    """Inside, `modules` are in evaluation mode with gradients on and reduced precision off; after, all is as before.
+
+    Put back bit by bit: buffers, tensors and generators that modules keep as attributes, embeddings with `max_norm`.
+    Put back by reference: `.grad`, `.data`, hooks, every attribute of every module, and what its lists and dicts hold.
+    Put back by value: training flags, requires_grad, global flags, the random state of python, numpy and torch.
+    Inside, `.grad` is None, so that a backward pass cannot add to the run's gradients. Guards may be nested.
+
+    Raises:
+        GuardError: before anything is touched, for a lazy module that is not initialised; after all else is back, for
+            a parameter that was changed in place (its `_version` moved). A signal on its way up is never replaced.
+    """
+    with torch.inference_mode(False):
+        undo: list[Undo] = []
+        try:
+            tree = Modules(modules)
+            guard_flags(undo)
+            guard_generators(undo)
+            tree.guard(undo)
+            yield
+        except BaseException as error:
+            _finish(undo, error)
+            raise
+        _finish(undo, None)
+
+
+def _finish(undo: list[Undo], error: BaseException | None) -> None:
+    """Put everything back; then raise what went wrong in that, unless a signal is already on its way up."""
+    with torch.no_grad():
+        troubles = _put_back(undo)
+    signals = [trouble for trouble in troubles if not isinstance(trouble, Exception)]
+    faults = [trouble for trouble in troubles if isinstance(trouble, Exception)]
+    said = "; ".join(str(fault) for fault in faults)
+    if signals or (error is not None and not isinstance(error, Exception)):
+        if faults:
+            warnings.warn(f"ntkwatch: {said}", stacklevel=4)
+        if error is None or isinstance(error, Exception):
+            raise signals[0]
+    elif faults:
+        raise GuardError(said) from (error or faults[0])
+
+
+def _put_back(undo: list[Undo]) -> list[BaseException]:
+    """Run every undo, newest first; one that fails does not keep the others, one that a signal cuts off runs again."""
+    troubles: list[BaseException] = []
+    while undo:
+        try:
+            while undo:
+                undo[-1]()
+                undo.pop()
+        except Exception as fault:
+            troubles.append(fault)
+            undo.pop()
+        except BaseException as signal:  # KeyboardInterrupt, or SystemExit from a handler
+            troubles.append(signal)
+    return troubles

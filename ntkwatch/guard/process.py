@@ -1,0 +1,150 @@
+"""The state of the process: global flags of torch, and the random state of python, numpy and torch."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from ntkwatch.guard.values import Boxes, Undo
+
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+
+# Float32 precision has old flags and, from torch 2.9, new ones in a tree of (backend, operation).
+_NEW_FLAGS = hasattr(torch._C, "_get_fp32_precision_getter")
+_PRECISIONS = (("generic", "all"), *((b, o) for b in ("cuda", "mkldnn") for o in ("all", "matmul", "conv", "rnn")))
+_Precision = tuple[str, bool, tuple[str, ...]]  # matmul precision, cuDNN's TF32, the new flags in the order above
+_EXACT: _Precision = ("highest", False, ("ieee",) * len(_PRECISIONS) if _NEW_FLAGS else ())
+
+
+def _keep(undo: list[Undo], get: Callable[[], Any], put: Callable[[Any], Any], *during: Any) -> None:
+    """Remember `get()`, put it back at the end if it moved; meanwhile `during`, if one is given."""
+    saved = get()
+
+    def restore() -> None:
+        if get() != saved:
+            put(saved)
+
+    undo.append(restore)
+    if during and saved != during[0]:
+        put(during[0])
+
+
+def guard_flags(undo: list[Undo]) -> None:
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    _keep(undo, torch.is_grad_enabled, torch._C._set_grad_enabled, True)
+    for device in _AUTOCAST:
+        _keep_autocast(undo, device)
+    _keep(undo, torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled)
+    _keep(undo, torch.get_default_dtype, torch.set_default_dtype)
+    _keep(undo, _default_device, torch.set_default_device)
+    _keep(undo, torch.get_num_threads, torch.set_num_threads)
+    _keep(undo, _determinism, lambda saved: torch.use_deterministic_algorithms(saved[0], warn_only=saved[1]))
+    _keep(undo, _anomaly, _set_anomaly, (False, True))
+    _keep(undo, torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False)
+    for name, during in {"enabled": (), "deterministic": (), "benchmark": (False,)}.items():
+        _keep(undo, partial(getattr, cudnn, name), partial(setattr, cudnn, name), *during)
+    for name in ("flash", "mem_efficient", "math", "cudnn"):
+        if hasattr(cuda, f"{name}_sdp_enabled"):
+            _keep(undo, getattr(cuda, f"{name}_sdp_enabled"), getattr(cuda, f"enable_{name}_sdp"))
+    _keep(undo, _read_precision, _write_precision, _EXACT)
+    _guard_global_hooks(undo)
+    _force_eager(undo)
+
+
+def _guard_global_hooks(undo: list[Undo]) -> None:
+    """Hooks on every module: forward ones run, backward ones listen to training and do not."""
+    boxes = Boxes()
+    undo.append(boxes.restore)
+    for name, box in vars(torch.nn.modules.module).items():
+        if name.startswith("_global_") and isinstance(box, dict):
+            boxes.keep(box)
+            if "backward" in name:
+                box.clear()
+
+
+def _keep_autocast(undo: list[Undo], device: str) -> None:
+    try:
+        torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    except RuntimeError:  # this build of torch knows no such device
+        return
+    _keep(undo, lambda: torch.is_autocast_enabled(device), lambda on: torch.set_autocast_enabled(device, on), False)
+    _keep(undo, lambda: torch.get_autocast_dtype(device), lambda dtype: torch.set_autocast_dtype(device, dtype))
+
+
+def _default_device() -> torch.device | None:
+    context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    return None if context is None else context.device
+
+
+def _determinism() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _anomaly() -> tuple[bool, bool]:
+    return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+
+
+def _set_anomaly(state: tuple[bool, bool]) -> None:
+    torch.autograd.set_detect_anomaly(*state)
+
+
+def _force_eager(undo: list[Undo]) -> None:
+    """Compiled functions run uncompiled, so that a probe's shapes make no new graphs."""
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        stack = ExitStack()
+        undo.append(stack.close)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+
+
+def _read_precision() -> _Precision:
+    """TF32 and matmul precision as they were set, in the old flags and the new.
+
+    A new flag that is unset answers with its parent's value, and an old one raises where old and new disagree. So each
+    parent is cleared before its children are read, and all is written again at the end.
+    """
+    new: tuple[str, ...] = ()
+    if _NEW_FLAGS:
+        read = []
+        for pair in _PRECISIONS:
+            read.append(torch._C._get_fp32_precision_getter(*pair))
+            torch._C._set_fp32_precision_setter(*pair, "none" if pair[1] == "all" else "ieee")
+        new = tuple(read)
+    try:
+        cudnn = bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:  # it disagrees with the "ieee" just written
+        cudnn = True
+    state = (torch.get_float32_matmul_precision(), cudnn, new)
+    _write_precision(state)
+    return state
+
+
+def _write_precision(state: _Precision) -> None:
+    torch.set_float32_matmul_precision(state[0])
+    torch.backends.cudnn.allow_tf32 = state[1]
+    for pair, value in zip(_PRECISIONS, state[2], strict=False):
+        torch._C._set_fp32_precision_setter(*pair, value)
+
+
+def guard_generators(undo: list[Undo]) -> None:
+    sources: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+        (random.getstate, random.setstate),
+        (lambda: np.random.get_state(legacy=False), np.random.set_state),  # noqa: NPY002 the run's, not ours
+        (torch.get_rng_state, torch.set_rng_state),
+    ]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        sources.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
+    if torch.backends.mps.is_available():
+        sources.append((torch.mps.get_rng_state, torch.mps.set_rng_state))
+    for get, put in sources:
+        undo.append(partial(_call, put, get()))
+
+
+def _call(put: Callable[[Any], object], state: Any) -> None:
+    put(state)

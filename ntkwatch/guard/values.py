@@ -1,0 +1,143 @@
+"""Save values and put them back: tensors by bytes, containers by items, generators and arrays by their state."""
+
+from __future__ import annotations
+
+import operator
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+Undo = Callable[[], None]  # idempotent: where a signal cuts one off, it runs again
+
+_CONTAINERS = (dict, list, set, deque)
+
+
+def plain(tensor: Tensor) -> bool:
+    """True where a byte copy says all: strided, with storage; no DTensor, fake, quantized or functorch wrapper."""
+    if is_traceable_wrapper_subclass(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return False
+    try:
+        return tensor.data_ptr() is not None
+    except RuntimeError:
+        return False
+
+
+def bits(tensors: Sequence[Tensor]) -> Iterator[Undo]:
+    """One flat copy per device and dtype; compared by bytes (NaN and −0 count), written back only where it differs."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    for group in groups.values():
+        yield partial(_restore_bits, group, _flat(group), [t.shape for t in group], [_version(t) for t in group])
+
+
+def _restore_bits(tensors: list[Tensor], flat: Tensor, shapes: list[torch.Size], versions: list[int | None]) -> None:
+    like = all(t.shape == shape and t.dtype == flat.dtype for t, shape in zip(tensors, shapes, strict=True))
+    if like and _equal(_flat(tensors), flat):
+        return
+    parts = flat.split([shape.numel() for shape in shapes])
+    for tensor, shape, part, version in zip(tensors, shapes, parts, versions, strict=True):
+        if tensor.shape != shape or tensor.dtype != flat.dtype:
+            tensor.data = part.view(shape).clone()
+        elif not _equal(_flat([tensor]), part):
+            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                tensor.copy_(part.view(shape))
+        if version is not None:
+            _set_version(tensor, version)
+
+
+@torch.no_grad()
+def _flat(tensors: list[Tensor]) -> Tensor:
+    flat = [tensor if tensor.ndim == 1 else tensor.reshape(-1) for tensor in tensors]
+    return torch.cat(flat).detach()
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _set_version(tensor: Tensor, version: int) -> None:
+    """A graph of the run may hold the tensor: its bits are as they were, so is the count of its changes."""
+    put: Any = torch._C._autograd._unsafe_set_version_counter
+    try:
+        put((tensor,), (version,))
+    except TypeError:  # torch < 2.6
+        put(tensor, version)
+
+
+class Boxes:
+    """The very items of dicts, lists, sets and deques, in their order.
+
+    Most of a module's boxes are empty dicts of hooks; these cost one reference each and no copy.
+    """
+
+    def __init__(self) -> None:
+        self.empty: list[Any] = []
+        self.full: list[tuple[Any, Any]] = []
+
+    def keep(self, box: Any) -> None:
+        if not box:
+            self.empty.append(box)
+        else:
+            self.full.append((box, dict(box) if isinstance(box, dict) else list(box)))
+
+    def restore(self) -> None:
+        for box in self.empty:
+            if box:
+                _base(box).clear(box)
+        for box, saved in self.full:
+            if isinstance(box, dict):
+                if not same(box, saved):
+                    _base(box).clear(box)
+                    _base(box).update(box, saved)
+            elif len(box) != len(saved) or not all(map(operator.is_, box, saved)):
+                _base(box).clear(box)
+                (_base(box).update if isinstance(box, set) else _base(box).extend)(box, saved)
+
+
+def _base(box: Any) -> Any:
+    """The built-in kind, past a subclass's own `clear` and `update`."""
+    return next(kind for kind in (OrderedDict, *_CONTAINERS) if isinstance(box, kind))
+
+
+def same(box: dict[Any, Any], saved: dict[Any, Any]) -> bool:
+    """The same keys in the same order with the very same values."""
+    if len(box) != len(saved):
+        return False
+    return all(map(operator.is_, box.values(), saved.values())) and all(map(operator.eq, box, saved))
+
+
+def is_box(value: object) -> bool:
+    return isinstance(value, _CONTAINERS)
+
+
+def stateful(value: object) -> Undo | None:
+    """How to put back a generator or an array that a module keeps; None for anything else."""
+    if isinstance(value, torch.Generator):
+        return partial(_call, value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return partial(_call, value.setstate, value.getstate())
+    if isinstance(value, np.random.RandomState):
+        return partial(_call, value.set_state, value.get_state(legacy=False))
+    if isinstance(value, np.random.Generator):
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    if isinstance(value, np.ndarray) and value.flags.writeable:
+        return partial(value.__setitem__, ..., value.copy())
+    return None
+
+
+def _call(put: Callable[[Any], object], state: Any) -> None:
+    put(state)
