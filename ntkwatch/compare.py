@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ntkwatch import figures
 from ntkwatch.record import Run, find_runs, load_run
-from ntkwatch.slopes import LEVEL, Slope, fit_slope, read_slope
-from ntkwatch.words import summarise
+from ntkwatch.slopes import LEVEL, Slope, fit_slope, read_slope, reference_lines
+from ntkwatch.words import printable, summarise
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,8 +63,21 @@ class Comparison:
         return read_slope(name, self.slopes[name]) if self.x == "width" else "no reference line for this x"
 
     def figures(self) -> dict[str, Figure]:
-        """One log–log figure for each slope, and the course of kernel_angle and taylor_ratio in every run."""
-        return _figures(self)
+        """One log–log figure for each slope, and the course of each of SLOPES in every run; an override is printed."""
+        note = f"mismatch allowed: {self.mismatch}" if self.mismatch else None
+        about: dict[str, Any] = {"x": self.x, "note": note}
+        drawn = {
+            f"slope_{name}": figures.width_slopes(
+                self.table,
+                self.slopes,
+                name,
+                references=reference_lines(name) if self.x == "width" else None,
+                **about,
+            )
+            for name in self.slopes
+        }
+        measured = [name for name in SLOPES if name in self.table]
+        return drawn | {f"course_{name}": figures.metric_curves(self.history, name, **about) for name in measured}
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the history as JSON types; an undefined number is None."""
@@ -132,10 +146,10 @@ def x_of(run: Run, x: str) -> float:
     raise CompareError(f"{run.folder} has {x} = {got!r}: a log–log axis needs a positive number; name another with --x")
 
 
-def differences(runs: Sequence[Run]) -> list[str]:
+def differences(runs: Sequence[Run], of_what: Iterable[str] | None = None) -> list[str]:
     """What makes the kernels of these runs unlike quantities: one clause for each of probes, targets, reduction, …"""
     clauses = []
-    for what, of in _IDENTITY.items():
+    for what, of in ((what, IDENTITY[what]) for what in of_what or IDENTITY):
         groups: dict[str, list[str]] = {}
         for run, name in zip(runs, names_of(runs), strict=True):
             groups.setdefault(of(run.manifest), []).append(name)
@@ -150,7 +164,7 @@ def _probes(manifest: Mapping[str, Any], key: str) -> str:
     return "none" if value is None else str(value)[:12]
 
 
-_IDENTITY = {
+IDENTITY: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "probe hash": lambda m: _probes(m, "hash"),
     "targets hash": lambda m: _probes(m, "targets_hash"),
     "reduction": lambda m: str(m.get("reduction")),
@@ -178,7 +192,7 @@ def names_of(runs: Sequence[Run]) -> list[str]:
     shared = 0
     while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
         shared += 1
-    names = ["/".join(p[shared:]) for p in parts]
+    names = [printable("/".join(p[shared:])) for p in parts]
     return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
 
 

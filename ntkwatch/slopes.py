@@ -84,5 +84,11 @@ def read_slope(name: str, slope: Slope) -> str:
     return f"{text}; the interval holds neither" if not held else f"{text}, but the interval holds {_signed(held[0])}"
 
 
+def reference_lines(name: str) -> dict[float, str] | None:
+    """Exponent -> its words on a figure, for a metric that has reference lines."""
+    lazy = LAZY_EXPONENT.get(name)
+    return None if lazy is None else {lazy: f"{_signed(lazy)}: NTP, SP", 0.0: "0: muP"}
+
+
 def _signed(exponent: float) -> str:
     return f"−{-exponent:g}" if exponent < 0 else f"{exponent:g}"

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 LADDER = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 LADDER_RHO = (0.014, 0.048, 0.224, 0.485, 0.690, 0.810)
 LADDER_ANGLE = (0.0065, 0.035, 0.180, 0.419, 0.677, 0.830)
-LADDER_NOTE = "two-layer ReLU net on parity: γ0 .01 is next to linear, 3 is the far end"
+LADDER_NOTE = (
+    "reference: a two-layer ReLU net on parity with output scale 1/γ0; γ0 .01 is next to linear, 3 is far from it."
+)
+LINEAR = ("next to linear", "close to linear", "clearly non-linear", "strongly non-linear")
+TURNED = ("hardly turned", "turned a little", "clearly turned", "strongly turned")
 DISAGREE = 10.0  # a factor in γ_0, two rungs of the ladder
 NULL_Z = 2.0  # |z| below this is what shuffled labels give
 LABEL = 11
@@ -58,10 +62,11 @@ def summarise(run: Readable, width: int = 79) -> str:
     if last == first or unmoved(run.metrics):
         lines.append(("Motion", f"Nothing has moved yet: the kernel at step {last} is the one at step {first}."))
     else:
-        lines += [("Strength", _strength(run)), ("Direction", _direction(run)), ("Speed", speed(run.metrics))]
-        lines.append(("Where", _where(layers_at(run.layer_metrics, last))))
+        lines += [*_strength(run), ("Direction", _direction(run)), ("Speed", speed(run.metrics))]
+        lines += [("Where", _where(layers_at(run.layer_metrics, last))), ("Caution", _bias(run.manifest))]
     lines += [("Cost", _cost(run)), ("Undefined", _undefined(run.reasons.get(last) or {}))]
     lines += [("Baseline", run.manifest.get("baseline") or ""), ("Regime", REGIME)]
+    lines.append(("Ladder", LADDER_NOTE if any("γ0" in text for _, text in lines) else ""))
     return _wrap([(label, text) for label, text in lines if text], width)
 
 
@@ -82,34 +87,32 @@ def rung(value: float, ladder: Sequence[float]) -> float:
     return math.inf
 
 
-def place(gamma: float) -> str:
-    """A rung of the ladder in words."""
+def place(gamma: float, words: Sequence[str]) -> str:
+    """A rung of the ladder in words; `words` are for the foot, up to .1, up to .3, and beyond."""
     if gamma == 0:
-        return "below the ladder's foot (γ0 .01), next to linear"
+        return f"{words[0]}, below the ladder's foot, γ0 .01"
     if math.isinf(gamma):
-        return "above the ladder's top (γ0 3)"
-    word = "close to linear" if gamma < 0.1 else "clearly non-linear" if gamma < 0.3 else "strongly non-linear"
-    return f"{word}, where the ladder has γ0 {gamma:.1g}"
+        return f"{words[3]}, above the ladder's top, γ0 3"
+    word = words[1] if gamma < 0.1 else words[2] if gamma < 0.3 else words[3]
+    return f"{word}, as the ladder's γ0 {gamma:.2g}"
 
 
-def _strength(run: Readable) -> str:
+def _strength(run: Readable) -> list[tuple[str, str]]:
+    """Three axes apart: how far from the linearisation, how far the kernel turned, how much it grew."""
     rho, angle, scale, relative = (
         _last(run.metrics, n) for n in ("taylor_ratio", "kernel_angle", "kernel_scale", "relative_change")
     )
-    parts = []
+    lines = []
     if rho is not None:
-        parts.append(f"Taylor ratio {_n(rho)}: {place(rung(rho, LADDER_RHO))}.")
+        lines.append(("Linearity", f"Taylor ratio {_n(rho)}: {place(rung(rho, LADDER_RHO), LINEAR)}."))
     if angle is not None:
-        parts.append(f"Kernel angle {_n(angle)} rad: {place(rung(angle, LADDER_ANGLE))}.")
+        lines.append(("Rotation", f"Kernel angle {_n(angle)} rad: {place(rung(angle, LADDER_ANGLE), TURNED)}."))
     if scale is not None:
-        parts.append(f"Apart from turning, its trace went × {_n(math.exp(scale))} (log scale {scale:+.3g}).")
-    if relative is not None:
-        parts.append(f"Relative change {_n(relative)} mixes the two.")
+        mixed = "" if relative is None else f" Relative change {_n(relative)} mixes rotation and scale."
+        lines.append(("Scale", f"The trace went × {_n(math.exp(scale))} (log {scale:+.3g}).{mixed}"))
     if rho is not None and angle is not None:
-        parts.append(_agreement(rung(rho, LADDER_RHO), rung(angle, LADDER_ANGLE), scale))
-    if parts:
-        parts.append(f"(Ladder: {LADDER_NOTE}.)")
-    return " ".join(p for p in parts if p) + _bias(run.manifest)
+        lines.append(("", _agreement(rung(rho, LADDER_RHO), rung(angle, LADDER_ANGLE), scale)))
+    return lines
 
 
 def _agreement(by_rho: float, by_angle: float, scale: float | None) -> str:
@@ -117,20 +120,18 @@ def _agreement(by_rho: float, by_angle: float, scale: float | None) -> str:
     if high / low < DISAGREE:
         return ""
     if by_rho < by_angle:
-        return "These disagree: the kernel turned while the outputs moved almost as its linearisation says."
-    grew = scale is not None and abs(scale) > 0.5
-    why = ", which growth or shrinking of the weights alone can do (see the trace)" if grew else ""
-    return f"These disagree: the outputs left the linearisation while the kernel hardly turned{why}."
+        return "Axes disagree: the kernel turned while the outputs moved almost as the linearisation says."
+    resized = scale is not None and abs(scale) > 0.5
+    why = ", as growth or shrinking of the weights alone does (see the scale)" if resized else ""
+    return f"Axes disagree: the outputs left the linearisation while the kernel hardly turned{why}."
 
 
 def _bias(manifest: Mapping[str, Any]) -> str:
     n, reduction = (manifest.get("probes") or {}).get("n"), manifest.get("reduction")
-    text = ""
-    if isinstance(n, int) and n < 64:
-        text += f" {n} probes understate the angle (64 are enough)."
-    if reduction == "trace" and (manifest.get("n_outputs") or 1) > 1:
-        text += " The trace kernel turns less than the full one, by a quarter or more."
-    return text
+    few = f"{n} probes understate the angle (from 64 on it is steady)." if isinstance(n, int) and n < 64 else ""
+    several = reduction == "trace" and (manifest.get("n_outputs") or 1) > 1
+    trace = "The full kernel's angle is larger than this trace kernel's, by a quarter or more." if several else ""
+    return f"{few} {trace}".strip()
 
 
 def _direction(run: Readable) -> str:
@@ -252,6 +253,15 @@ def _defined(value: Any) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
+def printable(text: str) -> str:
+    """Text without control characters, which could steer a terminal: run and module names come from outside.
+
+    >>> printable("a" + chr(27) + "[31m")
+    'a�[31m'
+    """
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def _n(value: float) -> str:
     return f"{value:.3g}"
 
@@ -259,4 +269,4 @@ def _n(value: float) -> str:
 def _wrap(lines: Sequence[tuple[str, str]], width: int) -> str:
     indent = " " * LABEL
     wrap = textwrap.TextWrapper(width=max(width, 40), subsequent_indent=indent, break_on_hyphens=False)
-    return "\n".join(wrap.fill(f"{label:<{LABEL}}{text}") for label, text in lines)
+    return "\n".join(wrap.fill(f"{label:<{LABEL}}{printable(text)}") for label, text in lines)

@@ -1,0 +1,199 @@
+"""Runs, comparisons and differences as terminal text: tables that fit 80 columns, sparklines, plain when piped."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ntkwatch.words import layers_at, printable, summarise
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ntkwatch.compare import Comparison
+    from ntkwatch.diff import Difference
+    from ntkwatch.record import Run
+
+BARS = "▁▂▃▄▅▆▇█"
+PIPED_WIDTH = 200  # wide enough that no table is folded where nobody sees columns
+MOST_LAYERS, MOST_RUNS = 12, 40
+SUMMARY_WIDTH = 79
+SHORT = {
+    "kernel_angle": "angle",
+    "relative_change": "change",
+    "kernel_distance": "distance",
+    "taylor_ratio": "Taylor",
+    "parameter_distance": "‖Δθ‖/‖θ₀‖",
+}
+
+
+def console(stderr: bool = False) -> Console:
+    """A console without colour or a narrow width where the output is piped."""
+    plain = Console(stderr=stderr, highlight=False, soft_wrap=False, emoji=False, markup=False)
+    if plain.is_terminal or "COLUMNS" in os.environ:
+        return plain
+    return Console(stderr=stderr, highlight=False, emoji=False, markup=False, width=PIPED_WIDTH, no_color=True)
+
+
+def sparkline(values: Iterable[float | None], width: int = 16) -> str:
+    """Values as bars between their least and largest, thinned to at most `width`; · where undefined.
+
+    >>> sparkline([0, 1, None, 7])
+    '▁▂·█'
+    """
+    values = [math.nan if v is None else float(v) for v in values]
+    if len(values) > width:
+        values = [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)]
+    finite = [v for v in values if math.isfinite(v)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    span = (high - low) or 1.0
+    return "".join(BARS[round((v - low) / span * (len(BARS) - 1))] if math.isfinite(v) else "·" for v in values)
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A number with four significant digits; – where undefined.
+
+    >>> number(0.123456), number(None), number(12.0), number(-0.5)
+    ('0.1235', '–', '12', '−0.5')
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.{digits}g}".replace("-", "−")
+
+
+def show(run: Run, width: int) -> RenderableType:
+    """Everything that `ntkwatch show` prints of a run."""
+    parts: list[RenderableType] = [_title(str(run.folder)), Text(summarise(run, min(width, 100, SUMMARY_WIDTH)))]
+    if run.steps:
+        parts.append(metrics_table(run.metrics))
+        layers = layers_at(run.layer_metrics, run.steps[-1])
+        parts += [layer_table(layers, run.steps[-1])] if layers else []
+        parts += reasons_list(run.reasons)
+    return _spaced(parts)
+
+
+def metrics_table(metrics: pd.DataFrame) -> Table:
+    """A row per metric: first, some and last values, and its course as a sparkline."""
+    steps = [int(s) for s in metrics.index]
+    some = sorted({steps[round(share * (len(steps) - 1))] for share in (0, 1 / 3, 2 / 3, 1)})
+    table = _table("metric", *(f"step {step:,}" for step in some), course=f"{len(steps)} probes")
+    for name in metrics.columns:
+        values = [number(metrics[name][step]) for step in some]
+        table.add_row(printable(str(name)), *values, sparkline(metrics[name]))
+    return table
+
+
+def layer_table(layers: dict[str, dict[str, float]], step: int) -> Table:
+    """A row per module: its share of the trace, how far its kernel turned, and what else was measured."""
+    names = list(dict.fromkeys(name for values in layers.values() for name in values))
+    table = _table(f"layer at step {step:,}", *(name.replace("_", " ") for name in names))
+    order = sorted(layers, key=lambda module: -layers[module].get("share", 0.0))
+    for module in order[:MOST_LAYERS]:
+        table.add_row(printable(module), *(number(layers[module].get(name)) for name in names))
+    if len(order) > MOST_LAYERS:
+        table.add_row(f"… {len(order) - MOST_LAYERS} more: --json", *[""] * len(names))
+    return table
+
+
+def reasons_list(reasons: dict[int, dict[str, str]]) -> list[RenderableType]:
+    """Undefined values, by metric and cause, with the steps they are undefined at."""
+    causes: dict[tuple[str, str], list[int]] = {}
+    for step, by_name in reasons.items():
+        for name, why in by_name.items():
+            causes.setdefault((name, why), []).append(step)
+    if not causes:
+        return []
+    lines = [f"{name} at {_steps(steps)}: {why}" for (name, why), steps in causes.items()]
+    return [Text("Undefined: " + "\n           ".join(printable(line) for line in lines))]
+
+
+def comparison(c: Comparison) -> RenderableType:
+    """The runs, the slopes with their intervals and readings, and the notes."""
+    parts: list[RenderableType] = []
+    if c.mismatch:
+        parts.append(Text(f"Mismatch allowed: {c.mismatch}", style="bold red"))
+    parts += [runs_table(c), slopes_table(c), *_readings(c)]
+    parts += [Text(f"Note: {note}.", style="yellow") for note in c.notes]
+    return _spaced(parts)
+
+
+def _readings(c: Comparison) -> list[RenderableType]:
+    """What the slopes say; names of one reading together."""
+    said: dict[str, list[str]] = {}
+    for name in c.slopes:
+        said.setdefault(c.reading(name), []).append(name)
+    return [Text("\n".join(f"{', '.join(names)}:\n  {reading}." for reading, names in said.items()))] if said else []
+
+
+def runs_table(c: Comparison) -> Table:
+    """A row per run at the last common step."""
+    from ntkwatch.compare import SLOPES
+
+    names = [name for name in SLOPES if name in c.table]
+    table = _table(f"run at step {c.step:,}", c.x, "seed", *(SHORT[name] for name in names))
+    for row in c.table.head(MOST_RUNS).to_dict("records"):
+        seed = "–" if _missing(row["seed"]) else str(row["seed"])
+        table.add_row(row["run"], f"{row[c.x]:g}", seed, *(number(row[name], 3) for name in names))
+    if len(c.table) > MOST_RUNS:
+        table.add_row(f"… {len(c.table) - MOST_RUNS} more", *[""] * (len(names) + 2))
+    return table
+
+
+def slopes_table(c: Comparison) -> Table:
+    """A row per slope of log metric on log x."""
+    table = _table(f"slope against {c.x}", "slope", "95 % low", "high", "R²", "points", "dof")
+    for name, s in c.slopes.items():
+        values = (f"{v:+.3f}".replace("-", "−") if math.isfinite(v) else "–" for v in (s.value, s.low, s.high))
+        table.add_row(name, *values, number(s.r2, 3), str(s.n), str(s.dof))
+    return table
+
+
+def difference(d: Difference) -> RenderableType:
+    """Kernel similarity by step and by layer."""
+    a, b = d.names
+    steps = _table("step", "angle (rad)", "CKA", "log scale B/A")
+    for row in d.table.to_dict("records"):
+        steps.add_row(f"{row['step']:,}", *(number(row[name]) for name in ("angle", "cka", "scale")))
+    layers = _table(f"layer at step {d.step:,}", "share A", "share B", "angle (rad)", "CKA", "log scale")
+    for row in d.layers.to_dict("records"):
+        layers.add_row(printable(row.pop("layer")), *(number(v) for v in row.values()))
+    parts: list[RenderableType] = [Text(f"A  {a}\nB  {b}", style="bold"), steps]
+    parts += [layers] if len(d.layers) else []
+    parts += [Text(printable(f"In one only: {', '.join(d.only)}"))] if d.only else []
+    return _spaced(parts)
+
+
+def _table(first: str, *columns: str, course: str | None = None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
+    table.add_column(printable(first), overflow="fold")
+    for column in columns:
+        table.add_column(printable(column), justify="right", overflow="fold")
+    if course is not None:
+        table.add_column(course, no_wrap=True)
+    return table
+
+
+def _spaced(parts: Sequence[RenderableType]) -> Group:
+    """Parts with an empty line between them."""
+    return Group(*(piece for i, part in enumerate(parts) for piece in ([Text(""), part] if i else [part])))
+
+
+def _title(text: str) -> Text:
+    return Text(printable(text), style="bold cyan")
+
+
+def _steps(steps: Sequence[int]) -> str:
+    if len(steps) == 1:
+        return f"step {steps[0]:,}"
+    return f"{len(steps)} steps, {steps[0]:,} to {steps[-1]:,}"
+
+
+def _missing(value: Any) -> bool:
+    return value is None or value != value or str(value) == "<NA>"
