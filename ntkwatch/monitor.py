@@ -241,7 +241,7 @@ class Monitor:
             layers=layers,
             layers_0=start_layers,
             outputs=kernel.outputs.detach().cpu(),
-            floor=kernel.noise_floor,
+            relative_floor=kernel.noise_floor,
             previous=self._compared(probes),
             targets=targets if targets is not None else (reason or "there are no targets"),
             motion=self._motion(batch, kernel),
@@ -305,7 +305,9 @@ class Monitor:
 
     def _not_finite(self, kernel: Kernel) -> tuple[dict[str, float | None], dict[str, str]]:
         bad = int((~torch.isfinite(kernel.outputs)).any(dim=1).sum())
-        what = f"the outputs are not finite on {bad} of {len(kernel.outputs)} probes" if bad else "its gradients overflow"
+        what = (
+            f"the outputs are not finite on {bad} of {len(kernel.outputs)} probes" if bad else "its gradients overflow"
+        )
         names = [name for name in self.diagnostics if not name.startswith("statistics_") or self._statistics]
         return dict.fromkeys(names), dict.fromkeys(names, f"the kernel is not finite: {what}")
 

@@ -76,7 +76,10 @@ class Session:
             baseline = self.monitor.baseline
             assert baseline is not None
             self._writer = RecordWriter.create(self.folder, manifest)
-            self._theta_0 = {"file": BASELINE_FILE, "sha256": save_tensors(self.folder, BASELINE_FILE, baseline.tensors())}
+            self._theta_0 = {
+                "file": BASELINE_FILE,
+                "sha256": save_tensors(self.folder, BASELINE_FILE, baseline.tensors()),
+            }
             self._writer.update_manifest(theta0=self._theta_0, baseline_step=baseline.step)
         self.sinks.start(manifest)
 

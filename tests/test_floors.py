@@ -108,7 +108,9 @@ def test_rooms_stay_out_of(room: str) -> None:
 
 
 def test_files_stay_short() -> None:
-    long = {str(p.relative_to(PACKAGE)): n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 330}
+    long = {
+        str(p.relative_to(PACKAGE)): n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 330
+    }
     assert not long, f"split these by idea: {long}"
 
 
