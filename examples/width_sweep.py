@@ -100,9 +100,8 @@ def main() -> None:
                 )  # fmt: skip
                 trainer.fit(ParityMLP(width, scheme), DataLoader(data, len(data)))
         slope = compare_runs([args.out / scheme]).slopes["relative_change"]
-        print(
-            f"{scheme:8s}  slope of the relative kernel change {slope.value:+.2f}  [{slope.low:+.2f}, {slope.high:+.2f}]"
-        )
+        interval = f"[{slope.low:+.2f}, {slope.high:+.2f}]"
+        print(f"{scheme:8s}  slope of the relative kernel change {slope.value:+.2f}  {interval}")
     print(f"tables and figures: ntkwatch widths {args.out}/mup/")
 
 

@@ -6,7 +6,8 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ else:  # the import name that the run already uses: a second copy of the package
 log = logging.getLogger(f"{Callback.__module__.partition('.callbacks')[0]}.ntkwatch")  # Lightning's own handler
 PATIENCE = 3  # failures in a row before probing is switched off
 TRIAL = 4  # probes under fast_dev_run
+TRUE_PRECISION = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 COLUMNS = {"ntk_angle": "kernel_angle", "ntk_rho": "taylor_ratio"}  # of the progress bar
 
 
@@ -409,21 +411,15 @@ def _free(folder: Path) -> Path:
     )
 
 
-class _default_dtype:
+@contextmanager
+def _default_dtype(trainer: Any) -> Iterator[None]:
     """Under "64-true" and the like Lightning runs forward with another default dtype; so does a probe."""
-
-    TRUE = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
-
-    def __init__(self, trainer: Any) -> None:
-        self._wanted = self.TRUE.get(str(trainer.precision))
-
-    def __enter__(self) -> None:
-        self._before = torch.get_default_dtype()
-        if self._wanted is not None:
-            torch.set_default_dtype(self._wanted)
-
-    def __exit__(self, *error: Any) -> None:
-        torch.set_default_dtype(self._before)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(TRUE_PRECISION.get(str(trainer.precision), before))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _show_columns(trainer: Any, watch: NTKWatch) -> None:

@@ -57,7 +57,7 @@ class DigitsMLP(pl.LightningModule):
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """(train, validation): scikit-learn's 1,797 digits as centred [64] vectors of unit scale, 1,440 of them to train."""
+    """(train, validation): scikit-learn's 1,797 digits as centred [64] vectors of unit scale, 1,440 to train."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)

@@ -45,7 +45,6 @@ class Session:
         self.last: Measurement | None = None
         self._save_kernels, self._fresh, self._extra = save_kernels, fresh, dict(extra or {})
         self._writer: RecordWriter | None = None
-        self._theta_0: dict[str, str] | None = None
 
     @property
     def begun(self) -> bool:
@@ -76,11 +75,8 @@ class Session:
             baseline = self.monitor.baseline
             assert baseline is not None
             self._writer = RecordWriter.create(self.folder, manifest)
-            self._theta_0 = {
-                "file": BASELINE_FILE,
-                "sha256": save_tensors(self.folder, BASELINE_FILE, baseline.tensors()),
-            }
-            self._writer.update_manifest(theta0=self._theta_0, baseline_step=baseline.step)
+            sha256 = save_tensors(self.folder, BASELINE_FILE, baseline.tensors())
+            self._writer.update_manifest(theta0={"file": BASELINE_FILE, "sha256": sha256}, baseline_step=baseline.step)
         self.sinks.start(manifest)
 
     def finish(self) -> None:
@@ -110,8 +106,7 @@ class Session:
         manifest = load_run(folder).manifest
         if state["probe_hash"] != self.monitor.probes.hash:
             raise RecordError(f"the probes are not the ones that {folder} was measured on: the data has changed")
-        self._theta_0 = manifest["theta0"]
-        tensors = load_tensors(folder, self._theta_0["file"], self._theta_0["sha256"])
+        tensors = load_tensors(folder, manifest["theta0"]["file"], manifest["theta0"]["sha256"])
         baseline = Baseline.from_tensors(manifest["baseline_step"], tensors)
         self.monitor.restore(baseline, self._previous(state, folder))
         self._writer = RecordWriter.resume(folder, step)
