@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +16,20 @@ from torch import Tensor
 from ntkwatch import probes as probing
 from ntkwatch.diagnostics import select
 from ntkwatch.distributed import Ranks, sharded
-from ntkwatch.guard import leave_no_trace
 from ntkwatch.monitor import ENGINES, REDUCTIONS, Monitor, check_choice
 from ntkwatch.probes import ProbeSet
-from ntkwatch.record import Measurement, RecordError, load_run, safe_name
+from ntkwatch.record import Measurement, RecordError, load_run
 from ntkwatch.schedule import Schedule
 from ntkwatch.session import Session
 from ntkwatch.sinks import Sinks
+from ntkwatch.trainer import (
+    as_in_training,
+    hyperparameters,
+    probe_loader,
+    record_folder,
+    show_columns,
+    true_precision,
+)
 from ntkwatch.words import summarise
 
 if TYPE_CHECKING or "lightning.pytorch" not in sys.modules:
@@ -36,7 +40,6 @@ else:  # the import name that the run already uses: a second copy of the package
 log = logging.getLogger(f"{Callback.__module__.partition('.callbacks')[0]}.ntkwatch")  # Lightning's own handler
 PATIENCE = 3  # failures in a row before probing is switched off
 TRIAL = 4  # probes under fast_dev_run
-TRUE_PRECISION = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 COLUMNS = {"ntk_angle": "kernel_angle", "ntk_rho": "taylor_ratio"}  # of the progress bar
 
 
@@ -119,6 +122,7 @@ class NTKWatch(Callback):
         self._failures = self._step = self._global_step = 0
         self._probed_at: int | None = None
         self._trial = False
+        self._hide_columns: Callable[[], None] = lambda: None
 
     def _start_clocks(self) -> None:
         self.schedule = Schedule(self._every, self._budget)
@@ -151,7 +155,7 @@ class NTKWatch(Callback):
             self._grid.load_state_dict(self._restored["grid"])
         for clock in (self.schedule, self._grid):
             clock.start()
-        _show_columns(trainer, self)
+        self._hide_columns = show_columns(trainer, self._columns)
         self._together(trainer, "the look at model and probes", partial(self._prepare, trainer, pl_module), start=True)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -182,9 +186,12 @@ class NTKWatch(Callback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let go of the model and of θ_0."""
-        if stage == "fit" and self._session is not None:
-            session, self._session = self._session, None
-            self._quietly("closing the loggers", session.finish)
+        if stage != "fit":
+            return
+        self._quietly("the progress bar", self._hide_columns)
+        if self._session is not None:
+            self._quietly("closing the loggers", self._session.finish)
+            self._session = None
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only, under 1 MB."""
@@ -221,7 +228,7 @@ class NTKWatch(Callback):
         assert self._session is not None
         at = {"global_step": trainer.global_step, "epoch": trainer.current_epoch}
         optimizers = trainer.optimizers
-        with _default_dtype(trainer):
+        with true_precision(trainer):
             return self._session.probe(
                 self._step,
                 lambda: self.schedule.overhead,
@@ -234,7 +241,7 @@ class NTKWatch(Callback):
         if self._session is None:  # an iterable dataset: the first rows of the stream are the probes
             stream = probing.from_stream([batch], self._count, source="train", targets=self._targets)
             self._session = self._open(trainer, pl_module, stream)
-        with _default_dtype(trainer):
+        with true_precision(trainer):
             self._session.begin([trainer.precision_plugin.convert_input(batch)])
         measurement = self._measure(trainer)
         if not self._trial:
@@ -284,6 +291,10 @@ class NTKWatch(Callback):
         self._off = why
         _warn(f"switched off: {why}")
 
+    def _columns(self) -> dict[str, float | None]:
+        metrics = self.last.metrics if self.last is not None else {}
+        return {column: metrics.get(name) for column, name in COLUMNS.items()}
+
     # ── before the first probe ────────────────────────────────────────────────────────────────────────────────────
     @property
     def _count(self) -> int:
@@ -306,7 +317,7 @@ class NTKWatch(Callback):
     def _choose(self, trainer: Any, seed: int) -> ProbeSet | None:
         if self._wanted.data is not None:
             return probing.given(self._wanted.data, self._targets)
-        source, loader = _loader(trainer, self._wanted.split)
+        source, loader = probe_loader(trainer, self._wanted.split)
         if probing.is_streaming(loader):
             return None
         return probing.choose(loader, self._count, seed=seed, source=source, targets=self._targets)
@@ -314,12 +325,12 @@ class NTKWatch(Callback):
     def _open(self, trainer: Any, pl_module: Any, probes: ProbeSet) -> Session:
         loggers = trainer.loggers if self._loggers is None else self._loggers
         monitor = Monitor(
-            pl_module, self._on_device(trainer, pl_module, probes), hparams=self._hyperparameters(trainer, pl_module),
+            pl_module, as_in_training(trainer, probes, self._seed), hparams=hyperparameters(trainer, self._hparams),
             **self._monitor_args,
         )  # fmt: skip
         return Session(
             monitor,
-            None if self._trial else _folder(trainer),
+            None if self._trial else record_folder(trainer),
             Sinks([] if self._trial else loggers, _warn),
             save_kernels=self._save_kernels,
             fresh=partial(self._fresh, trainer, pl_module) if self._resample else None,
@@ -334,19 +345,7 @@ class NTKWatch(Callback):
         probes = self._choose(trainer, self._seed + 1_000_003 * (step + 1))
         if probes is None:
             raise ValueError("resample=True needs a dataset that can be indexed; this loader only streams")
-        return self._on_device(trainer, pl_module, probes)
-
-    def _on_device(self, trainer: Any, pl_module: Any, probes: ProbeSet) -> ProbeSet:
-        """The batch as training_step would get it: after the module's transfer hooks and the precision plugin."""
-        with leave_no_trace(pl_module):
-            torch.manual_seed(self._seed)  # a random transfer hook then does the same at every width
-            batch = trainer.strategy.batch_to_device(probes.batch, dataloader_idx=0)
-            return replace(probes, batch=trainer.precision_plugin.convert_input(batch))
-
-    def _hyperparameters(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
-        sources = (getattr(trainer.datamodule, "hparams", {}), getattr(pl_module, "hparams", {}), self._hparams)
-        merged = {str(key): value for source in sources for key, value in dict(source).items()}
-        return {k: v for k, v in merged.items() if isinstance(v, (bool, int, float, str, type(None)))}
+        return as_in_training(trainer, probes, self._seed)
 
     def _say(self, monitor: Monitor) -> None:
         assert monitor.choice is not None
@@ -366,74 +365,3 @@ def _warn(message: str) -> None:
         warnings.warn(f"NTKWatch: {message}", stacklevel=2)
     except Warning:
         log.warning(f"NTKWatch: {message}")
-
-
-def _loader(trainer: Any, split: str | None) -> tuple[str, Any]:
-    """("val" | "train", loader): the split asked for, else validation where there is one."""
-    if split != "train":
-        loader = _val_loader(trainer)
-        if loader is not None:
-            return "val", loader
-        if split == "val":
-            raise ValueError("probes='val' but the trainer has no validation loader: pass one, or probes='train'")
-    return "train", trainer.train_dataloader
-
-
-def _val_loader(trainer: Any) -> Any:
-    """The validation loader, asked for early where Lightning has not set it up yet (and forgotten again)."""
-    if trainer.val_dataloaders is not None:
-        return trainer.val_dataloaders or None
-    source = getattr(getattr(trainer.fit_loop.epoch_loop, "val_loop", None), "_data_source", None)
-    if source is None or not source.is_defined() or not trainer.enable_validation:
-        return None
-    with leave_no_trace(trainer.lightning_module):
-        return source.dataloader() or None
-
-
-def _folder(trainer: Any) -> Path:
-    """<log_dir>/ntkwatch, else <save_dir>/ntkwatch/<id>; a name that no other record has."""
-    for logger in trainer.loggers:
-        if isinstance(directory := getattr(logger, "log_dir", None), str) and "://" not in directory:
-            return _free(Path(directory) / "ntkwatch")
-    saves = [getattr(logger, "save_dir", None) for logger in trainer.loggers]
-    root = next((s for s in saves if isinstance(s, str) and "://" not in s), trainer.default_root_dir)
-    names = [f"{logger.name}-{logger.version}" for logger in trainer.loggers[:1]]
-    return _free(Path(root) / "ntkwatch" / safe_name(names[0] if names else time.strftime("run-%Y%m%d-%H%M%S")))
-
-
-def _free(folder: Path) -> Path:
-    if not (folder / "manifest.json").exists():
-        return folder
-    return next(
-        other
-        for k in range(2, 1_000_000)
-        if not ((other := folder.with_name(f"{folder.name}-{k}")) / "manifest.json").exists()
-    )
-
-
-@contextmanager
-def _default_dtype(trainer: Any) -> Iterator[None]:
-    """Under "64-true" and the like Lightning runs forward with another default dtype; so does a probe."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(TRUE_PRECISION.get(str(trainer.precision), before))
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _show_columns(trainer: Any, watch: NTKWatch) -> None:
-    """Two short columns in the progress bar, through its public `get_metrics`."""
-    bar = trainer.progress_bar_callback
-    if bar is None or hasattr(bar.get_metrics, "ntkwatch"):
-        return
-    inner = bar.get_metrics
-
-    def get_metrics(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        items = inner(*args, **kwargs)
-        metrics = watch.last.metrics if watch.last is not None else {}
-        found = {column: metrics.get(name) for column, name in COLUMNS.items()}
-        return {**items, **{column: f"{value:.3f}" for column, value in found.items() if value is not None}}
-
-    get_metrics.ntkwatch = True  # type: ignore[attr-defined]
-    bar.get_metrics = get_metrics

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "ntkwatch"
 FLOORS = {
-    4: {"callback", "cli", "demo"},
+    4: {"callback", "trainer", "cli", "demo"},
     3: {"session", "monitor", "diagnostics"},
     2: {"engines"},
     1: {"model", "guard", "probes", "sinks", "compare", "report", "words"},

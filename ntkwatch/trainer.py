@@ -1,0 +1,102 @@
+"""What is read of a Lightning Trainer, and the little that is shown in it; Trainers of both import names look the same."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ntkwatch.guard import leave_no_trace
+from ntkwatch.probes import ProbeSet
+from ntkwatch.record import safe_name
+
+TRUE_PRECISION = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+
+def probe_loader(trainer: Any, split: str | None) -> tuple[str, Any]:
+    """("val" | "train", loader): the split asked for, else validation where there is one."""
+    if split != "train":
+        loader = _val_loader(trainer)
+        if loader is not None:
+            return "val", loader
+        if split == "val":
+            raise ValueError("probes='val' but the trainer has no validation loader: pass one, or probes='train'")
+    return "train", trainer.train_dataloader
+
+
+def _val_loader(trainer: Any) -> Any:
+    """The validation loader, asked for early where Lightning has not set it up yet (and forgotten again)."""
+    if trainer.val_dataloaders is not None:
+        return trainer.val_dataloaders or None
+    source = getattr(getattr(trainer.fit_loop.epoch_loop, "val_loop", None), "_data_source", None)
+    if source is None or not source.is_defined() or not trainer.enable_validation:
+        return None
+    with leave_no_trace(trainer.lightning_module):
+        return source.dataloader() or None
+
+
+def record_folder(trainer: Any) -> Path:
+    """<log_dir>/ntkwatch, else <save_dir>/ntkwatch/<id>; a name that no other record has."""
+    for logger in trainer.loggers:
+        if isinstance(directory := getattr(logger, "log_dir", None), str) and "://" not in directory:
+            return _free(Path(directory) / "ntkwatch")
+    saves = [getattr(logger, "save_dir", None) for logger in trainer.loggers]
+    root = next((s for s in saves if isinstance(s, str) and "://" not in s), trainer.default_root_dir)
+    names = [f"{logger.name}-{logger.version}" for logger in trainer.loggers[:1]]
+    return _free(Path(root) / "ntkwatch" / safe_name(names[0] if names else time.strftime("run-%Y%m%d-%H%M%S")))
+
+
+def _free(folder: Path) -> Path:
+    if not (folder / "manifest.json").exists():
+        return folder
+    return next(
+        other
+        for k in range(2, 1_000_000)
+        if not ((other := folder.with_name(f"{folder.name}-{k}")) / "manifest.json").exists()
+    )
+
+
+@contextmanager
+def true_precision(trainer: Any) -> Iterator[None]:
+    """Under "64-true" and the like Lightning runs forward with another default dtype; so does a probe."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(TRUE_PRECISION.get(str(trainer.precision), before))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def show_columns(trainer: Any, columns: Callable[[], Mapping[str, float | None]]) -> Callable[[], None]:
+    """Add columns to the progress bar, through its public `get_metrics`; returns what takes them away again."""
+    bar = trainer.progress_bar_callback
+    if bar is None:
+        return lambda: None
+    inner = bar.get_metrics
+
+    def get_metrics(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        shown = {name: f"{value:.3f}" for name, value in columns().items() if value is not None}
+        return {**inner(*args, **kwargs), **shown}
+
+    bar.get_metrics = get_metrics
+    return lambda: vars(bar).pop("get_metrics", None)
+
+
+def hyperparameters(trainer: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the data module, the module and the callback that are numbers, strings or flags; later ones win."""
+    sources = (getattr(trainer.datamodule, "hparams", {}), getattr(trainer.lightning_module, "hparams", {}), given)
+    merged = {str(key): value for source in sources for key, value in dict(source).items()}
+    return {k: v for k, v in merged.items() if isinstance(v, (bool, int, float, str, type(None)))}
+
+
+def as_in_training(trainer: Any, probes: ProbeSet, seed: int) -> ProbeSet:
+    """The batch as training_step would get it: after the module's transfer hooks and the precision plugin."""
+    with leave_no_trace(trainer.lightning_module):
+        torch.manual_seed(seed)  # a random transfer hook then does the same at every width
+        batch = trainer.strategy.batch_to_device(probes.batch, dataloader_idx=0)
+        return replace(probes, batch=trainer.precision_plugin.convert_input(batch))
