@@ -1,0 +1,120 @@
+"""Several runs in one panel: a metric against width, and against step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from ntkwatch.figures.scales import by_log, level_bar, plain_log, step_axis, ticks_at, words
+from ntkwatch.figures.style import ACCENT, QUIET, panel, remark, say, styled, subtitle
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+REFERENCES = {-1.0: "slope −1", 0.0: "slope 0"}
+
+
+class SlopeLike(Protocol):
+    """A log–log slope with its 95 % interval over n points; the bounds are NaN where there is no interval."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+    @property
+    def n(self) -> int: ...
+
+
+@styled
+def width_slopes(
+    table: pd.DataFrame,
+    slopes: Mapping[str, SlopeLike],
+    name: str,
+    *,
+    x: str = "width",
+    references: Mapping[float, str] | None = None,
+    note: str | None = None,
+    title: str | None = None,
+) -> Figure:
+    """One metric against width on log–log axes: a point a run, the fitted line with its confidence band, references.
+
+    ``table`` has a row a run, with the columns ``x`` and ``name``. ``slopes[name]`` is the least-squares slope of log
+    ``name`` on log ``x`` over the rows where both are positive; without it there are points alone. ``references``:
+    exponent → words, drawn from the line's left end (default −1 and 0). ``note`` is printed on the figure.
+    """
+    rows = table[(table[x] > 0) & (table[name] > 0)]
+    figure, axes = panel(title or words(name), words(x), words(name))
+    axes.set(xscale="log", yscale="log")
+    remark(figure, note)
+    if rows.empty:
+        say(axes, "no positive value")
+        return figure
+    xs, ys = rows[x].to_numpy(float), rows[name].to_numpy(float)
+    if name in slopes:
+        _fit(axes, xs, ys, slopes[name], REFERENCES if references is None else references)
+    axes.scatter(xs, ys, s=46, color=ACCENT, edgecolor="white", linewidth=0.8, zorder=5)
+    ticks_at(axes.xaxis, sorted(set(xs)))
+    plain_log(axes.yaxis)
+    return figure
+
+
+@styled
+def metric_curves(
+    history: pd.DataFrame, name: str, *, x: str = "width", note: str | None = None, title: str | None = None
+) -> Figure:
+    """One metric against step, a line a run, coloured by ``x``.
+
+    ``history`` is tidy, with a row per run, step and metric: columns run, ``x``, step, metric, value. The step axis is
+    linear to 1 and logarithmic from there, as steps are probed. Undefined values are left out.
+    """
+    rows = history[(history["metric"] == name) & np.isfinite(history["value"].astype(float))]
+    figure, axes = panel(title or words(name), "step", words(name))
+    remark(figure, note)
+    if rows.empty:
+        say(axes, "no defined value")
+        return figure
+    levels = sorted(set(rows[x]))
+    colours, norm = by_log(levels)
+    for (_, level), run in rows.groupby(["run", x], sort=False):
+        run = run.sort_values("step")
+        axes.plot(run["step"], run["value"], color=colours(norm(level)), marker="o", markersize=3.5, linewidth=1.6)
+    step_axis(axes, int(rows["step"].max()))
+    if len(levels) > 1:
+        level_bar(figure, axes, levels, colours, norm, words(x))
+    return figure
+
+
+def _fit(axes: Axes, xs: np.ndarray, ys: np.ndarray, slope: SlopeLike, references: Mapping[float, str]) -> None:
+    """The line, its band and the references."""
+    u, v = np.log(xs), np.log(ys)
+    at = np.linspace(u.min(), u.max(), 64)
+    line = v.mean() + slope.value * (at - u.mean())
+    for exponent, text in references.items():
+        ends = np.exp(line[0] + exponent * (at[[0, -1]] - at[0]))
+        axes.plot(np.exp(at[[0, -1]]), ends, color=QUIET, linestyle=(0, (1, 2)), linewidth=1.4)
+        axes.annotate(text, (np.exp(at[-1]), ends[1]), xytext=(9, 0), textcoords="offset points", color=QUIET,
+                      va="center", annotation_clip=False)  # fmt: skip
+    if math.isfinite(slope.low) and math.isfinite(slope.high):
+        # The fitted mean at u is known to t·s·√(1/n + (u−ū)²/S), the slope to t·s/√S, with S = Σ(u−ū)².
+        spread = np.sqrt(u.var() + (at - u.mean()) ** 2) * (slope.high - slope.low) / 2
+        axes.fill_between(np.exp(at), np.exp(line - spread), np.exp(line + spread), color=ACCENT, alpha=0.15, lw=0)
+    axes.plot(np.exp(at), np.exp(line), color=ACCENT, linewidth=2)
+    subtitle(axes, slope_text(slope), ACCENT)
+
+
+def slope_text(slope: SlopeLike) -> str:
+    """The slope with its interval, as it stands on the figure."""
+
+    def number(value: float) -> str:
+        return f"{value:.2f}".replace("-", "−")
+
+    if not (math.isfinite(slope.low) and math.isfinite(slope.high)):
+        return f"slope {number(slope.value)}, n = {slope.n}: too few points for an interval"
+    return f"slope {number(slope.value)}, 95 % interval {number(slope.low)} to {number(slope.high)}, n = {slope.n}"
