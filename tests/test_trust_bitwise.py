@@ -37,10 +37,10 @@ def sweep(cells: list[Cell]) -> Tally:
         tally.compare(name, reference(job.name), seen)
         if refusal_expected((job, hook, engine)) and "checkpoint" in str(probe.refusal):
             tally.refused.append(f"{name}: {probe.refusal}")
-        elif all(p.recorded() for p in probes):
+        elif not any(missing := [p.missing() for p in probes]):
             tally.recorded += 1
         else:
-            tally.unrecorded.append(f"{name}: {probe.refusal or [len(p.kernels) for p in probes]}")
+            tally.unrecorded.append(f"{name}: {missing}")
     return tally
 
 

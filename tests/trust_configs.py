@@ -2,7 +2,7 @@
 
 The net has BatchNorm (its statistics move in a train-mode forward), Dropout and own noise (they draw from the global
 generator), an attribute left with a graph on it, and a table built lazily in `forward` (an inference tensor there
-breaks the next backward). The data augments with python's, numpy's and torch's generators. `Job` says how a Trainer runs it.
+breaks the next backward). The data augments with python's, numpy's and torch's generators.
 """
 
 from __future__ import annotations

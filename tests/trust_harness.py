@@ -21,8 +21,8 @@ import numpy as np
 import pytorch_lightning
 import torch
 from torch import Tensor
-from trust_configs import IMPORT_NAMES, JOBS, QUIET, Job
-from trust_observe import Closing, Observation, Opening, digest, first_differences, hook_counts, process, rng, state
+from trust_configs import FEATURES, IMPORT_NAMES, JOBS, QUIET, Job
+from trust_observe import Closing, Observation, Opening, digest, process, rng, state
 
 Watch = Callable[[], list[Any]]
 UNWATCHED: Watch = list
@@ -37,11 +37,16 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def observe(job: Job, import_name: str = "pytorch_lightning", watch: Watch = UNWATCHED, seed: int = 7) -> Observation:
-    """Train `job` once. An exception ends the observation and is part of it."""
+def quieten() -> None:
+    """One thread, so that sums have one order; no lines about devices and epochs."""
     torch.set_num_threads(1)
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def observe(job: Job, import_name: str = "pytorch_lightning", watch: Watch = UNWATCHED, seed: int = 7) -> Observation:
+    """Train `job` once. An exception ends the observation and is part of it."""
+    quieten()
     seen = Observation()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -55,6 +60,7 @@ def observe(job: Job, import_name: str = "pytorch_lightning", watch: Watch = UNW
 def _train(job: Job, import_name: str, watch: Watch, seed: int, folder: Path, seen: Observation) -> None:
     if job.compiled:
         torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
     checkpoint = None
     if job.resumed:
         trainer = _fit(job, import_name, watch, seed, folder, seen, epochs=1)
@@ -86,6 +92,8 @@ def _fit(
     fitted = torch.compile(module, backend="aot_eager") if job.compiled else module
     trainer.fit(fitted, train, val, ckpt_path=checkpoint)
     seen.final = final_state(trainer, module)
+    if job.compiled:
+        seen.final["compiled graphs"] = str(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     return trainer
 
 
@@ -140,6 +148,7 @@ class MonitorProbe:
         self.monitor: Any = None
         self.kernels: list[Tensor] = []
         self.refusal: str | None = None
+        self.shape: tuple[int, ...] = (FEATURES,)
 
     def __call__(self, module: Any, step: int) -> None:
         from ntkwatch.engines import UnsupportedModel
@@ -149,21 +158,24 @@ class MonitorProbe:
             return
         try:
             if self.monitor is None:
-                self.monitor = Monitor(module, fixed_probes(module), engine=self.engine, **self.arguments)
+                self.monitor = Monitor(module, fixed_probes(module, self.shape), engine=self.engine, **self.arguments)
             self.kernels.append(self.monitor.measure(step).kernel)
         except UnsupportedModel as refusal:
             self.refusal = str(refusal)
 
-    def recorded(self) -> bool:
-        """At least two kernels, each finite and not all zero."""
-        return len(self.kernels) >= 2 and all(real_kernel(k) for k in self.kernels)
+    def missing(self, at_least: int = 2) -> str | None:
+        """Why this does not count as recorded; None where there are enough kernels, each finite and not all zero."""
+        bad = [k for k in self.kernels if not real_kernel(k)]
+        if self.refusal is not None or bad:
+            return self.refusal or f"{len(bad)} of {len(self.kernels)} kernels are zero or not finite"
+        return None if len(self.kernels) >= at_least else f"{len(self.kernels)} kernels"
 
 
-def fixed_probes(module: Any) -> tuple[Tensor, Tensor]:
+def fixed_probes(module: Any, shape: tuple[int, ...] = (FEATURES,)) -> tuple[Tensor, Tensor]:
     """(x, y): the same few inputs and classes, drawn from an own generator, in the module's type."""
     generator = torch.Generator().manual_seed(3)
     weight = next(p for p in module.parameters() if p.is_floating_point())
-    return torch.randn(PROBES, 6, generator=generator).to(weight.dtype), torch.tensor([0, 1, 2, 1])
+    return torch.randn(PROBES, *shape, generator=generator).to(weight.dtype), torch.tensor([0, 1, 2, 1])
 
 
 def real_kernel(kernel: Tensor) -> bool:
@@ -193,21 +205,4 @@ class Tally:
         return f"{promise}: {self.cells} {unit}, {self.recorded} recorded, {len(self.differ)} differ{refused}"
 
     def faults(self) -> str:
-        return "\n".join([*self.differ, *(f"{name}: nothing was recorded" for name in self.unrecorded)])
-
-
-__all__ = [
-    "FIRES",
-    "Driver",
-    "MonitorProbe",
-    "Observation",
-    "Tally",
-    "first_differences",
-    "fixed_probes",
-    "hook_counts",
-    "job_named",
-    "observe",
-    "real_kernel",
-    "reference",
-    "seed_all",
-]
+        return "\n".join([*self.differ, *(f"not recorded: {name}" for name in self.unrecorded)])

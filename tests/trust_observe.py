@@ -11,6 +11,7 @@ import hashlib
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -224,12 +225,9 @@ class Closing(pytorch_lightning.Callback):
     def __init__(self, opening: Opening, seen: Observation) -> None:
         self.opening, self.seen = opening, seen
         for hook in MOMENTS:
-            setattr(self, hook, self._bind(hook))
+            setattr(self, hook, partial(self._note, hook))  # picklable: ddp_spawn sends it
 
-    def _bind(self, hook: str) -> Any:
-        return lambda trainer, module, *args, **named: self._note(hook, module, args)
-
-    def _note(self, hook: str, module: Any, args: tuple[Any, ...]) -> None:
+    def _note(self, hook: str, trainer: Any, module: Any, *args: Any, **named: Any) -> None:
         now = Instant.of(module)
         if self.opening.instant is not None:
             self.seen.violations += [f"{name} at {hook}" for name in self.opening.instant.changed(now)]

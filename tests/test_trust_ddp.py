@@ -1,0 +1,105 @@
+"""Promise 3: under DDP on two gloo processes, both ranks train bitwise as without the monitor, and rank 0 records."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trust_ddp
+from trust_ddp import DDP_JOBS, LAUNCHERS, UNWATCHED, WATCHERS
+from trust_harness import Tally
+from trust_observe import Observation
+
+TIMEOUT = 240  # seconds for one script; a run takes about ten
+
+
+def launch(launcher: str, job: str, folder: Path, watchers: Sequence[str]) -> str | None:
+    """Run the script in a session of its own; what went wrong, in words. A hang is ended and said."""
+    command = [sys.executable, trust_ddp.__file__, launcher, job, str(folder), *watchers]
+    environment = {k: v for k, v in os.environ.items() if k not in {"WORLD_SIZE", "LOCAL_RANK", "NODE_RANK"}}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    script = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        said, _ = script.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(script.pid, signal.SIGKILL)
+        return f"hung for {TIMEOUT} s: {script.communicate()[0][-800:]}"
+    return None if script.returncode == 0 else f"exit code {script.returncode}: {said[-1500:]}"
+
+
+def seen(folder: Path, rank: int) -> tuple[Observation, dict[str, Any]]:
+    written = json.loads((folder / f"rank{rank}.json").read_text())
+    fields = {k: written[k] for k in ("final", "violations", "losses", "error")}
+    return Observation(moments=[(hook, digests) for hook, digests in written["moments"]], **fields), written
+
+
+def compare(tally: Tally, name: str, folder: Path, watcher: str) -> None:
+    """One run: both ranks against the unwatched ones; counted as recorded where no rank misses anything."""
+    merged, ranks = Tally(), []
+    for rank in (0, 1):
+        before, _ = seen(folder / UNWATCHED, rank)
+        after, written = seen(folder / watcher, rank)
+        merged.compare(f"{name}, rank {rank}", before, after)
+        ranks.append(written)
+    tally.cells += 1
+    tally.differ += merged.differ[:1]
+    missing = [w["missing"] for w in ranks if w["missing"]] + ["not two ranks" for w in ranks if w["world"] != 2]
+    tally.recorded += not missing
+    tally.unrecorded += [f"{name}: {missing}"] if missing else []
+
+
+def sweep(runs: Sequence[tuple[str, str, Sequence[str]]], folder: Path) -> Tally:
+    tally = Tally()
+    for i, (launcher, job, watchers) in enumerate(runs):
+        failure = launch(launcher, job, folder / str(i), watchers)
+        for watcher in watchers:
+            name = f"{launcher} × {job} × {watcher}"
+            if failure is None:
+                compare(tally, name, folder / str(i), watcher)
+            else:
+                tally.cells += 1
+                tally.differ.append(f"{name}: {failure}")
+    return tally
+
+
+def run(runs: Sequence[tuple[str, str, Sequence[str]]], folder: Path, capsys: pytest.CaptureFixture[str]) -> Tally:
+    tally = sweep(runs, folder)
+    with capsys.disabled():
+        print("\n" + tally.line("promise 3", "DDP runs on two gloo processes"))
+    assert tally.faults() == ""
+    assert tally.recorded == tally.cells == sum(len(watchers) for *_, watchers in runs)
+    return tally
+
+
+def test_a_sample_of_ddp_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run([("ddp", "accumulation 3", WATCHERS[:2]), ("ddp_spawn", "plain", WATCHERS[:1])], tmp_path, capsys)
+
+
+def test_the_ranks_see_different_data(tmp_path: Path) -> None:
+    """Were both ranks alike, a monitor that mixed them up would not show."""
+    assert launch("ddp", "plain", tmp_path, []) is None
+    (first, _), (second, _) = seen(tmp_path / UNWATCHED, 0), seen(tmp_path / UNWATCHED, 1)
+    batches = [
+        [m["batch and outputs"] for hook, m in o.moments if hook == "on_train_batch_end"] for o in (first, second)
+    ]
+    assert len(batches[0]) == len(batches[1]) > 0
+    assert set(batches[0]).isdisjoint(batches[1])
+    weights = [
+        {k: v for k, v in o.final.items() if k.startswith("weights/") and "norm" not in k} for o in (first, second)
+    ]
+    assert weights[0] == weights[1], "DDP keeps the weights of both ranks equal"
+
+
+@pytest.mark.soak
+def test_every_ddp_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    every = [(launcher, job.name, WATCHERS) for launcher in LAUNCHERS for job in DDP_JOBS]
+    assert run(every, tmp_path, capsys).cells == 24

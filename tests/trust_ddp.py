@@ -1,0 +1,93 @@
+"""Promise 3's script: the same training on two gloo processes, unwatched and then under each watcher.
+
+`python trust_ddp.py LAUNCHER JOB FOLDER WATCHER…` writes FOLDER/WATCHER/rankN.json, "unwatched" among them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from trust_configs import QUIET, Job, task, with_workers
+from trust_harness import Driver, MonitorProbe, final_state, quieten, real_kernel, seed_all
+from trust_observe import Closing, Observation, Opening
+
+DDP_JOBS = [
+    Job("plain", task()),
+    Job("accumulation 3", task(), {"accumulate_grad_batches": 3}),
+    Job("manual, 2 optimizers", task("manual")),
+    Job("2 workers", task(), loaders=with_workers(persistent=False)),
+]
+LAUNCHERS = ["ddp", "ddp_spawn"]
+UNWATCHED = "unwatched"
+WATCHERS = ["NTKWatch", "on_train_batch_start", "on_after_backward"]
+
+
+class Report(pl.Callback):
+    """Last of the callbacks, in every process: writes what this rank saw and whether its watcher recorded."""
+
+    def __init__(self, path: Path, seen: Observation, watcher: Any) -> None:
+        self.path, self.seen, self.watcher = path, seen, watcher
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        self.seen.final = final_state(trainer, module)
+        missing = why_missing(self.watcher, trainer.global_rank)
+        self.path.mkdir(parents=True, exist_ok=True)
+        written = {**asdict(self.seen), "missing": missing, "world": trainer.world_size}
+        (self.path / f"rank{trainer.global_rank}.json").write_text(json.dumps(written))
+
+
+def why_missing(watcher: Any, rank: int) -> str | None:
+    """Why this rank counts as not recorded: every rank's Monitor must measure, NTKWatch writes on rank 0 alone."""
+    if isinstance(watcher, Driver):
+        return watcher.measure.missing()
+    if watcher is None or rank != 0:
+        return None
+    from ntkwatch import load_run
+
+    if watcher.record is None:
+        return "rank 0 has no record"
+    run = load_run(watcher.record)
+    good = len(run.steps) >= 2 and all(real_kernel(run.kernel(step)) for step in run.steps)
+    return None if good else f"the record holds the steps {run.steps}"
+
+
+def watch(name: str) -> list[Any]:
+    """The watching callbacks: none, NTKWatch, or a Monitor in the hook of that name."""
+    if name == UNWATCHED:
+        return []
+    if name == "NTKWatch":
+        from ntkwatch import NTKWatch
+
+        return [NTKWatch(probes=6, every=[1, 2], budget=None, on_error="raise")]
+    return [Driver(name, MonitorProbe("layerwise"))]
+
+
+def fit(launcher: str, job: Job, folder: Path, name: str) -> None:
+    seed_all(11)
+    module, (train, val) = job.build("pytorch_lightning"), job.loaders()
+    callbacks = watch(name)
+    opening, seen = Opening(), Observation()
+    report = Report(folder / name, seen, *(callbacks or [None]))
+    arguments = {**QUIET, "devices": 2, "strategy": launcher, "max_epochs": 2, "default_root_dir": folder / name}
+    trainer = pl.Trainer(
+        **{**arguments, **job.trainer}, callbacks=[opening, *callbacks, Closing(opening, seen), report]
+    )
+    trainer.fit(module, train, val)
+
+
+def main(launcher: str, job_name: str, folder: str, *names: str) -> None:
+    warnings.simplefilter("ignore")
+    quieten()
+    job = next(job for job in DDP_JOBS if job.name == job_name)
+    for name in [UNWATCHED, *names]:
+        fit(launcher, job, Path(folder), name)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
