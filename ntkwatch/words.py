@@ -139,7 +139,7 @@ def _direction(run: Readable) -> str:
     z0, z1 = _first(run.metrics, "centered_alignment_z"), _last(run.metrics, "centered_alignment_z")
     if start is None or end is None:
         return ""
-    source = (run.manifest.get("probes") or {}).get("source")
+    source = str((run.manifest.get("probes") or {}).get("source"))
     split = {"val": " on held-out probes", "train": " on training probes"}.get(source, "")
     change = end - start
     text = f"Alignment with the targets{split} {start:.3f} → {end:.3f} ({change:+.3f})"

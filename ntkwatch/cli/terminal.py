@@ -17,8 +17,7 @@ from ntkwatch.words import layers_at, printable, summarise
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ntkwatch.compare import Comparison
-    from ntkwatch.diff import Difference
+    from ntkwatch.compare import Comparison, Difference
     from ntkwatch.record import Run
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -48,13 +47,13 @@ def sparkline(values: Iterable[float | None], width: int = 16) -> str:
     >>> sparkline([0, 1, None, 7])
     '▁▂·█'
     """
-    values = [math.nan if v is None else float(v) for v in values]
-    if len(values) > width:
-        values = [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)]
-    finite = [v for v in values if math.isfinite(v)]
+    numbers = [math.nan if v is None else float(v) for v in values]
+    if len(numbers) > width:
+        numbers = [numbers[round(i * (len(numbers) - 1) / (width - 1))] for i in range(width)]
+    finite = [v for v in numbers if math.isfinite(v)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     span = (high - low) or 1.0
-    return "".join(BARS[round((v - low) / span * (len(BARS) - 1))] if math.isfinite(v) else "·" for v in values)
+    return "".join(BARS[round((v - low) / span * (len(BARS) - 1))] if math.isfinite(v) else "·" for v in numbers)
 
 
 def number(value: Any, digits: int = 4) -> str:
@@ -119,6 +118,8 @@ def comparison(c: Comparison) -> RenderableType:
     parts: list[RenderableType] = []
     if c.mismatch:
         parts.append(Text(f"Mismatch allowed: {c.mismatch}", style="bold red"))
+    optimizers = ", ".join(sorted(set(c.table["optimizer"])))
+    parts.append(_title(f"{len(c.table)} runs ({optimizers}) at step {c.step:,}, the last they share"))
     parts += [runs_table(c), slopes_table(c), *_readings(c)]
     parts += [Text(f"Note: {note}.", style="yellow") for note in c.notes]
     return _spaced(parts)
@@ -137,7 +138,7 @@ def runs_table(c: Comparison) -> Table:
     from ntkwatch.compare import SLOPES
 
     names = [name for name in SLOPES if name in c.table]
-    table = _table(f"run at step {c.step:,}", c.x, "seed", *(SHORT[name] for name in names))
+    table = _table("run", c.x, "seed", *(SHORT[name] for name in names))
     for row in c.table.head(MOST_RUNS).to_dict("records"):
         seed = "–" if _missing(row["seed"]) else str(row["seed"])
         table.add_row(row["run"], f"{row[c.x]:g}", seed, *(number(row[name], 3) for name in names))

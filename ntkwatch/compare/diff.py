@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ntkwatch.compare import CompareError, MismatchError, differences, last_common_step, names_of, plain
+from ntkwatch.compare.runs import CompareError, MismatchError, differences, last_common_step, names_of, plain
 from ntkwatch.record import Run, load_run
 
 if TYPE_CHECKING:

@@ -7,33 +7,35 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ntkwatch import figures
+from ntkwatch.compare.runs import (
+    CompareError,
+    MismatchError,
+    differences,
+    last_common_step,
+    names_of,
+    optimizer_of,
+    plain,
+    plain_value,
+    seed_of,
+    some,
+    x_of,
+)
 from ntkwatch.record import Run, find_runs, load_run
 from ntkwatch.slopes import LEVEL, Slope, fit_slope, read_slope, reference_lines
-from ntkwatch.words import printable, summarise
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["CompareError", "Comparison", "MismatchError", "Slope", "compare_runs", "fit_slope", "summarise"]
-
 SLOPES = ("kernel_angle", "relative_change", "kernel_distance", "taylor_ratio", "parameter_distance")
-SEED_NAMES = ("seed", "random_seed", "rng_seed", "seed_everything")
-
-
-class CompareError(ValueError):
-    """Runs that cannot be put in one table: which, why, what to do."""
-
-
-class MismatchError(CompareError):
-    """Runs whose kernels are not the same quantity (probes, reduction, mode or diagnostics differ)."""
+COURSES = ("kernel_angle", "taylor_ratio")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Comparison:
         return read_slope(name, self.slopes[name]) if self.x == "width" else "no reference line for this x"
 
     def figures(self) -> dict[str, Figure]:
-        """One log–log figure for each slope, and the course of each of SLOPES in every run; an override is printed."""
+        """One log–log figure for each slope, and the course of COURSES in every run; an override is printed."""
         note = f"mismatch allowed: {self.mismatch}" if self.mismatch else None
         about: dict[str, Any] = {"x": self.x, "note": note}
         drawn = {
@@ -76,7 +78,7 @@ class Comparison:
             )
             for name in self.slopes
         }
-        measured = [name for name in SLOPES if name in self.table]
+        measured = [name for name in COURSES if name in self.table]
         return drawn | {f"course_{name}": figures.metric_curves(self.history, name, **about) for name in measured}
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,13 +88,18 @@ class Comparison:
             "step": self.step,
             "runs": plain(self.table),
             "slopes": {
-                name: {k: _plain(v) for k, v in s._asdict().items()} | {"level": LEVEL, "reading": self.reading(name)}
+                name: {k: plain_value(v) for k, v in s._asdict().items()}
+                | {"level": LEVEL, "reading": self.reading(name)}
                 for name, s in self.slopes.items()
             },
             "seed_spread": plain(self.seed_spread),
             "mismatch": self.mismatch,
             "notes": list(self.notes),
         }
+
+    def _slope_as_dict(self, name: str) -> dict[str, Any]:
+        numbers = {key: plain_value(value) for key, value in self.slopes[name]._asdict().items()}
+        return numbers | {"level": LEVEL, "dof": self.slopes[name].dof, "reading": self.reading(name)}
 
 
 def compare_runs(
@@ -114,7 +121,7 @@ def compare_runs(
         raise CompareError(
             f"no run has {x} ≥ {min_width:g} (the largest is {max(value for value, _ in placed):g}): lower --min-width"
         )
-    kept.sort(key=lambda pair: (pair[0], _seed(pair[1]) or 0))
+    kept.sort(key=lambda pair: (pair[0], seed_of(pair[1]) or 0))
     xs, runs = [value for value, _ in kept], [run for _, run in kept]
     if len(set(xs)) < 2:
         raise CompareError(
@@ -131,78 +138,13 @@ def compare_runs(
     return Comparison(x, step, table, _history(runs, xs, x), slopes, tuple(notes), mismatch, tuple(runs))
 
 
-def x_of(run: Run, x: str) -> float:
-    """What places a run on the x axis: its width, or any hyperparameter; CompareError names the run and the remedy."""
-    number = run.width if x == "width" else run.hparam(x)
-    if number is not None and number > 0:
-        return number
-    hparams = run.manifest.get("hparams") or {}
-    if number is None and x not in hparams:
-        raise CompareError(
-            f"{run.folder} has no hyperparameter {x!r} (it has {', '.join(sorted(hparams)) or 'none'}): record it with "
-            f"save_hyperparameters() or NTKWatch(hparams={{{x!r}: …}}), or name another with --x"
-        )
-    got = hparams.get(x) if number is None else number
-    raise CompareError(f"{run.folder} has {x} = {got!r}: a log–log axis needs a positive number; name another with --x")
-
-
-def differences(runs: Sequence[Run], of_what: Iterable[str] | None = None) -> list[str]:
-    """What makes the kernels of these runs unlike quantities: one clause for each of probes, targets, reduction, …"""
-    clauses = []
-    for what, of in ((what, IDENTITY[what]) for what in of_what or IDENTITY):
-        groups: dict[str, list[str]] = {}
-        for run, name in zip(runs, names_of(runs), strict=True):
-            groups.setdefault(of(run.manifest), []).append(name)
-        if len(groups) > 1:
-            sides = " against ".join(f"{value} in {_some(names)}" for value, names in groups.items())
-            clauses.append(f"{what}: {sides}")
-    return clauses
-
-
-def _probes(manifest: Mapping[str, Any], key: str) -> str:
-    value = (manifest.get("probes") or {}).get(key)
-    return "none" if value is None else str(value)[:12]
-
-
-IDENTITY: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "probe hash": lambda m: _probes(m, "hash"),
-    "targets hash": lambda m: _probes(m, "targets_hash"),
-    "reduction": lambda m: str(m.get("reduction")),
-    "mode": lambda m: str(m.get("mode")),
-    "diagnostics": lambda m: str(m.get("diagnostics")),
-    "record schema": lambda m: str(m.get("schema")),
-}
-
-
-def last_common_step(runs: Sequence[Run]) -> int:
-    """The largest step that every run measured; CompareError where there is none."""
-    shared = set(runs[0].steps).intersection(*(run.steps for run in runs[1:]))
-    if shared:
-        return max(shared)
-    ends = _some([f"{name} {run.steps[0]}–{run.steps[-1]}" for run, name in zip(runs, names_of(runs), strict=True)])
-    raise CompareError(f"the runs share no measured step ({ends}): watch them with the same every=")
-
-
-def names_of(runs: Sequence[Run]) -> list[str]:
-    """Short distinct names: the folders, without the part that all share and without the closing `ntkwatch`."""
-    parts = [list(Path(run.folder).resolve().parts) for run in runs]
-    parts = [p[:-1] if p[-1] == "ntkwatch" and len(p) > 2 else p for p in parts]
-    if len(parts) < 2:
-        return [p[-1] for p in parts]
-    shared = 0
-    while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
-        shared += 1
-    names = [printable("/".join(p[shared:])) for p in parts]
-    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
-
-
 def _load(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Run]:
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     folders = {folder.resolve(): folder for folder in find_runs([Path(path) for path in given])}
     runs = [load_run(folder) for folder in folders.values()]
     empty = [str(run.folder) for run in runs if not run.steps]
     if empty:
-        raise CompareError(f"{_some(empty)} holds no probe yet: wait for its first, or leave it out")
+        raise CompareError(f"{some(empty)} holds no probe yet: wait for its first, or leave it out")
     return runs
 
 
@@ -210,7 +152,7 @@ def _table(runs: Sequence[Run], xs: Sequence[float], x: str, step: int) -> pd.Da
     import pandas as pd
 
     rows = [
-        {"run": name, x: value, "seed": _seed(run), "step": step, "optimizer": _optimizer(run)}
+        {"run": name, x: value, "seed": seed_of(run), "step": step, "optimizer": optimizer_of(run)}
         | {k: v for k, v in run.metrics.loc[step].items() if k not in (x, "seed", "step")}
         for run, value, name in zip(runs, xs, names_of(runs), strict=True)
     ]
@@ -223,7 +165,7 @@ def _history(runs: Sequence[Run], xs: Sequence[float], x: str) -> pd.DataFrame:
     parts = []
     for run, value, name in zip(runs, xs, names_of(runs), strict=True):
         long = run.metrics.rename_axis("step").reset_index().melt("step", var_name="metric", value_name="value")
-        parts.append(long.assign(run=name, **{x: value}, seed=_seed(run)))
+        parts.append(long.assign(run=name, **{x: value}, seed=seed_of(run)))
     return pd.concat(parts, ignore_index=True)[["run", x, "seed", "step", "metric", "value"]]
 
 
@@ -276,29 +218,5 @@ def _seed_spread(runs: Sequence[Run], xs: Iterable[float]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _seed(run: Run) -> int | None:
-    seeds = (run.hparam(name) for name in SEED_NAMES)
-    return next((int(seed) for seed in seeds if seed is not None), None)
-
-
-def _optimizer(run: Run) -> str:
-    return str(run.manifest.get("optimizer") or "unknown")
-
-
-def plain(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows as JSON types; an undefined number is None."""
-    return [{str(k): _plain(v) for k, v in row.items()} for row in rows.to_dict("records")]
-
-
-def _plain(value: Any) -> Any:
-    import pandas as pd
-
-    return None if pd.isna(value) or value in (math.inf, -math.inf) else getattr(value, "item", lambda: value)()
-
-
 def _runs(n: int) -> str:
     return "1 run" if n == 1 else f"{n} runs"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} others"

@@ -1,0 +1,262 @@
+"""The command line: arguments → the floors below → terminal, files, exit code (0 fine, 1 a problem found, 2 bad input).
+
+What costs a second to import (torch, pandas, matplotlib) is imported by the command that needs it, so that `--help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from ntkwatch.compare import Comparison
+    from ntkwatch.record import Run
+
+PROBLEM, BAD_INPUT = 1, 2
+
+
+class _Commands(TyperGroup):
+    """Commands whose expected errors are one sentence on stderr and exit code 2, never a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, ImportError) as error:
+            if not _expected(error):
+                raise
+            _complain(str(error))
+            raise typer.Exit(BAD_INPUT) from error
+
+
+def _expected(error: Exception) -> bool:
+    """Ours, or the file system's; anything else is a defect that deserves its traceback."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] == "ntkwatch"
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Watch the Neural Tangent Kernel of real training runs: read, compare and explain what was recorded.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, for example lightning_logs/version_0.")]
+RunPaths = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders that hold some.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+X = Annotated[str, typer.Option("--x", help="The hyperparameter on the x axis.")]
+MinWidth = Annotated[float | None, typer.Option("--min-width", help="Leave out runs with a smaller x.")]
+AllowMismatch = Annotated[
+    bool, typer.Option("--allow-mismatch", help="Compare unlike kernels anyway; printed on the figures.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from ntkwatch import __version__
+
+        typer.echo(f"ntkwatch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+@app.command()
+def show(
+    run: RunPath,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Refresh until the run ends or Ctrl-C.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What happened to the kernel of one run, in words and numbers."""
+    if follow and as_json:
+        raise typer.BadParameter("--follow and --json exclude each other: JSON is one answer")
+    if follow:
+        from ntkwatch.cli import follow as live
+
+        return live.follow(run)
+    from ntkwatch.cli import terminal
+    from ntkwatch.record import load_run
+
+    loaded = load_run(run)
+    if as_json:
+        return _print_json(_run_as_dict(loaded))
+    console = terminal.console()
+    return console.print(terminal.show(loaded, console.width))
+
+
+@app.command()
+def widths(
+    runs: RunPaths,
+    x: X = "width",
+    min_width: MinWidth = None,
+    allow_mismatch: AllowMismatch = False,
+    as_json: AsJson = False,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder for figures and CSV [default: ntkwatch_widths].")
+    ] = None,
+) -> None:
+    """Runs over width: slopes with confidence intervals, figures, CSV."""
+    from ntkwatch.compare import compare_runs
+
+    comparison = compare_runs(runs, x, allow_mismatch=allow_mismatch, min_width=min_width)
+    if not as_json:
+        _print_comparison(comparison)
+    written = _write(comparison, out or Path("ntkwatch_widths")) if out or not as_json else []
+    if as_json:
+        return _print_json(comparison.as_dict() | {"files": [str(path) for path in written]})
+    for path in written:
+        typer.echo(f"wrote {path}")
+    return None
+
+
+def _print_comparison(comparison: Comparison) -> None:
+    from ntkwatch.cli import terminal
+
+    terminal.console().print(terminal.comparison(comparison))
+    typer.echo()
+
+
+def _write(comparison: Comparison, folder: Path) -> list[Path]:
+    """Tables and figures of a comparison, as files in `folder`."""
+    import pandas as pd
+
+    from ntkwatch import figures
+
+    folder.mkdir(parents=True, exist_ok=True)
+    slopes = pd.DataFrame({name: s._asdict() for name, s in comparison.slopes.items()}).T.rename_axis("metric")
+    tables = {"table": comparison.table, "history": comparison.history, "slopes": slopes.reset_index()}
+    written = []
+    for name, table in tables.items():
+        written.append(folder / f"{name}.csv")
+        table.to_csv(written[-1], index=False)
+    for name, figure in comparison.figures().items():
+        written.append(folder / f"{name}.png")
+        figures.save(figure, written[-1])
+    return written
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A run's folder.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another, watched on the same probes.")],
+    step: Annotated[int | None, typer.Option("--step", help="The step of the layer table [default: the last].")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How alike the kernels of two runs are, by step and layer."""
+    from ntkwatch.cli import terminal
+    from ntkwatch.compare import diff_runs
+
+    difference = diff_runs(a, b, step)
+    if as_json:
+        return _print_json(difference.as_dict())
+    return terminal.console().print(terminal.difference(difference))
+
+
+@app.command()
+def report(
+    runs: RunPaths,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The page to write.")] = Path("report.html"),
+    x: X = "width",
+    allow_mismatch: AllowMismatch = False,
+) -> None:
+    """One self-contained HTML page about one or more runs."""
+    from ntkwatch.report import write_report
+
+    typer.echo(f"wrote {write_report(runs, out, x=x, allow_mismatch=allow_mismatch)}")
+
+
+@app.command()
+def explain(metric: Annotated[str | None, typer.Argument(metavar="METRIC")] = None) -> None:
+    """What a metric is: formula, range, pitfalls; no name: list."""
+    from ntkwatch.cli.glossary import entries, entry
+
+    if metric is None:
+        return typer.echo("\n".join(entries()))
+    text = entry(metric.removeprefix("ntk/"))
+    if text is None:
+        close = difflib.get_close_matches(metric, entries(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"the names are {', '.join(entries())}"
+        _complain(f"no metric is called {metric!r}: {hint}")
+        raise typer.Exit(BAD_INPUT)
+    return typer.echo(f"{metric}\n\n{text}")
+
+
+@app.command()
+def doctor(
+    factory: Annotated[str, typer.Argument(metavar="FILE:FACTORY", help="FACTORY() returns (model, batch).")],
+    reduction: Annotated[str, typer.Option("--reduction", help="trace, sum, blocks or full.")] = "trace",
+) -> None:
+    """How a model would be measured, its cost, what would fail."""
+    from ntkwatch.cli.checkup import check
+
+    lines, healthy = check(factory, reduction)
+    typer.echo("\n".join(lines))
+    if not healthy:
+        raise typer.Exit(PROBLEM)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the runs.")] = Path("ntkwatch_demo"),
+) -> None:
+    """Train and watch small networks at four widths, then compare."""
+    from ntkwatch.cli import terminal
+    from ntkwatch.compare import compare_runs, summarise
+    from ntkwatch.demo import run
+
+    console = terminal.console()
+    root = run(out, console)
+    comparison = compare_runs(root)
+    middle = comparison.runs[len(comparison.runs) // 2]
+    console.print(summarise(middle))
+    _print_comparison(comparison)
+    written = _write(comparison, root / "widths")
+    typer.echo(f"figure: {next(path for path in written if path.suffix == '.png')}")
+    typer.echo(f"to look at it live: tensorboard --logdir {root}")
+
+
+def _run_as_dict(run: Run) -> dict[str, Any]:
+    from ntkwatch.compare import plain
+    from ntkwatch.words import layers_at, summarise
+
+    return {
+        "folder": str(run.folder),
+        "manifest": run.manifest,
+        "summary": summarise(run),
+        "metrics": plain(run.metrics.reset_index()),
+        "layers": {str(step): layers_at(run.layer_metrics, step) for step in run.steps},
+        "reasons": {str(step): reasons for step, reasons in run.reasons.items() if reasons},
+    }
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=1, allow_nan=False))
+
+
+def _complain(message: str) -> None:
+    from ntkwatch.words import printable
+
+    typer.echo(f"ntkwatch: {printable(message)}", err=True)
+
+
+def main() -> None:
+    """Entry point of the `ntkwatch` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a narrow encoding costs a character, not the answer
+    app(prog_name="ntkwatch")

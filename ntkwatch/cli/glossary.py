@@ -1,0 +1,54 @@
+"""What `ntkwatch explain` says: the docstring of the metric's own function, so that it cannot drift from the code."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+# Logged names that are another function's values.
+SAME_AS = {
+    "centered_alignment_z": "alignment_z",
+    "log10_lambda_max": "eigenvalues",
+    **{f"log10_lambda_{i}": "eigenvalues" for i in range(1, 6)},
+}
+OWN_WORDS = {
+    "overhead": "Share of the run's wall time that went into probing, planning and the engine's self-check, in [0, 1].",
+    "log10_lambda_max": "log10 of the kernel's largest eigenvalue.",
+    **{f"log10_lambda_{i}": f"log10 of the kernel's eigenvalue number {i}, from the largest." for i in range(1, 6)},
+}
+
+
+def entries() -> list[str]:
+    """Every name that `entry` knows, sorted."""
+    return sorted({*_functions(), *_diagnostics(), *SAME_AS, *OWN_WORDS})
+
+
+def entry(name: str) -> str | None:
+    """What a metric is: formula, shape, range, source, pitfalls; None for an unknown name."""
+    functions, diagnostics = _functions(), _diagnostics()
+    function = functions.get(name) or functions.get(SAME_AS.get(name, "")) or diagnostics.get(name)
+    own, documented = OWN_WORDS.get(name), inspect.getdoc(function) if function else None
+    if own is None and documented is None:
+        return None
+    source = f"From {SAME_AS[name]}:" if name in SAME_AS else None
+    parts = (own, source, _without_examples(documented or ""))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _functions() -> dict[str, Callable[..., Any]]:
+    from ntkwatch import metrics
+
+    public = {name: getattr(metrics, name) for name in metrics.__all__}
+    return {name: value for name, value in public.items() if inspect.isfunction(value) and name != "why_undefined"}
+
+
+def _diagnostics() -> dict[str, Callable[..., Any]]:
+    """What the monitor computes itself, such as the share of BatchNorm's statistics in the motion."""
+    from ntkwatch.diagnostics import DIAGNOSTICS
+
+    return {name: diagnostic.compute for name, diagnostic in DIAGNOSTICS.items()}
+
+
+def _without_examples(documented: str) -> str:
+    return documented.partition("\n>>>")[0].rstrip()

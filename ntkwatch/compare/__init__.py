@@ -1,0 +1,25 @@
+"""Runs side by side: over width with slopes, or two kernels against each other."""
+
+from __future__ import annotations
+
+from ntkwatch.compare.diff import Difference, diff_runs
+from ntkwatch.compare.runs import CompareError, MismatchError, names_of, plain
+from ntkwatch.compare.widths import SLOPES, Comparison, compare_runs
+from ntkwatch.slopes import Slope, fit_slope, read_slope
+from ntkwatch.words import summarise
+
+__all__ = [
+    "SLOPES",
+    "CompareError",
+    "Comparison",
+    "Difference",
+    "MismatchError",
+    "Slope",
+    "compare_runs",
+    "diff_runs",
+    "fit_slope",
+    "names_of",
+    "plain",
+    "read_slope",
+    "summarise",
+]
