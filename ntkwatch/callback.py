@@ -122,7 +122,7 @@ class NTKWatch(Callback):
         self._failures = self._step = self._global_step = 0
         self._probed_at: int | None = None
         self._trial = False
-        self._hide_columns: Callable[[], None] = lambda: None
+        self._hide_columns: Callable[[], None] | None = None
 
     def _start_clocks(self) -> None:
         self.schedule = Schedule(self._every, self._budget)
@@ -188,7 +188,9 @@ class NTKWatch(Callback):
         """Let go of the model and of θ_0."""
         if stage != "fit":
             return
-        self._quietly("the progress bar", self._hide_columns)
+        if self._hide_columns is not None:
+            self._quietly("the progress bar", self._hide_columns)
+            self._hide_columns = None  # a closure: the callback stays picklable
         if self._session is not None:
             self._quietly("closing the loggers", self._session.finish)
             self._session = None

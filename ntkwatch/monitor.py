@@ -7,7 +7,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkwatch.diagnostics import Motion, View, evaluate, layer_metrics, select
+from ntkwatch.baseline import NO_THETA_0, Baseline, parameter_distances
+from ntkwatch.diagnostics import View, evaluate, layer_metrics, select
 from ntkwatch.engines import UnsupportedModel
 from ntkwatch.engines.auto import Choice, choose
 from ntkwatch.engines.base import Kernel, reduce
-from ntkwatch.engines.tangent import jvp
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import (
     Network,
@@ -35,34 +34,7 @@ from ntkwatch.record import Measurement, RecordWriter
 
 REDUCTIONS = ("trace", "blocks", "full", "sum")
 ENGINES = ("auto", "functional", "layerwise")
-THETA_0_LIMIT = 2 * 1024**3  # bytes: above this a copy of the parameters is no longer a small guest
 FULL_LIMIT = 1e9  # bytes of one [nC, nC] float64 kernel
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """What later probes are compared with: K_0, f_0, θ_0 (CPU; None above 2 GB) and BatchNorm's statistics s_0."""
-
-    step: int
-    kernel: Tensor
-    layers: dict[str, Tensor]
-    parameters: dict[str, Tensor] | None
-    statistics: dict[str, Tensor]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """One flat mapping for the side file of the record."""
-        groups = {"layer": self.layers, "theta": self.parameters or {}, "statistics": self.statistics}
-        named = {f"{group}/{name}": tensor for group, members in groups.items() for name, tensor in members.items()}
-        return {"kernel": self.kernel, **named}
-
-    @classmethod
-    def from_tensors(cls, step: int, tensors: Mapping[str, Tensor]) -> Baseline:
-        """The inverse of `tensors`."""
-
-        def group(prefix: str) -> dict[str, Tensor]:
-            return {key[len(prefix) + 1 :]: value for key, value in tensors.items() if key.startswith(prefix + "/")}
-
-        return cls(step, tensors["kernel"], group("layer"), group("theta") or None, group("statistics"))
 
 
 class Monitor:
@@ -195,7 +167,7 @@ class Monitor:
             if self.baseline is None:
                 if not finite:
                     raise ValueError("the kernel at the baseline is not finite: look at the model's gradients")
-                self._keep(step, view)
+                self.baseline = Baseline.keep(step, self.network, view.kernel, dict(view.layers), self._statistics)
             values, reasons = evaluate(self.diagnostics, view) if finite else self._not_finite(kernel)
             by_layer = layer_metrics(view) if finite else {}
         if probes is None and finite:
@@ -244,8 +216,8 @@ class Monitor:
             relative_floor=kernel.noise_floor,
             previous=self._compared(probes),
             targets=targets if targets is not None else (reason or "there are no targets"),
-            motion=self._motion(batch, kernel),
-            parameter_distances=self._parameter_distances(),
+            motion=base.motion(self.network, batch, kernel.outputs) if base else "no motion yet: this is the baseline",
+            parameter_distances=parameter_distances(self.network, base),
             statistics_kernel=_on_cpu(live.value) if live is not None else None,
             statistics_outputs=live.outputs.detach().cpu() if live is not None else None,
             seed=self.seed,
@@ -262,46 +234,12 @@ class Monitor:
         return self.choice.engine.kernel(self.network, batch, reduction=self.reduction, layers="trace", state=state)
 
     def _baseline_on(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        state = self._state_0()
+        assert self.baseline is not None
+        state = self.baseline.state(self.network.device)
         if state is None:
-            raise ValueError("fresh probes need θ_0, which is not kept above 2 GB of parameters: use resample=False")
+            raise ValueError(f"fresh probes need θ_0, but {NO_THETA_0}: use resample=False")
         kernel = self._kernel(batch, state)
         return _on_cpu(kernel.value), {name: _on_cpu(layer) for name, layer in kernel.layers.items()}
-
-    def _state_0(self) -> dict[str, Tensor] | None:
-        if self.baseline is None or self.baseline.parameters is None:
-            return None
-        held = {**self.baseline.parameters, **self._statistics}
-        return {name: tensor.to(self.network.device) for name, tensor in held.items()}
-
-    def _motion(self, batch: Any, kernel: Kernel) -> Motion | str:
-        if self.baseline is None:
-            return "no motion yet: this is the baseline"
-        state = self._state_0()
-        if state is None:
-            return "θ_0 is not kept above 2 GB of parameters"
-        now = self.network.parameters
-        direction = {name: now[name].detach() - state[name] for name in now}
-        f_0, j0_delta_theta, how = jvp(self.network, batch, state, direction)
-        delta_f = kernel.outputs.detach().double() - f_0.double()
-        return Motion(delta_f.cpu(), j0_delta_theta.detach().double().cpu(), how)
-
-    def _parameter_distances(self) -> dict[str, tuple[float, float]] | str:
-        now = self.network.parameters
-        if self.baseline is None:
-            return {name: (0.0, float(p.detach().double().norm())) for name, p in now.items()}
-        start = self.baseline.parameters
-        if start is None:
-            return "θ_0 is not kept above 2 GB of parameters"
-        pairs = {name: (p.detach().double().cpu(), start[name].double()) for name, p in now.items()}
-        return {name: (float((a - b).norm()), float(b.norm())) for name, (a, b) in pairs.items()}
-
-    def _keep(self, step: int, view: View) -> None:
-        parameters = self.network.parameters
-        size = sum(p.numel() * p.element_size() for p in parameters.values())
-        theta = {n: p.detach().cpu().clone() for n, p in parameters.items()} if size <= THETA_0_LIMIT else None
-        statistics = {name: tensor.detach().cpu().clone() for name, tensor in self._statistics.items()}
-        self.baseline = Baseline(step, view.kernel, dict(view.layers), theta, statistics)
 
     def _not_finite(self, kernel: Kernel) -> tuple[dict[str, float | None], dict[str, str]]:
         bad = int((~torch.isfinite(kernel.outputs)).any(dim=1).sum())

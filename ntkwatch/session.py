@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntkwatch.monitor import Baseline, Monitor
+from ntkwatch.baseline import Baseline
+from ntkwatch.monitor import Monitor
 from ntkwatch.probes import ProbeSet
 from ntkwatch.record import Measurement, RecordError, RecordWriter, load_run, load_tensors, save_tensors
 from ntkwatch.sinks import Sinks

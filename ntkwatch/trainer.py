@@ -1,4 +1,4 @@
-"""What is read of a Lightning Trainer, and the little that is shown in it; Trainers of both import names look the same."""
+"""What is read of a Lightning Trainer, and the little that is shown in it; the same for both import names."""
 
 from __future__ import annotations
 

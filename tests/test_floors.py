@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ntkwatch"
 FLOORS = {
     4: {"callback", "trainer", "cli", "demo"},
-    3: {"session", "monitor", "diagnostics"},
+    3: {"session", "monitor", "baseline", "diagnostics"},
     2: {"engines"},
     1: {"model", "guard", "probes", "sinks", "compare", "report", "words"},
     0: {"schedule", "metrics", "infinite", "distributed", "record", "figures", "slopes"},

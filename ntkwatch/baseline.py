@@ -1,0 +1,83 @@
+"""What later probes are compared with: K_0, θ_0 and BatchNorm's statistics s_0, and how far things moved from there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ntkwatch.diagnostics import Motion
+from ntkwatch.engines.tangent import jvp
+from ntkwatch.model import Network
+
+THETA_0_LIMIT = 2 * 1024**3  # bytes: above this a copy of the parameters is no longer a small guest
+NO_THETA_0 = "θ_0 is not kept above 2 GB of parameters"
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """K_0 and its layers (float64), θ_0 (None above 2 GB) and the statistics s_0, all on the CPU."""
+
+    step: int
+    kernel: Tensor
+    layers: dict[str, Tensor]
+    parameters: dict[str, Tensor] | None
+    statistics: dict[str, Tensor]
+
+    @classmethod
+    def keep(
+        cls, step: int, network: Network, kernel: Tensor, layers: dict[str, Tensor], statistics: Mapping[str, Tensor]
+    ) -> Baseline:
+        """The baseline that the network is now."""
+        size = sum(p.numel() * p.element_size() for p in network.parameters.values())
+        theta = _copies(network.parameters) if size <= THETA_0_LIMIT else None
+        return cls(step, kernel, layers, theta, _copies(statistics))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """One flat mapping for the side file of the record."""
+        groups = {"layer": self.layers, "theta": self.parameters or {}, "statistics": self.statistics}
+        named = {f"{group}/{name}": tensor for group, members in groups.items() for name, tensor in members.items()}
+        return {"kernel": self.kernel, **named}
+
+    @classmethod
+    def from_tensors(cls, step: int, tensors: Mapping[str, Tensor]) -> Baseline:
+        """The inverse of `tensors`."""
+
+        def group(prefix: str) -> dict[str, Tensor]:
+            return {key[len(prefix) + 1 :]: value for key, value in tensors.items() if key.startswith(prefix + "/")}
+
+        return cls(step, tensors["kernel"], group("layer"), group("theta") or None, group("statistics"))
+
+    def state(self, device: torch.device) -> dict[str, Tensor] | None:
+        """θ_0 and s_0 by name, for evaluating the network there; None where θ_0 was not kept."""
+        if self.parameters is None:
+            return None
+        return {name: tensor.to(device) for name, tensor in {**self.parameters, **self.statistics}.items()}
+
+    def motion(self, network: Network, batch: Any, outputs: Tensor) -> Motion | str:
+        """Δf and J_0 Δθ on the batch, whose outputs now (at s_0) are given [n, C]; a reason where θ_0 was not kept."""
+        start = self.state(network.device)
+        if start is None:
+            return NO_THETA_0
+        direction = {name: p.detach() - start[name] for name, p in network.parameters.items()}
+        f_0, j0_delta_theta, how = jvp(network, batch, start, direction)
+        delta_f = outputs.detach().double() - f_0.detach().double()
+        return Motion(delta_f.cpu(), j0_delta_theta.detach().double().cpu(), how)
+
+
+def parameter_distances(network: Network, baseline: Baseline | None) -> dict[str, tuple[float, float]] | str:
+    """Parameter name -> (‖θ − θ_0‖, ‖θ_0‖); a reason where θ_0 was not kept. None: the network is the baseline."""
+    now = network.parameters
+    if baseline is None:
+        return {name: (0.0, float(p.detach().double().norm())) for name, p in now.items()}
+    if baseline.parameters is None:
+        return NO_THETA_0
+    pairs = {name: (p.detach().double().cpu(), baseline.parameters[name].double()) for name, p in now.items()}
+    return {name: (float((a - b).norm()), float(b.norm())) for name, (a, b) in pairs.items()}
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}

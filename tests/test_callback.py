@@ -1,0 +1,368 @@
+"""NTKWatch in a Trainer: when it measures, what it writes, what it does with trouble."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from ntkwatch import NTKWatch, UnsupportedModel, empirical_ntk, load_run
+from tests.runs import Classifier, Rows, loaders, rows, trainer
+
+DEFAULT = {
+    "kernel_distance", "kernel_angle", "kernel_scale", "relative_change", "kernel_velocity", "centered_alignment",
+    "centered_alignment_z", "effective_rank", "log10_lambda_max", "taylor_ratio", "parameter_distance", "overhead",
+    *(f"log10_lambda_{i}" for i in range(1, 6)),
+}  # fmt: skip
+
+
+def watched(path: Path, model: pl.LightningModule | None = None, data: Any = None, **settings: Any) -> NTKWatch:
+    """One run watched without a budget, settings starting with `watch_` going to the callback."""
+    arguments = {k.removeprefix("watch_"): settings.pop(k) for k in list(settings) if k.startswith("watch_")}
+    watch = NTKWatch(**{"probes": 12, "budget": None, **arguments})
+    trainer(path, watch, **settings).fit(model or Classifier(), *(data or loaders()))
+    return watch
+
+
+def steps(watch: NTKWatch) -> list[int]:
+    assert watch.record is not None
+    return load_run(watch.record).steps
+
+
+# ── zero configuration ────────────────────────────────────────────────────────────────────────────────────────────────
+def test_adding_the_callback_is_all(tmp_path: Path) -> None:
+    watch = NTKWatch()
+    trainer(tmp_path, watch).fit(Classifier(), *loaders())
+    run = load_run(watch.record)
+    assert set(run.metrics.columns) == DEFAULT
+    assert run.manifest["probes"]["n"] == 64
+    assert run.manifest["probes"]["source"] == "val"
+    assert run.manifest["hparams"]["width"] == 16
+    assert watch.last.step == 12
+    assert watch.last.metrics["kernel_angle"] > 0
+    assert "angle" in watch.summary()
+
+
+def test_the_first_kernel_is_the_one_before_training(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = Classifier()
+    probes = rows(12, seed=3).tensors[0]
+    expected = empirical_ntk(model, probes)
+    watch = watched(tmp_path, model, watch_probes=probes)
+    torch.testing.assert_close(load_run(watch.record).kernel(0), expected, rtol=1e-12, atol=0)
+
+
+FORMS = {
+    "pair": (Classifier(), lambda: loaders()),
+    "dict": (Classifier(form="dict"), lambda: [DataLoader(Rows("dict"), 16)] * 2),
+    "bare": (Classifier(form="bare"), lambda: [DataLoader(Rows("bare"), 16)] * 2),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_batches_of_every_form(form: str, tmp_path: Path) -> None:
+    model, data = FORMS[form]
+    metrics = watched(tmp_path, model, data()).last.metrics
+    assert metrics["kernel_angle"] > 0, form
+    assert (metrics["centered_alignment"] is None) == (form == "bare"), form
+
+
+def test_absent_targets_have_a_reason(tmp_path: Path) -> None:
+    last = watched(tmp_path, Classifier(form="bare"), [DataLoader(Rows("bare"), 16)] * 2).last
+    assert last.metrics["centered_alignment"] is None
+    assert "target" in last.reasons["centered_alignment"]
+
+
+# ── when ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+SCHEDULES: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "log grid": ({}, [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12]),
+    "a number": ({"watch_every": 5}, [0, 5, 10, 12]),
+    "a list": ({"watch_every": [3, 7]}, [0, 3, 7, 12]),
+    "a function": ({"watch_every": lambda step: step % 4 == 2}, [0, 2, 6, 10, 12]),
+    "accumulation": ({"watch_every": 2, "accumulate_grad_batches": 3, "max_steps": 4}, [0, 2, 4]),
+    "max_steps in mid-epoch": ({"watch_every": 4, "max_steps": 9}, [0, 4, 8, 9]),
+    "one batch": ({"watch_every": 1, "limit_train_batches": 1, "max_epochs": 1, "max_steps": -1}, [0, 1]),
+    "validation only at the end": ({"watch_every": 6, "check_val_every_n_epoch": 2, "num_sanity_val_steps": 0}, [0, 6, 12]),
+    "stopped early": ({"watch_every": 5, "max_steps": 7}, [0, 5, 7]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SCHEDULES)
+def test_it_measures_at_the_right_steps(case: str, tmp_path: Path) -> None:
+    settings, expected = SCHEDULES[case]
+    watch = watched(tmp_path, **dict(settings))
+    assert steps(watch) == expected, case
+    assert load_run(watch.record).manifest["probes"]["source"] == "val", case
+
+
+class TwoOptimizers(Classifier):
+    """Manual optimization: Lightning's global_step then jumps by two a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        first, last = self.net[0], self.net[-1]
+        return [torch.optim.SGD(first.parameters(), lr=0.1), torch.optim.Adam(last.parameters(), lr=0.01)]
+
+
+def test_two_optimizers_count_batches_not_optimizer_steps(tmp_path: Path) -> None:
+    watch = watched(tmp_path, TwoOptimizers(), watch_every=2, max_epochs=1, max_steps=-1)
+    assert steps(watch) == [0, 2, 4, 6]
+    assert watch.last.global_step == 12
+
+
+# ── trainers that are special ─────────────────────────────────────────────────────────────────────────────────────────
+def test_fast_dev_run_tries_once_and_writes_nothing(tmp_path: Path) -> None:
+    watch = watched(tmp_path, fast_dev_run=True)
+    assert watch.last.step == 0
+    assert watch.record is None
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_barebones_switches_off(tmp_path: Path) -> None:
+    watch = NTKWatch()
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"))
+    with pytest.warns(UserWarning, match="switched off.*barebones"):
+        trainer(tmp_path, watch, barebones=True, **quiet).fit(Classifier(), loaders()[0])
+    assert watch.last is None
+
+
+def test_no_validation_loader_falls_back_to_training(tmp_path: Path) -> None:
+    watch = watched(tmp_path, data=loaders()[:1])
+    assert load_run(watch.record).manifest["probes"]["source"] == "train"
+
+
+def test_an_empty_loader_harms_nobody(tmp_path: Path) -> None:
+    watch = watched(tmp_path, limit_train_batches=0)
+    assert watch.last is None
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(rows(48))
+
+
+def test_an_iterable_dataset_gives_its_first_rows(tmp_path: Path) -> None:
+    watch = watched(tmp_path, data=[DataLoader(Stream(), 16)], max_steps=-1, max_epochs=1)
+    run = load_run(watch.record)
+    assert run.manifest["probes"]["n"] == 12
+    assert run.steps == [0, 1, 2, 3]
+
+
+def test_both_lightnings() -> None:
+    """Run in a fresh process each, since the base class follows the import that came first."""
+    import subprocess
+    import sys
+
+    code = (
+        "import {name} as pl, tempfile, pathlib; from ntkwatch import NTKWatch; from tests import runs; "
+        "module = type('M', (pl.LightningModule,), dict(vars(runs.Classifier))); "
+        "assert issubclass(NTKWatch, pl.Callback), NTKWatch.__mro__"
+    )
+    for name in ("pytorch_lightning", "lightning.pytorch"):
+        subprocess.run([sys.executable, "-c", f"import {name}; {code.format(name=name)}"], check=True)
+
+
+# ── where it goes ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_every_sink_tells_the_same_numbers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logged = [TensorBoardLogger(tmp_path, name="tb"), CSVLogger(tmp_path, name="csv")]
+    watch = watched(tmp_path, logger=logged, watch_every=4, log_every_n_steps=1)
+    run = load_run(watch.record)
+    assert watch.record == Path(logged[0].log_dir) / "ntkwatch"
+    events = EventAccumulator(logged[0].log_dir).Reload()
+    table = pd.read_csv(Path(logged[1].log_dir) / "metrics.csv").set_index("step")
+    for name in DEFAULT:
+        expected = {step: value for step, value in run.metrics[name].items() if pd.notna(value)}
+        tag = f"ntk/{name}"
+        assert {e.step: pytest.approx(e.value, rel=1e-6) for e in events.Scalars(tag)} == expected, name
+        rows_ = table[tag].dropna()
+        assert dict(rows_.items()) == pytest.approx(expected, rel=1e-12), name
+
+
+def test_values_reach_callbacks_that_monitor(tmp_path: Path) -> None:
+    stop = pl.callbacks.EarlyStopping("ntk/kernel_angle", mode="max", stopping_threshold=1e-9)
+    watch = watched(tmp_path, max_epochs=20, max_steps=-1)
+    assert watch.last.step == 120
+    watch = NTKWatch(probes=12, every=1)
+    trainer(tmp_path, watch, stop, max_epochs=20, max_steps=-1).fit(Classifier(), *loaders())
+    assert watch.last.step == 6, "EarlyStopping saw the angle at the end of the first epoch"
+
+
+def test_resume_continues_the_same_record(tmp_path: Path) -> None:
+    def fit(watch: NTKWatch, to: int, resume: Path | None = None) -> pl.Trainer:
+        pl.seed_everything(5, verbose=False)
+        run = trainer(tmp_path / str(to), watch, max_steps=to)
+        run.fit(Classifier(norm=True), DataLoader(rows(), 16), loaders()[1], ckpt_path=resume)
+        return run
+
+    settings: dict[str, Any] = {"probes": 12, "budget": None, "every": 3}
+    whole = NTKWatch(**settings)
+    fit(whole, 12)
+    half = NTKWatch(**settings)
+    checkpoint = tmp_path / "half.ckpt"
+    fit(half, 6).save_checkpoint(checkpoint)
+    torch.load(checkpoint, weights_only=True)  # the user's checkpoint stays loadable without pickle
+    rest = NTKWatch(**settings)
+    fit(rest, 12, checkpoint)
+    assert rest.record == half.record
+    one, other = load_run(whole.record), load_run(rest.record)
+    assert one.steps == other.steps == [0, 3, 6, 9, 12]
+    columns = [c for c in one.metrics.columns if c != "overhead"]
+    pd.testing.assert_frame_equal(one.metrics[columns], other.metrics[columns], check_exact=True)
+
+
+# ── trouble ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+class Gate:
+    """outputs= that fails on demand."""
+
+    def __init__(self) -> None:
+        self.broken = False
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        if self.broken:
+            raise RuntimeError("the gate is shut")
+        return model(batch[0] if isinstance(batch, (list, tuple)) else batch)
+
+
+class Breaks(Classifier):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        GATE.broken = self.trainer.global_step >= 2
+
+
+GATE = Gate()
+
+
+def test_a_probe_that_fails_in_mid_run_warns_and_training_goes_on(tmp_path: Path) -> None:
+    GATE.broken = False
+    with pytest.warns(UserWarning, match="step 3 failed.*the gate is shut.*training goes on"):
+        watch = watched(tmp_path, Breaks(), watch_outputs=GATE, watch_every=1, max_steps=9)
+    assert watch.last.step == 2
+
+
+def test_on_error_raise_raises(tmp_path: Path) -> None:
+    GATE.broken = False
+    with pytest.raises(RuntimeError, match="the gate is shut"):
+        watched(tmp_path, Breaks(), watch_outputs=GATE, watch_every=1, watch_on_error="raise")
+
+
+def test_warnings_as_errors_do_not_stop_training(tmp_path: Path) -> None:
+    GATE.broken = False
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="NTKWatch.*")
+        assert watched(tmp_path, Breaks(), watch_outputs=GATE, watch_every=1).last.step == 2
+
+
+class Diverges(Classifier):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == 4:
+            with torch.no_grad():
+                self.net[0].weight.fill_(torch.nan)
+
+
+def test_a_diverged_run_is_recorded_as_undefined(tmp_path: Path) -> None:
+    last = watched(tmp_path, Diverges(), max_steps=8).last
+    assert last.step == 8
+    assert last.metrics["kernel_angle"] is None
+    assert "not finite" in last.reasons["kernel_angle"]
+
+
+class Wrong(Classifier):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)[:, None, :]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0]).square().mean()
+
+
+class Untrained(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.requires_grad_(False)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        return None
+
+    def configure_optimizers(self) -> None:
+        return None
+
+
+CONSTRUCTION: dict[str, tuple[dict[str, Any], str]] = {
+    "reduction": ({"reduction": "frace"}, "reduction='frace'.*'trace'"),
+    "engine": ({"engine": "quick"}, "engine='quick'.*'auto'"),
+    "diagnostics": ({"diagnostics": ["kernel_angel"]}, "kernel_angel.*kernel_angle"),
+    "every": ({"every": "often"}, "every"),
+    "budget": ({"budget": -1.0}, "budget"),
+    "on_error": ({"on_error": "ignore"}, "on_error"),
+    "probes": ({"probes": "test"}, "probes"),
+    "resampled tensors": ({"probes": torch.zeros(3, 6), "resample": True}, "resample"),
+}
+
+
+@pytest.mark.parametrize("case", CONSTRUCTION)
+def test_wrong_arguments_raise_at_construction(case: str) -> None:
+    arguments, message = CONSTRUCTION[case]
+    with pytest.raises(ValueError, match=message):
+        NTKWatch(**arguments)
+
+
+EXPLICIT: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
+    "probe shape": (Classifier, {"watch_probes": torch.zeros(4, 5)}, Exception, ""),
+    "outputs shape": (Wrong, {"watch_probes": torch.zeros(4, 6)}, UnsupportedModel, "outputs="),
+    "NaN outputs": (Classifier, {"watch_probes": torch.full((4, 6), torch.nan)}, ValueError, "not finite"),
+    "no trained parameters": (Untrained, {"watch_probes": torch.zeros(4, 6)}, UnsupportedModel, "parameter"),
+    "targets": (Classifier, {"watch_targets": torch.zeros(5)}, ValueError, "targets"),
+}
+
+
+@pytest.mark.parametrize("case", EXPLICIT)
+def test_what_was_passed_explicitly_and_does_not_fit_raises_at_the_start(case: str, tmp_path: Path) -> None:
+    model, settings, error, message = EXPLICIT[case]
+    with pytest.raises(error, match=message):
+        watched(tmp_path, model(), **settings)
+
+
+@pytest.mark.parametrize("model", [Wrong, Untrained])
+def test_zero_configuration_warns_once_and_switches_off(model: Any, tmp_path: Path) -> None:
+    watch = NTKWatch()
+    with pytest.warns(UserWarning, match="NTKWatch") as caught:
+        trainer(tmp_path, watch).fit(model(), *loaders())
+    assert watch.last is None
+    assert sum("NTKWatch" in str(w.message) for w in caught) == 1
+
+
+# ── resampled probes ──────────────────────────────────────────────────────────────────────────────────────────────────
+def test_resampling_compares_two_parameters_on_the_same_fresh_inputs(tmp_path: Path) -> None:
+    watch = watched(tmp_path, watch_resample=True, watch_every=4)
+    run = load_run(watch.record)
+    assert run.metrics["kernel_angle"][12] < 0.5, "two draws at one θ would be .5 apart"
+    assert watch.last.metrics["kernel_velocity"] is None
+    assert "resample" in watch.last.reasons["kernel_velocity"]
+
+
+# ── BatchNorm ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_batchnorm_gets_a_calibrated_baseline_and_its_statistics_reported_apart(tmp_path: Path) -> None:
+    watch = watched(tmp_path, Classifier(norm=True))
+    run = load_run(watch.record)
+    assert "calibrated" in run.manifest["baseline"]
+    assert watch.last.metrics["statistics_angle"] > 0
+    assert watch.last.metrics["statistics_shift"] > 0
+    assert run.metrics["taylor_ratio"].dropna().between(0, 1).all()
