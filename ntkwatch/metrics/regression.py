@@ -1,0 +1,202 @@
+"""Regression with the kernel as it stands: predictions, leave-one-out, cross-validation, learning curves.
+
+`ridge` means K + ridge·I, never rescaled with n. Several outputs share the kernel (Θ taken as K ⊗ I) and sum over C.
+`floor` is the noise floor of kernels made from float32 factors, as in `spectrum`: modes at or below it are zero modes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ntkwatch.metrics.arguments import columns, finite, probe_kernel, real, subject
+from ntkwatch.metrics.spectrum import eigensystem, floored
+from ntkwatch.metrics.undefined import Undefined, metric, nan
+
+
+def inverse(k: Tensor, ridge: float, floor: float | None, name: str = "k") -> tuple[Tensor, int]:
+    """(K + ridge·I)⁺ [n, n], modes at or below the noise floor left out, and how many those are."""
+    if not ridge >= 0:
+        raise ValueError(f"ridge must be ≥ 0; got {ridge}; pass 0 for the ridgeless limit")
+    spectrum, vectors, floor = eigensystem(k, floor, name)
+    lifted = spectrum + ridge
+    kept = lifted > floor
+    weights = torch.where(kept, 1 / lifted, torch.zeros_like(lifted))
+    return (vectors * weights) @ vectors.mT, int((~kept).sum())
+
+
+def _full_rank_inverse(k: Tensor, ridge: float, floor: float | None) -> Tensor:
+    inverted, zeros = inverse(k, ridge, floor)
+    if zeros:
+        raise Undefined(f"the kernel has {zeros} zero modes and the ridge does not lift them")
+    return inverted
+
+
+def cross_rows(k_test: Tensor, n: int, name: str = "k_test") -> Tensor:
+    """A finite kernel of test rows against training columns, [m, n]."""
+    k_test = real(k_test, name)
+    if k_test.ndim != 2 or k_test.shape[1] != n:
+        wanted = f"[m, {n}], a row for each test point and a column for each training point"
+        raise ValueError(f"{name} must be {wanted}; got shape {tuple(k_test.shape)}; transpose or recompute it")
+    return finite(k_test, "the test kernel")
+
+
+@metric(lambda k_train, y, k_test, *_, **__: nan(k_train).repeat(len(k_test), y.shape[1]))
+def kernel_regression(
+    k_train: Tensor, y: Tensor, k_test: Tensor, ridge: float = 0.0, *, floor: float | None = None
+) -> Tensor:
+    """Predictions of regression with the kernel.
+
+    Formula: K_* (K + ridge·I)⁻¹ y; zero modes left out, so ridge = 0 is the least-norm interpolation
+    Shape: k_train [n, n], y [n, C], k_test [m, n] (test rows, training columns) -> [m, C]
+    Range: (−∞, ∞); undefined where anything is not finite
+    Source: Jacot et al. 2018
+    Pitfalls: centre the targets or add a bias: the prior mean is 0; ridge is not scaled with n
+
+    >>> k, y = torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.tensor([[3.0], [0.0]])
+    >>> kernel_regression(k, y, k).flatten().round(decimals=6)
+    tensor([3., 0.], dtype=torch.float64)
+    """
+    target, rows = columns(y, len(k_train)), cross_rows(k_test, len(k_train))
+    return rows @ (inverse(k_train, ridge, floor, "k_train")[0] @ target)
+
+
+@metric(lambda k, y, *_, **__: nan(k).repeat(y.shape))
+def loo_residuals(k: Tensor, y: Tensor, ridge: float, *, floor: float | None = None) -> Tensor:
+    """Errors of kernel regression on each probe when it is left out, without refitting.
+
+    Formula: y_i − f_{−i}(x_i) = r_i/(1 − S_ii) = [(K + ridge·I)⁻¹y]_i/[(K + ridge·I)⁻¹]_ii, S = K(K + ridge·I)⁻¹
+    Shape: k [n, n], y [n, C] -> [n, C]
+    Range: (−∞, ∞); undefined where K + ridge·I is singular at the noise floor
+    Source: Wei et al. 2022; the shortcut is exact (Allen 1974)
+    Pitfalls: duplicate probes leak their target into the fit
+
+    >>> loo_residuals(torch.eye(2), torch.tensor([[1.0], [2.0]]), ridge=0.5).flatten().round(decimals=6)
+    tensor([1., 2.], dtype=torch.float64)
+    """
+    inverted = _full_rank_inverse(k, ridge, floor)
+    return (inverted @ columns(y, len(k))) / inverted.diagonal()[:, None]
+
+
+@metric()
+def gcv(k: Tensor, y: Tensor, ridge: float, *, floor: float | None = None) -> Tensor:
+    """Generalised cross-validation: an estimate of the test error of kernel regression from the training probes.
+
+    Formula: (1/n)‖(I − S)y‖²/(1 − tr S/n)², S = K(K + ridge·I)⁻¹; = KARE at λ = ridge/n
+    Shape: k [n, n], y [n, C]; sums over C -> []
+    Range: [0, ∞); undefined where K + ridge·I is singular at the noise floor
+    Source: Wei et al. 2022; Jacot et al. 2020 (KARE)
+    Pitfalls: of the mean squared error on points like the probes; ridge is not scaled with n
+
+    >>> round(float(gcv(torch.eye(2), torch.tensor([[1.0], [2.0]]), ridge=0.5)), 6)
+    2.5
+    """
+    inverted = _full_rank_inverse(k, ridge, floor)
+    error = inverted @ columns(y, len(k))
+    return error.square().sum() / len(k) / (inverted.trace() / len(k)).square()
+
+
+@metric()
+def complexity(k: Tensor, y: Tensor, *, floor: float | None = None) -> Tensor:
+    """How much norm the kernel needs to fit the targets.
+
+    Formula: √(2·tr(yᵀK⁻¹y)/n), K as given
+    Shape: k [n, n], y [n, C]; sums over C -> []
+    Range: [0, ∞); undefined where K has zero modes
+    Source: Arora et al. 2019b, a bound for H^∞ (trace n/2 at unit inputs) alone
+    Pitfalls: a complexity, not a bound, for any other kernel; scale K to trace n/2 and print random labels beside it
+
+    >>> round(float(complexity(torch.eye(4) / 2, torch.ones(4, 1))), 12)
+    2.0
+    """
+    target = columns(y, len(k))
+    return (2 / len(k) * (target * (_full_rank_inverse(k, 0.0, floor) @ target)).sum().clamp(min=0)).sqrt()
+
+
+@dataclass(frozen=True)
+class Eigenlearning:
+    """Learning curve of kernel regression: kappa [], learnability [M] of each mode, error [] (mean squared, test)."""
+
+    kappa: Tensor
+    learnability: Tensor
+    error: Tensor
+
+
+@metric(lambda spectrum, *_, **__: Eigenlearning(nan(spectrum), nan(spectrum).repeat(len(spectrum)), nan(spectrum)))
+def eigenlearning(spectrum: Tensor, coefficients: Tensor, n: float, ridge: float = 0.0) -> Eigenlearning:
+    """Test error of kernel regression on n samples, from the kernel's eigenvalues and the target's coefficients.
+
+    Formula: Σλ_i/(λ_i + κ) + ridge/κ = n; 𝓛_i = λ_i/(λ_i + κ); E = Σ(1 − 𝓛_i)²‖v_i‖² · n/(n − Σ𝓛_i²)
+    Shape: spectrum [M] of the kernel's integral operator, coefficients v [M, C], n samples -> Eigenlearning
+    Range: 𝓛_i in [0, 1], Σ𝓛_i ≤ n; undefined where n ≥ rank and ridge = 0 (the samples fix every mode, κ = 0)
+    Source: Simon et al. 2023
+    Pitfalls: noise-free targets; eigenvalues of K/n on the probes stand for the operator's, the small ones poorly
+
+    >>> curve = eigenlearning(torch.ones(10), torch.ones(10, 1), n=4)
+    >>> round(float(curve.error), 9)
+    6.0
+    """
+    if spectrum.ndim != 1:
+        raise ValueError(f"spectrum must be [M]; got shape {tuple(spectrum.shape)}; pass metrics.eigenvalues(k)")
+    modes, floor = floored(spectrum)
+    order = spectrum.argsort(descending=True)
+    v = columns(coefficients, len(modes), "coefficients")[order]
+    rank = int((modes > floor).sum())
+    if not (n > 0 and ridge >= 0):
+        raise ValueError(f"n must be > 0 and ridge ≥ 0; got {n} and {ridge}; pass samples and an unscaled ridge")
+    if ridge == 0 and n >= rank:
+        raise Undefined(f"{n} samples fix all {rank} modes of the kernel")
+    kappa = _kappa(modes, n, ridge)
+    learnability = modes / (modes + kappa)
+    error = ((1 - learnability).square() * v.square().sum(1)).sum() * n / (n - learnability.square().sum())
+    return Eigenlearning(kappa, learnability[order.argsort()], error)
+
+
+def _kappa(modes: Tensor, n: float, ridge: float) -> Tensor:
+    """The κ > 0 with Σλ/(λ + κ) + ridge/κ = n, by bisection of its logarithm; κ ≤ (Σλ + ridge)/n."""
+    high = ((modes.sum() + ridge) / n).log()
+    low = high - 700
+    for _ in range(70):  # 700/2^70: below the spacing of float64
+        middle = (low + high) / 2
+        kappa = middle.exp()
+        too_small = (modes / (modes + kappa)).sum() + ridge / kappa > n
+        low, high = torch.where(too_small, middle, low), torch.where(too_small, high, middle)
+    return ((low + high) / 2).exp()
+
+
+@metric()
+def after_kernel_gain(k: Tensor, k0: Tensor, y: Tensor, n_train: int, relative_ridge: float = 1e-4) -> Tensor:
+    """How much better the kernel after training classifies than the one before it, both held out.
+
+    Formula: accuracy(K_t) − accuracy(K_0) of ridge regression from the first n_train probes to the others, with
+        ridge = relative_ridge·tr K/n_train each; classes by argmax over C, by sign for C = 1
+    Shape: k, k0 [n, n] over training probes followed by held-out ones, y [n, C] -> []
+    Range: [−1, 1]; undefined where a kernel is not finite
+    Source: Long 2021; Vyas et al. 2022
+    Pitfalls: quality, not strength: a saturated task shows nothing; known to 1/√(held-out probes)
+
+    >>> y = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None]
+    >>> float(after_kernel_gain(y @ y.T, -y @ y.T + 2 * torch.eye(4), y, n_train=2))
+    1.0
+    """
+    if not (0 < n_train < len(k) and relative_ridge > 0):
+        got = f"n_train = {n_train} of {len(k)} probes, relative_ridge = {relative_ridge}"
+        raise ValueError(f"n_train must leave probes to both sides and relative_ridge be > 0; got {got}; pass such")
+    target = columns(y, len(k))
+
+    def accuracy(kernel: Tensor, name: str) -> Tensor:
+        kernel = probe_kernel(kernel, name)
+        train, held_out = kernel[:n_train, :n_train], kernel[n_train:, :n_train]
+        if train.trace() <= 0:
+            raise Undefined(f"the trace of {subject(name)} is not positive")
+        ridge = relative_ridge * train.trace() / n_train * torch.eye(n_train, dtype=train.dtype, device=train.device)
+        guess = held_out @ torch.linalg.solve(train + ridge, target[:n_train])
+        return (_classes(guess) == _classes(target[n_train:])).double().mean()
+
+    return accuracy(k, "k") - accuracy(k0, "k0")
+
+
+def _classes(outputs: Tensor) -> Tensor:
+    return outputs.argmax(1) if outputs.shape[1] > 1 else outputs.sign().flatten()
