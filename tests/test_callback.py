@@ -90,7 +90,7 @@ SCHEDULES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "accumulation": ({"watch_every": 2, "accumulate_grad_batches": 3, "max_steps": 4}, [0, 2, 4]),
     "max_steps in mid-epoch": ({"watch_every": 4, "max_steps": 9}, [0, 4, 8, 9]),
     "one batch": ({"watch_every": 1, "limit_train_batches": 1, "max_epochs": 1, "max_steps": -1}, [0, 1]),
-    "validation only at the end": ({"watch_every": 6, "check_val_every_n_epoch": 2, "num_sanity_val_steps": 0}, [0, 6, 12]),
+    "late validation": ({"watch_every": 6, "check_val_every_n_epoch": 2, "num_sanity_val_steps": 0}, [0, 6, 12]),
     "stopped early": ({"watch_every": 5, "max_steps": 7}, [0, 5, 7]),
 }  # fmt: skip
 
