@@ -42,6 +42,7 @@ def spectra(
         return figure
     _floor(axes, noise_floor, least)
     plain_log(axes.xaxis)
+    plain_log(axes.yaxis)
     if len(steps) > 1:
         level_bar(figure, axes, steps, colours, norm, "step")
     subtitle(axes, caption if len(steps) > 1 else caption or f"step {steps[0]}")

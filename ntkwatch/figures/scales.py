@@ -21,10 +21,11 @@ def words(name: str) -> str:
 
 
 def by_log(levels: Sequence[float]) -> tuple[Colormap, Normalize]:
-    """Colours that are even on a log axis from the least level to the greatest; with 0 among them, on log(½ + level)."""
+    """Colours even on a log axis from the least level to the greatest; with 0 among them, on log(½ + level)."""
     import matplotlib
     from matplotlib.colors import FuncNorm, ListedColormap
 
+    # The last tenth of viridis is too pale on white.
     # The last tenth of viridis is too pale on white.
     colours = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256)))
     low, high = min(levels, default=0), max(levels, default=1)
