@@ -1,0 +1,97 @@
+"""Exact kernels of a real model: one contract, engines that keep it, and the choice among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ntkwatch.engines.auto import choose
+from ntkwatch.engines.base import Kernel, Plan, Precision, Reduction, UnsupportedModel, check_reduction, work_dtype
+from ntkwatch.guard import leave_no_trace
+from ntkwatch.model import Network, OutputsFn, batch_size, inputs_of, leaves
+
+__all__ = ["Kernel", "Plan", "UnsupportedModel", "empirical_ntk", "layer_ntks"]
+
+
+def empirical_ntk(
+    model: nn.Module,
+    x1: Any,
+    x2: Any = None,
+    *,
+    reduction: Reduction = "trace",
+    engine: str = "auto",
+    outputs: OutputsFn | None = None,
+    params: str | Sequence[str] | None = None,
+    chunk_size: int | None = None,
+    precision: Precision = "double",
+) -> Tensor:
+    """The empirical NTK of a model, in evaluation mode, leaving no trace on it.
+
+    Args:
+        model: any nn.Module whose outputs are [n, C] (or [n]).
+        x1, x2: batches as a loader gives them; x2 None means x1.
+        reduction: "trace" [n1, n2] (mean over outputs), "blocks" [C, n1, n2], "full" [n1, C, n2, C], or "sum" [n1, n2].
+        engine: "auto", "layerwise" or "functional".
+        outputs: `outputs(model, batch) -> [n, C]`, where calling the model does not give that.
+        params: names or globs among the trained parameters.
+        chunk_size: probes per block.
+        precision: "double" takes Gram products in float64, "single" in the factors' type.
+
+    Returns:
+        The kernel, detached, on the model's device; float64 under "double".
+
+    Raises:
+        UnsupportedModel: outputs are not [n, C], examples are coupled, or no engine can do the model.
+        ValueError: an unknown reduction, engine, precision, or a params glob that matches nothing.
+    """
+    return _kernel(model, x1, x2, reduction, None, engine, outputs, params, chunk_size, precision).value
+
+
+def layer_ntks(
+    model: nn.Module,
+    x1: Any,
+    x2: Any = None,
+    *,
+    reduction: Reduction = "trace",
+    engine: str = "auto",
+    outputs: OutputsFn | None = None,
+    params: str | Sequence[str] | None = None,
+    chunk_size: int | None = None,
+    precision: Precision = "double",
+) -> dict[str, Tensor]:
+    """One kernel per trained parameter, by named_parameters() name (a tied one once); they sum to `empirical_ntk`."""
+    return _kernel(model, x1, x2, reduction, reduction, engine, outputs, params, chunk_size, precision).layers
+
+
+def _kernel(
+    model: nn.Module,
+    x1: Any,
+    x2: Any,
+    reduction: Reduction,
+    layers: Reduction | None,
+    engine: str,
+    outputs: OutputsFn | None,
+    params: str | Sequence[str] | None,
+    chunk_size: int | None,
+    precision: Precision,
+) -> Kernel:
+    check_reduction(reduction)
+    network = Network(model, outputs, params)
+    work_dtype(next(iter(network.parameters.values())).dtype, precision)
+    for x in (x1, x2) if x2 is not None else (x1,):
+        check_batch(x)
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size must be a whole number of probes ≥ 1, got {chunk_size!r}")
+    with leave_no_trace(network.module):
+        chosen = choose(network, x1, engine).engine
+        return chosen.kernel(
+            network, x1, x2, reduction=reduction, layers=layers, chunk_size=chunk_size, precision=precision
+        )
+
+
+def check_batch(x: Any) -> None:
+    """Raises ValueError for a batch without a tensor, or without a row."""
+    if not leaves(x) or batch_size(inputs_of(x)) == 0:
+        raise ValueError("the probes are empty: a batch must hold at least one example")

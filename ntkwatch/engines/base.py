@@ -1,0 +1,187 @@
+"""The engines' contract: Engine, Kernel (the result), Plan (rule, cost and memory per parameter), reductions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from ntkwatch.model import Network, UnsupportedModel
+
+__all__ = ["Engine", "Kernel", "Plan", "Precision", "Reduction", "Row", "UnsupportedModel", "reduce"]
+
+Reduction = Literal["trace", "blocks", "full", "sum"]
+Precision = Literal["double", "single"]
+
+# Reductions that hold enough to derive the others from.
+_RICHER: dict[str, tuple[str, ...]] = {
+    "full": ("full", "blocks", "trace", "sum"),
+    "blocks": ("blocks", "trace"),
+    "trace": ("trace",),
+    "sum": ("sum",),
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An empirical NTK between n1 and n2 examples with C outputs.
+
+    Attributes:
+        value: [n1, n2] for "trace" and "sum", [C, n1, n2] for "blocks", [n1, C, n2, C] for "full".
+        layers: one kernel per trained parameter, which sum to the whole; empty when not asked for.
+        outputs: f(x1), [n1, C].
+        reduction: of `value`.
+        engine: its name.
+        precision: "double" or "single", that of the Gram products.
+        noise_floor: relative to λ_max: eigenvalues below noise_floor·λ_max are rounding of the factors.
+    """
+
+    value: Tensor
+    layers: dict[str, Tensor]
+    outputs: Tensor
+    reduction: str
+    engine: str
+    precision: str
+    noise_floor: float
+
+
+class Engine(Protocol):
+    """Computes exact kernels. The caller holds the guard (evaluation mode, gradients on)."""
+
+    name: str
+
+    def kernel(
+        self,
+        network: Network,
+        x1: Any,
+        x2: Any = None,
+        *,
+        reduction: Reduction = "trace",
+        layers: Reduction | None = "trace",
+        state: Mapping[str, Tensor] | None = None,
+        chunk_size: int | None = None,
+        precision: Precision = "double",
+    ) -> Kernel:
+        """The kernel of x1 and x2 (of x1 with itself when None) at the network's parameters, or at `state`'s.
+
+        `layers` is the reduction of the kernels per parameter, None for none. `chunk_size` is probes per block.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one parameter costs: the rule that treats it, multiply-adds ×2, bytes moved, and the time these predict."""
+
+    name: str
+    rule: str
+    flops: float
+    bytes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a kernel will cost before it is computed; `str()` is a table.
+
+    Attributes:
+        engine: the engine's name.
+        reason: why this engine, one line.
+        peak_bytes: predicted memory over the model's own.
+        chunk_size: probes per block.
+    """
+
+    engine: str
+    reason: str
+    peak_bytes: int
+    chunk_size: int
+    table: tuple[Row, ...] = field(default=())
+
+    def rows(self) -> list[Row]:
+        """One row per trained parameter, and one for the forward and backward passes."""
+        return list(self.table)
+
+    @property
+    def seconds(self) -> float:
+        """Predicted wall time of one kernel."""
+        return sum(row.seconds for row in self.table)
+
+    def __str__(self) -> str:
+        width = max([len(row.name) for row in self.table] + [9])
+        rule = max([len(row.rule) for row in self.table] + [4])
+        lines = [
+            f"engine {self.engine}: {self.reason}",
+            f"about {self.seconds:.3g} s, {self.peak_bytes / 2**20:.0f} MiB over the model, "
+            f"{self.chunk_size} probes a block",
+            f"{'parameter':<{width}}  {'rule':<{rule}}  {'GFLOP':>9}  {'MB moved':>9}  {'seconds':>9}",
+        ]
+        for row in self.table:
+            numbers = f"{row.flops / 1e9:>9.3g}  {row.bytes / 1e6:>9.3g}  {row.seconds:>9.2g}"
+            lines.append(f"{row.name:<{width}}  {row.rule:<{rule}}  {numbers}")
+        return "\n".join(lines)
+
+
+def reduce(theta: Tensor, source: Reduction, target: Reduction) -> Tensor:
+    """The `target` reduction of a kernel given in a richer one.
+
+    Args:
+        theta: [n1, C, n2, C] for "full", [C, n1, n2] for "blocks", [n1, n2] for "trace" and "sum".
+
+    Raises:
+        ValueError: `source` does not determine `target` (trace and blocks hold no terms between outputs).
+    """
+    check_reduction(source, "source")
+    check_reduction(target, "target")
+    if target not in _RICHER[source]:
+        raise ValueError(f"a kernel reduced to {source!r} does not determine {target!r}; measure 'full'")
+    if source == target:
+        return theta
+    if source == "blocks":
+        return theta.mean(0)
+    blocks = theta.diagonal(dim1=1, dim2=3).permute(2, 0, 1)
+    if target == "blocks":
+        return blocks
+    return blocks.mean(0) if target == "trace" else theta.sum((1, 3)) / theta.shape[1]
+
+
+def check_reduction(reduction: str, what: str = "reduction") -> str:
+    """The reduction itself, if it is one.
+
+    Raises:
+        ValueError: it is none of "trace", "blocks", "full", "sum".
+    """
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"{what} must be one of {', '.join(get_args(Reduction))}, got {reduction!r}")
+    return reduction
+
+
+def richest(reduction: Reduction, layers: Reduction | None) -> Reduction:
+    """The smallest reduction that determines both."""
+    if layers is None or layers in _RICHER[reduction]:
+        return reduction
+    return layers if reduction in _RICHER[layers] else "full"
+
+
+def work_dtype(dtype: torch.dtype, precision: Precision) -> torch.dtype:
+    """The type that Gram products are taken in: float64 under "double", the factors' own (float32 at least) else.
+
+    Raises:
+        ValueError: an unknown precision.
+    """
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision must be 'double' or 'single', got {precision!r}")
+    return torch.float64 if precision == "double" or dtype == torch.float64 else torch.float32
+
+
+def noise_floor(dtype: torch.dtype, precision: Precision, terms: int) -> float:
+    """Rounding of the kernel relative to its largest eigenvalue, for factors of type `dtype`.
+
+    Each factor carries an error of about eps·‖factor‖ from forward and backward passes, and so does a Gram entry
+    relative to its diagonal, whatever the type of the products. Products in the factors' type add √terms of their own.
+    """
+    eps = torch.finfo(dtype).eps
+    own = torch.finfo(work_dtype(dtype, precision)).eps * max(terms, 1) ** 0.5
+    return float(4 * eps + own)

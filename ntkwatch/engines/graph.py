@@ -1,0 +1,178 @@
+"""The autograd graph of one forward pass: its nodes, who consumes whom, and which example owns each gradient element.
+
+Working on the graph rather than on module hooks is what makes coverage exact: every use of every parameter is an edge
+into its AccumulateGrad node, however the module came to use it (tied, reused, raw, reparametrised, in a fused function).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+# Nodes that may hand rows of one example on in an order or number that depends on the data.
+_ROUTING = ("Index", "Gather", "Scatter", "Masked", "Sort", "Topk", "Take", "Nonzero", "Where", "Put", "Unique")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes from the output down, consumers before what they consume, in an order set by the structure alone."""
+
+    root: Node
+    nodes: tuple[Node, ...]
+    consumers: dict[Node, list[tuple[Node, int]]]
+    outputs_used: dict[Node, list[int]]
+    leaves: dict[str, Node]
+
+    @property
+    def signature(self) -> tuple[str, ...]:
+        """What two runs of the same code share."""
+        return tuple(node.name() for node in self.nodes)
+
+    @property
+    def routes(self) -> bool:
+        """Whether rows may be regrouped in a way that depends on the data."""
+        return any(name.startswith(_ROUTING) or "_index" in name.lower() for name in self.signature)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the examples of a tensor lie: along `dim`, `k` entries each, one after the other or (minor) interleaved."""
+
+    dim: int
+    k: int
+    minor: bool = False
+
+    def fits(self, shape: Sequence[int], n: int) -> bool:
+        return len(shape) > self.dim and shape[self.dim] == self.k * n
+
+    def owner(self, shape: Sequence[int], n: int) -> Tensor:
+        """The owner along `dim`, shaped to broadcast against the tensor."""
+        index = torch.arange(shape[self.dim])
+        index = index % n if self.minor else index // self.k
+        return index.reshape([-1] + [1] * (len(shape) - self.dim - 1))
+
+    def split(self, t: Tensor, n: int, batch: int = 0) -> Tensor:
+        """[*batch, *shape] → [*batch, n, *shape with k entries at dim]; a view wherever strides allow."""
+        d = self.dim + batch
+        if self.minor:
+            return t.unflatten(d, (self.k, n)).movedim(d + 1, batch)
+        return t.unflatten(d, (n, self.k)).movedim(d, batch)
+
+
+@dataclass(frozen=True)
+class Scattered:
+    """Every element has one owner, but in no regular layout (tokens routed to experts, say)."""
+
+    owner: Tensor = field(repr=False)  # of the tensor's shape; any value where no gradient arrives
+
+
+def walk(outputs: Tensor, parameters: Mapping[str, Tensor]) -> Graph:
+    """The graph above `outputs`; `leaves` holds the AccumulateGrad nodes of those parameters that were used."""
+    root = outputs.grad_fn
+    assert root is not None
+    order = _post_order(root)[::-1]
+    consumers: dict[Node, list[tuple[Node, int]]] = {node: [] for node in order}
+    used: dict[Node, set[int]] = {node: set() for node in order}
+    used[root].add(outputs.output_nr)
+    for node in order:
+        for k, (child, number) in enumerate(node.next_functions):
+            if child is not None:
+                consumers[child].append((node, k))
+                used[child].add(number)
+    names = {id(p): name for name, p in parameters.items()}
+    leaves = {
+        names[id(v)]: node for node in order if (v := getattr(node, "variable", None)) is not None and id(v) in names
+    }
+    return Graph(root, tuple(order), consumers, {node: sorted(s) for node, s in used.items()}, leaves)
+
+
+def _post_order(root: Node) -> list[Node]:
+    """Depth first, without recursion: deep graphs exceed Python's stack."""
+    done: set[Node] = set()
+    order: list[Node] = []
+    stack: list[tuple[Node, bool]] = [(root, False)]
+    while stack:
+        node, finished = stack.pop()
+        if finished:
+            order.append(node)
+        elif node not in done:
+            done.add(node)
+            stack.append((node, True))
+            stack.extend((child, False) for child, _ in reversed(node.next_functions) if child is not None)
+    return order
+
+
+def edges(graph: Graph, nodes: Sequence[Node]) -> list[GradientEdge]:
+    """One gradient edge per used output of each node."""
+    return [GradientEdge(node, number) for node in nodes for number in graph.outputs_used[node]]
+
+
+def digits(n: int, dtype: torch.dtype) -> list[Tensor]:
+    """Powers of two that spell the example's number: scaling a cotangent by one is exact in any binary type.
+
+    So an element that one example owns comes back scaled exactly by that example's power, and an element that several
+    share does not.
+    """
+    base = _base(dtype)
+    index, codes = torch.arange(n), []
+    while True:
+        codes.append(torch.exp2((index % base).double()))
+        index = index // base
+        if not bool(index.any()):
+            return codes
+
+
+def _base(dtype: torch.dtype) -> int:
+    return 4 if dtype == torch.float16 else 16  # 2^15 stays inside every other type's range
+
+
+def find_layout(g: Tensor, coded: Sequence[Tensor], n: int) -> tuple[Layout | Scattered | None, bool]:
+    """Which example owns each element of a gradient.
+
+    Args:
+        g: the gradient under some cotangent; coded: under the same one scaled by `digits`.
+
+    Returns:
+        (layout, sure): None when several examples share an element; sure when no second reading is possible.
+    """
+    codes = digits(n, g.dtype)
+    limit = 64 * torch.finfo(g.dtype).eps * g.abs().max().double()
+    for dim, size in enumerate(g.shape):
+        for minor in (False, True) if n < size else (False,):
+            if size % n or size == 0:
+                continue
+            layout = Layout(dim, size // n, minor)
+            owner = layout.owner(g.shape, n)
+            if all(_agrees(g, c, code.to(g.device)[owner], limit) for c, code in zip(coded, codes, strict=True)):
+                return layout, _all_seen(layout.split(g, n))
+    owner_of = torch.zeros(g.shape, dtype=torch.long, device=g.device)
+    scale = 1
+    for c, _code in zip(coded, codes, strict=True):
+        digit = torch.where(g == 0, 0.0, (c.double() / g.double()).abs().log2().round()).nan_to_num(0, 0, 0)
+        if not _agrees(g, c, torch.exp2(digit), limit):
+            return None, True
+        owner_of += scale * digit.long()
+        scale *= _base(g.dtype)
+    return (Scattered(owner_of.clamp(0, n - 1)), True) if g.ndim else (None, True)
+
+
+def _agrees(g: Tensor, coded: Tensor, factor: Tensor, limit: Tensor) -> bool:
+    factor = factor.to(g.device)
+    return bool(((coded.double() - factor * g.double()).abs() <= limit * factor).all())
+
+
+def _all_seen(parts: Tensor) -> bool:
+    """Whether each example's part holds a gradient: where one is all zero, other layouts might fit as well."""
+    return bool(parts.flatten(1).ne(0).any(1).all())
+
+
+def pull(node: Node, grads: Sequence[Tensor | None], k: int) -> Tensor | None:
+    """The gradient of one input of one node: the node's own backward formula and nothing upstream of it."""
+    apply: Any = node if callable(node) else node.apply  # type: ignore[attr-defined]
+    result = apply(*grads)
+    return result[k] if isinstance(result, tuple) else result
