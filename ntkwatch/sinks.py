@@ -1,0 +1,297 @@
+"""Measurement → every logger of the run: TensorBoard, W&B, CSV, any other. One that fails is named once, no more.
+
+Loggers, of either Lightning or of anyone else, are told apart by what they can do, never by their class. The x axis is
+``Measurement.step`` everywhere. On ranks other than 0 Lightning's loggers do nothing, and so do these sinks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntkwatch import figures
+from ntkwatch.record import Measurement
+
+PATIENCE = 3  # failures in a row, after which a logger is left out: one that times out would cost its timeout each time
+GROWTH = 4  # pictures are drawn again when the step has grown by this factor: a picture takes some .1 s, a scalar none
+STEP_KEYS = ("trainer/global_step", "global_step")  # W&B's x axis under Lightning; the same under sync_tensorboard
+CHARTS = {  # title → metrics of one unit; what is not named here gets a chart of its own
+    "kernel angle to init (rad)": ("kernel_angle",),
+    "kernel scale: log of the trace ratio to init": ("kernel_scale",),
+    "Taylor ratio (0 linear … 1)": ("taylor_ratio",),
+    "alignment with the targets (centred, CKA)": ("centered_alignment",),
+    "alignment z-score against permuted labels": ("centered_alignment_z",),
+    "log10 of the top eigenvalues": ("log10_lambda_max", *(f"log10_lambda_{k}" for k in range(1, 6))),
+    "effective rank": ("effective_rank",),
+    "kernel velocity (rad per step)": ("kernel_velocity",),
+    "kernel distance to init (1 − cos)": ("kernel_distance",),
+    "relative change of the kernel": ("relative_change",),
+    "relative distance of the parameters": ("parameter_distance",),
+    "overhead (share of wall time)": ("overhead",),
+}
+
+
+class Logger(Protocol):
+    """All that is asked of a logger; ``save``, ``experiment`` and ``log_image`` are used where they are there."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+
+
+class Sinks:
+    """All loggers of one run.
+
+    Call ``start`` once, ``write`` for each measurement, ``finish`` at the end. None of them raises because of a logger:
+    ``warn`` gets one sentence for each logger that fails. ``values`` are for ``publish``.
+    """
+
+    def __init__(self, loggers: Sequence[object], warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._outlets = [_Outlet(logger, warn) for logger in loggers if not _answers_anything(logger)]
+        self._spectra: dict[int, Tensor] = {}
+        self._drawn: int | None = None
+        self._newest: tuple[Measurement, Tensor | None] | None = None
+        self._draws = True
+        self.values: dict[str, float] = {}
+        """By tag, the newest defined value of everything logged so far."""
+
+    def start(self, manifest: Mapping[str, Any], history: Mapping[int, Tensor] | None = None) -> None:
+        """Before the first measurement; ``history``: eigenvalues by step, of a resumed run's earlier measurements."""
+        for step, eigenvalues in sorted((history or {}).items()):
+            self._remember(step, eigenvalues)
+        for outlet in self._outlets:
+            outlet.attempt("be set up", partial(outlet.start, manifest))
+
+    def write(self, m: Measurement, labels: Tensor | None = None, last: bool = False) -> None:
+        """Log one measurement; pictures now and then. ``labels``: the probes' raw targets, to sort the kernel by."""
+        self._newest = (m, labels)
+        self._remember(m.step, m.eigenvalues)
+        self.values |= m.as_flat()
+        for outlet in self._outlets:
+            outlet.attempt(f"log step {m.step}", partial(outlet.scalars, m))
+        if last or self._drawn is None or m.step >= GROWTH * max(self._drawn, 1):
+            self._draw(m, labels)
+
+    def finish(self) -> None:
+        """Draw the last measurement if it has not been drawn, and leave everything on disk."""
+        if self._newest is not None and self._drawn != self._newest[0].step:
+            self._draw(*self._newest)
+        for outlet in self._outlets:
+            outlet.attempt("be saved", outlet.save)
+
+    def _remember(self, step: int, eigenvalues: Tensor) -> None:
+        """Keep the first spectrum, one each time the step has doubled, and the newest."""
+        self._spectra.pop(step, None)
+        *_, before, newest = (-1, -1, *self._spectra)
+        if before >= 0 and newest < 2 * max(before, 0.5):
+            del self._spectra[newest]
+        self._spectra[step] = eigenvalues.detach().cpu()
+
+    def _draw(self, m: Measurement, labels: Tensor | None) -> None:
+        """Each picture once, for all who take pictures; a fault in drawing is no logger's fault."""
+        self._drawn = m.step
+        takers = [outlet for outlet in self._outlets if outlet.takes_pictures]
+        if not takers or not self._draws:
+            return
+        try:
+            pictures = _pictures(self._spectra, m, labels)
+        except Exception as error:
+            self._draws = False
+            self._warn(
+                f"the kernel's pictures could not be drawn ({_words(error)}): the values are logged without them."
+            )
+            return
+        for outlet in takers:
+            outlet.attempt("take pictures", partial(outlet.pictures, m, pictures))
+
+
+def publish(values: Mapping[str, float], callback_metrics: MutableMapping[str, Any]) -> None:
+    """Put ``Sinks.values`` into ``trainer.callback_metrics``, as 0-d tensors, for ModelCheckpoint and EarlyStopping.
+
+    They stop a run when a name that they monitor is gone or NaN, hence the newest *defined* value. For the same reason
+    every rank needs the values, and needs them again after each sanity check, which empties the mapping.
+    """
+    callback_metrics.update({tag: torch.tensor(value, dtype=torch.float64) for tag, value in values.items()})
+
+
+class _Outlet:
+    """One logger, and what it can do beyond ``log_metrics``."""
+
+    def __init__(self, logger: Any, warn: Callable[[str], None]) -> None:
+        self._logger, self._warn = logger, warn
+        self._warned, self._failures = False, 0
+        self._writer: Any = None  # a SummaryWriter
+        self._step_key: str | None = None  # of W&B
+        self._laid_out = False
+
+    @property
+    def takes_pictures(self) -> bool:
+        return self._writer is not None or self._step_key is not None
+
+    def attempt(self, what: str, action: Callable[[], object]) -> None:
+        """Run ``action``; the first time it raises becomes this logger's warning."""
+        if self._failures >= PATIENCE:
+            return
+        try:
+            action()
+            self._failures = 0
+        except Exception as error:
+            self._failures += 1
+            if not self._warned:
+                self._warned = True
+                self._warn(
+                    f"{_name(self._logger)} could not {what} ({_words(error)}): training goes on and the record keeps "
+                    f"every value; after {PATIENCE} failures in a row this logger is left out."
+                )
+
+    def start(self, manifest: Mapping[str, Any]) -> None:
+        experiment: Any = getattr(self._logger, "experiment", None)
+        if _answers_anything(experiment):
+            return
+        if all(hasattr(experiment, name) for name in ("add_image", "add_histogram", "add_custom_scalars", "add_text")):
+            self._writer = experiment
+            experiment.add_text(self._tag("ntk/about"), _about(manifest))
+        elif hasattr(experiment, "define_metric") and hasattr(self._logger, "log_image"):
+            synced = (getattr(self._logger, "_wandb_init", None) or {}).get("sync_tensorboard")
+            self._step_key = STEP_KEYS[bool(synced)]
+            for tags in ("ntk/*", "ntk_layers/*"):
+                experiment.define_metric(self._tag(tags), step_metric=self._step_key)
+
+    def scalars(self, m: Measurement) -> None:
+        values = m.as_flat()
+        if self._step_key == STEP_KEYS[True]:
+            values[self._step_key] = m.step  # WandbLogger leaves the step out there
+        self._logger.log_metrics(values, step=m.step)
+        if self._writer is not None:
+            self._events(m)
+        self.save()
+
+    def pictures(self, m: Measurement, pictures: Mapping[str, np.ndarray]) -> None:
+        for tag, pixels in pictures.items():
+            if self._writer is not None:
+                self._writer.add_image(self._tag(tag), pixels, m.step, dataformats="HWC")
+            else:
+                self._logger.log_image(tag, [pixels], step=m.step)
+        self.save()
+
+    def save(self) -> None:
+        """Dashboards are live: SummaryWriter would wait for two minutes, CSVLogger for a hundred steps."""
+        if callable(save := getattr(self._logger, "save", None)):
+            save()
+
+    def _events(self, m: Measurement) -> None:
+        if not self._laid_out:
+            self._writer.add_custom_scalars(layout(m, self._tag))
+            self._laid_out = True
+        positive = m.eigenvalues[torch.isfinite(m.eigenvalues) & (m.eigenvalues > 0)]
+        if len(positive):
+            self._writer.add_histogram(self._tag("ntk/log10_eigenvalues"), positive.log10().numpy(), m.step, bins=30)
+
+    def _tag(self, tag: str) -> str:
+        prefix = getattr(self._logger, "_prefix", "")
+        return f"{prefix}{getattr(self._logger, 'LOGGER_JOIN_CHAR', '-')}{tag}" if prefix else tag
+
+
+class Memory:
+    """A logger that remembers everything; for tests and notebooks. ``points`` are (step, metrics), in order."""
+
+    name, version, save_dir, log_dir, root_dir = "memory", 0, None, None, None
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.points.append((step, dict(metrics)))
+
+    def curve(self, name: str) -> dict[int, float]:
+        """step → value of one metric, the last point of a step."""
+        return {step: metrics[name] for step, metrics in self.points if step is not None and name in metrics}
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+    def log_graph(self, *args: Any, **kwargs: Any) -> None: ...
+    def after_save_checkpoint(self, *args: Any) -> None: ...
+    def save(self) -> None: ...
+    def finalize(self, status: str) -> None: ...
+
+
+def layout(m: Measurement, tag: Callable[[str], str] = str) -> dict[str, dict[str, list[Any]]]:
+    """TensorBoard's custom-scalars layout for what ``m`` holds, one unit a chart: category → title → [kind, tags].
+
+    ``tag`` adds what the logger puts before a name. Tags are regular expressions there, matched from their beginning.
+    """
+
+    def chart(*names: str) -> list[Any]:
+        return ["Multiline", [f"{re.escape(tag(f'ntk/{name}'))}$" for name in names]]
+
+    known = {title: [name for name in names if name in m.metrics] for title, names in CHARTS.items()}
+    shown = {title: chart(*names) for title, names in known.items() if names}
+    named = {name for names in known.values() for name in names}
+    shown |= {name.replace("_", " "): chart(name) for name in m.metrics if name not in named}
+    parts = dict.fromkeys(name for values in m.layer_metrics.values() for name in values)
+    layers = {
+        f"{name.replace('_', ' ')}, by module": ["Multiline", [f"{re.escape(tag('ntk_layers/'))}.*/{re.escape(name)}$"]]
+        for name in parts
+    }
+    return {"NTK": shown} | ({"NTK by layer": layers} if layers else {})
+
+
+def _about(manifest: Mapping[str, Any]) -> str:
+    """What the numbers are numbers of, as a Markdown table."""
+    probes = manifest.get("probes") or {}
+    rows = {name: manifest.get(name) for name in ("model", "n_parameters", "optimizer", "reduction", "engine")}
+    rows |= {"why this engine": manifest.get("engine_reason"), "mode": manifest.get("mode")}
+    rows |= {"precision": manifest.get("precision"), "BatchNorm": manifest.get("baseline")}
+    rows |= {"probes": probes.get("n"), "chosen": probes.get("how"), "probe hash": probes.get("hash")}
+    lines = [f"| {name} | {str(value).replace('|', '/')} |" for name, value in rows.items() if value is not None]
+    return "\n".join(["| ntkwatch | |", "|---|---|", *lines])
+
+
+def _pictures(spectra: Mapping[int, Tensor], m: Measurement, labels: Tensor | None) -> dict[str, np.ndarray]:
+    reduction = str(m.context.get("reduction", "trace"))
+    floor = m.context.get("noise_floor")
+    spectrum = figures.spectra(spectra, noise_floor=float(floor) if isinstance(floor, int | float) else None)
+    kernel = figures.kernel_heatmap(_trace(m.kernel), _classes(labels), caption=f"step {m.step}, reduction {reduction}")
+    return {"ntk/spectra": figures.rgb(spectrum), "ntk/kernel": figures.rgb(kernel)}
+
+
+def _trace(kernel: Tensor) -> Tensor:
+    """[n, n] to look at: blocks [C, n, n] and a full kernel [n, C, n, C] by their mean over outputs."""
+    if kernel.ndim == 3:
+        return kernel.mean(0)
+    return kernel.diagonal(dim1=1, dim2=3).mean(-1) if kernel.ndim == 4 else kernel
+
+
+def _classes(labels: Tensor | None) -> Tensor | None:
+    """[n] classes or values to sort by; one-hot rows become their class; several regression targets have no order."""
+    if labels is None or labels.ndim == 1:
+        return labels
+    flat = labels.reshape(len(labels), -1)
+    if flat.shape[1] == 1:
+        return flat[:, 0]
+    one_hot = bool(((flat == 0) | (flat == 1)).all()) and bool((flat.sum(1) == 1).all())
+    return flat.argmax(1) if one_hot else None
+
+
+def _answers_anything(thing: object) -> bool:
+    """A stand-in that accepts every name, as Lightning's dummies of a fast run and of ranks other than 0 do."""
+    try:
+        return hasattr(thing, "ntkwatch_asks_for_a_name_that_nobody_has")
+    except Exception:
+        return False
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def _name(logger: object) -> str:
+    try:
+        where = next((place for name in ("log_dir", "save_dir") if (place := getattr(logger, name, None))), None)
+    except Exception:
+        where = None
+    return f"{type(logger).__name__} ({where})" if where else type(logger).__name__
