@@ -84,10 +84,10 @@ def read_slope(name: str, slope: Slope) -> str:
     return f"{text}; the interval holds neither" if not held else f"{text}, but the interval holds {_signed(held[0])}"
 
 
-def reference_lines(name: str) -> dict[float, str] | None:
-    """Exponent -> its words on a figure, for a metric that has reference lines."""
+def reference_lines(name: str) -> dict[float, str]:
+    """Exponent of the width -> its words on a figure; empty for a metric that has no reference lines."""
     lazy = LAZY_EXPONENT.get(name)
-    return None if lazy is None else {lazy: f"{_signed(lazy)}: NTP, SP", 0.0: "0: muP"}
+    return {} if lazy is None else {lazy: f"{_signed(lazy)}: NTP, SP", 0.0: "0: muP"}
 
 
 def _signed(exponent: float) -> str:

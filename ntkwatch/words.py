@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ TURNED = ("hardly turned", "turned a little", "clearly turned", "strongly turned
 DISAGREE = 10.0  # a factor in γ_0, two rungs of the ladder
 NULL_Z = 2.0  # |z| below this is what shuffled labels give
 LABEL = 11
+BARS = "▁▂▃▄▅▆▇█"
 REGIME = (
     "One run states its own linearity. Whether this is a lazy regime needs a sweep of the width or the output scale: "
     "ntkwatch widths RUN…"
@@ -55,8 +56,13 @@ def summarise(run: Readable, width: int = 79) -> str:
     >>> print(summarise(SimpleNamespace(manifest={}, metrics=empty, reasons={}, layer_metrics=empty)))
     Run        unnamed model. No probe has been recorded yet.
     """
+    return _wrap(summary_lines(run), width)
+
+
+def summary_lines(run: Readable) -> list[tuple[str, str]]:
+    """The summary as (axis, text) pairs; a text that goes on with the axis above has an empty one."""
     if len(run.metrics) == 0:
-        return _wrap([("Run", f"{_header(run.manifest)}. No probe has been recorded yet.")], width)
+        return [("Run", f"{_header(run.manifest)}. No probe has been recorded yet.")]
     first, last = int(run.metrics.index[0]), int(run.metrics.index[-1])
     lines = [("Run", f"{_header(run.manifest)}; {_probing(run.manifest)}. {_span(run.metrics)}.")]
     if last == first or unmoved(run.metrics):
@@ -67,7 +73,7 @@ def summarise(run: Readable, width: int = 79) -> str:
     lines += [("Cost", _cost(run)), ("Undefined", _undefined(run.reasons.get(last) or {}))]
     lines += [("Baseline", run.manifest.get("baseline") or ""), ("Regime", REGIME)]
     lines.append(("Ladder", LADDER_NOTE if any("γ0" in text for _, text in lines) else ""))
-    return _wrap([(label, text) for label, text in lines if text], width)
+    return [(label, printable(text)) for label, text in lines if text]
 
 
 def unmoved(metrics: pd.DataFrame) -> bool:
@@ -253,6 +259,21 @@ def _defined(value: Any) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
+def sparkline(values: Iterable[float | None], width: int = 16) -> str:
+    """Values as bars between their least and largest, thinned to at most `width`; · where undefined.
+
+    >>> sparkline([0, 1, None, 7])
+    '▁▂·█'
+    """
+    numbers = [math.nan if v is None else float(v) for v in values]
+    if len(numbers) > width:
+        numbers = [numbers[round(i * (len(numbers) - 1) / (width - 1))] for i in range(width)]
+    finite = [v for v in numbers if math.isfinite(v)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    span = (high - low) or 1.0
+    return "".join(BARS[round((v - low) / span * (len(BARS) - 1))] if math.isfinite(v) else "·" for v in numbers)
+
+
 def printable(text: str) -> str:
     """Text without control characters, which could steer a terminal: run and module names come from outside.
 
@@ -269,4 +290,4 @@ def _n(value: float) -> str:
 def _wrap(lines: Sequence[tuple[str, str]], width: int) -> str:
     indent = " " * LABEL
     wrap = textwrap.TextWrapper(width=max(width, 40), subsequent_indent=indent, break_on_hyphens=False)
-    return "\n".join(wrap.fill(f"{label:<{LABEL}}{printable(text)}") for label, text in lines)
+    return "\n".join(wrap.fill(f"{label:<{LABEL}}{text}") for label, text in lines)

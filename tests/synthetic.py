@@ -103,7 +103,10 @@ def _metrics(step: int, angle: float, velocity: float) -> tuple[dict[str, float 
         "parameter_distance": angle / 3,
         "overhead": 0.0123,
     }
-    return metrics, {"kernel_velocity": "first probe: nothing to compare with yet", "taylor_ratio": REASON} if not step else {}
+    return metrics, {
+        "kernel_velocity": "first probe: nothing to compare with yet",
+        "taylor_ratio": REASON,
+    } if not step else {}
 
 
 def _measurement(

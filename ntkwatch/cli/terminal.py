@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -12,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ntkwatch.words import layers_at, printable, summarise
+from ntkwatch.words import layers_at, printable, sparkline, summarise
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ntkwatch.compare import Comparison, Difference
     from ntkwatch.record import Run
 
-BARS = "▁▂▃▄▅▆▇█"
 PIPED_WIDTH = 200  # wide enough that no table is folded where nobody sees columns
 MOST_LAYERS, MOST_RUNS = 12, 40
 SUMMARY_WIDTH = 79
@@ -39,21 +38,6 @@ def console(stderr: bool = False) -> Console:
     if plain.is_terminal or "COLUMNS" in os.environ:
         return plain
     return Console(stderr=stderr, highlight=False, emoji=False, markup=False, width=PIPED_WIDTH, no_color=True)
-
-
-def sparkline(values: Iterable[float | None], width: int = 16) -> str:
-    """Values as bars between their least and largest, thinned to at most `width`; · where undefined.
-
-    >>> sparkline([0, 1, None, 7])
-    '▁▂·█'
-    """
-    numbers = [math.nan if v is None else float(v) for v in values]
-    if len(numbers) > width:
-        numbers = [numbers[round(i * (len(numbers) - 1) / (width - 1))] for i in range(width)]
-    finite = [v for v in numbers if math.isfinite(v)]
-    low, high = min(finite, default=0.0), max(finite, default=0.0)
-    span = (high - low) or 1.0
-    return "".join(BARS[round((v - low) / span * (len(BARS) - 1))] if math.isfinite(v) else "·" for v in numbers)
 
 
 def number(value: Any, digits: int = 4) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,8 +103,14 @@ def _layers(runs: tuple[Run, Run], step: int) -> tuple[pd.DataFrame, tuple[str, 
             "share_b": float(b[name].trace()) / totals[1],
         }
         | _similarity((a[name], a[name]), (b[name], b[name]))
-        for name in a
+        for name in _in_order(runs[0], a)
         if name in b
     ]
     columns = ["layer", "share_a", "share_b", *SIMILARITIES]
     return pd.DataFrame(rows, columns=columns), tuple(sorted(set(a) ^ set(b)))
+
+
+def _in_order(run: Run, names: Iterable[str]) -> list[str]:
+    """As the model has them, not as the file does."""
+    place = {name: i for i, name in enumerate(run.manifest.get("parameters") or [])}
+    return sorted(names, key=lambda name: (place.get(name, len(place)), name))

@@ -66,14 +66,14 @@ class Comparison:
 
     def figures(self) -> dict[str, Figure]:
         """One log–log figure for each slope, and the course of COURSES in every run; an override is printed."""
-        note = f"mismatch allowed: {self.mismatch}" if self.mismatch else None
+        note = f"mismatch allowed: {self.mismatch}".replace("$", r"\$") if self.mismatch else None
         about: dict[str, Any] = {"x": self.x, "note": note}
         drawn = {
             f"slope_{name}": figures.width_slopes(
                 self.table,
                 self.slopes,
                 name,
-                references=reference_lines(name) if self.x == "width" else None,
+                references=reference_lines(name) if self.x == "width" else {},
                 **about,
             )
             for name in self.slopes

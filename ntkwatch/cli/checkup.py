@@ -1,0 +1,131 @@
+"""`ntkwatch doctor`: how a model's kernel would be measured, at what cost, and what stands in the way."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ntkwatch import engines
+from ntkwatch.guard import leave_no_trace
+from ntkwatch.model import Network, UnsupportedModel, running_statistics, targets_of, untracked_statistics
+
+SLOW_PROBE = 30.0  # seconds: the callback says so before it starts
+
+
+class FactoryError(ValueError):
+    """FILE:FACTORY that does not lead to (model, batch): what, got, do this."""
+
+
+def check(spec: str, reduction: str = "trace") -> tuple[list[str], bool]:
+    """(lines to print, whether it can be measured) for FILE:FACTORY; raises FactoryError where that fails."""
+    if reduction not in ("trace", "sum", "blocks", "full"):
+        raise FactoryError(f"--reduction {reduction} is unknown: use trace, sum, blocks or full")
+    model, batch = load(spec)
+    try:
+        network = Network(model)
+        with leave_no_trace(network.module), torch.no_grad():
+            outputs = network.outputs(batch)
+        lines = _facts(network, batch, outputs)
+        plan = engines.plan(model, batch, reduction=reduction)
+    except UnsupportedModel as error:
+        return [f"PROBLEM  {error}"], False
+    problems = _problems(plan, outputs)
+    return [*lines, "", str(plan), "", *(problems or ["It can be measured as it is."])], not problems
+
+
+def load(spec: str) -> tuple[nn.Module, Any]:
+    """FACTORY() of FILE:FACTORY, which returns (model, batch)."""
+    file, colon, name = spec.rpartition(":")
+    path = Path(file)
+    if not colon or not name or not path.is_file():
+        raise FactoryError(f"{spec} does not name a factory: give FILE:FACTORY, for example train.py:model_and_batch")
+    factory = getattr(_module(path), name, None)
+    if not callable(factory):
+        raise FactoryError(f"{path} has no function {name}: define one that returns (model, batch)")
+    try:
+        made = factory()
+    except Exception as error:
+        raise FactoryError(f"{name}() in {path} raised {_where(error)}") from error
+    if not (isinstance(made, tuple | list) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise FactoryError(f"{name}() returned {_kind(made)}: it must return (model, batch), an nn.Module and a batch")
+    return made[0], made[1]
+
+
+def _module(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"_ntkwatch_doctor_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise FactoryError(f"{path} is not a Python file: give FILE:FACTORY, for example train.py:model_and_batch")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickling look a module up by its name
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise FactoryError(f"{path} cannot be imported: {_where(error)}") from error
+    finally:
+        sys.path.remove(str(path.parent.resolve()))
+    return module
+
+
+def _where(error: Exception) -> str:
+    """The error and the line that raised it, in one line."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} (line {last.lineno} of {Path(last.filename).name})"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {', '.join(type(item).__name__ for item in value)}"
+    return type(value).__name__
+
+
+def _facts(network: Network, batch: Any, outputs: torch.Tensor) -> list[str]:
+    targets = targets_of(batch)
+    count = sum(p.numel() for p in network.parameters.values())
+    tensors = f"{len(network.parameters)} tensor{'s' * (len(network.parameters) != 1)}"
+    return [
+        f"model      {type(network.module).__name__}, {count:,} trained parameters in {tensors}, on {network.device}",
+        f"outputs    {list(outputs.shape)} {str(outputs.dtype).removeprefix('torch.')}",
+        f"targets    {f'{list(targets.shape)} {targets.dtype}' if targets is not None else NO_TARGETS}",
+        f"mode       {_mode(network.module)}",
+    ]
+
+
+NO_TARGETS = "none in the batch: alignment will be undefined (targets= gives them)"
+
+
+def _mode(module: nn.Module) -> str:
+    if untracked_statistics(module):
+        return "eval; BatchNorm has seen no batch: the baseline's statistics are calibrated on the probes"
+    return "eval; BatchNorm's statistics are frozen at the baseline" if running_statistics(module) else "eval"
+
+
+def _problems(plan: Any, outputs: torch.Tensor) -> list[str]:
+    problems = []
+    bad = int((~torch.isfinite(outputs)).any(dim=1).sum())
+    if bad:
+        problems.append(f"PROBLEM  the outputs are not finite on {bad} of {len(outputs)} probes: look for NaN in them")
+    free = _free_bytes(outputs.device)
+    if free is not None and plan.peak_bytes > free:
+        problems.append(
+            f"PROBLEM  it needs {plan.peak_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} are free: use fewer probes, "
+            "another reduction, or a smaller chunk_size"
+        )
+    if plan.seconds > SLOW_PROBE:
+        problems.append(f"PROBLEM  a probe takes about {plan.seconds:.0f} s: use fewer probes or a sparser every=")
+    return problems
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
