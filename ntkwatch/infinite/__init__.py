@@ -1,0 +1,37 @@
+"""Infinitely wide networks: the NNGP and the NTK a network is born with, in closed form."""
+
+from __future__ import annotations
+
+from ntkwatch.infinite.activations import ABRelu, Abs, Activation, Elementwise, Erf, Gelu, LeakyRelu, Relu, Sin
+from ntkwatch.infinite.attention import Attention
+from ntkwatch.infinite.compose import Residual, Serial, Sum
+from ntkwatch.infinite.kernel import InfiniteKernel, kernel
+from ntkwatch.infinite.layers import Affine, Dense, Identity, Layer, LayerNorm
+from ntkwatch.infinite.windows import AvgPool, Conv, Flatten, GlobalAvgPool
+
+__all__ = [
+    "ABRelu",
+    "Abs",
+    "Activation",
+    "Affine",
+    "Attention",
+    "AvgPool",
+    "Conv",
+    "Dense",
+    "Elementwise",
+    "Erf",
+    "Flatten",
+    "Gelu",
+    "GlobalAvgPool",
+    "Identity",
+    "InfiniteKernel",
+    "Layer",
+    "LayerNorm",
+    "LeakyRelu",
+    "Relu",
+    "Residual",
+    "Serial",
+    "Sin",
+    "Sum",
+    "kernel",
+]

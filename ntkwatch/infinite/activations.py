@@ -1,0 +1,229 @@
+"""Dual activations: for (u, v) ~ N(0, [[q, k], [k, q']]) the pair E[φ(u)φ(v)] and E[φ'(u)φ'(v)].
+
+Each activation first turns a variance q into the features it needs (`prepare`, once per input), and then meets two
+inputs (`dual`, once per pair). Angles are clamped and inflated by a few eps, so that equal inputs have a cosine of exactly 1:
+acos amplifies an error of eps to 1.5e-8, and the diagonal must not come out below its neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ntkwatch.infinite.field import Cross, Own, Saved
+from ntkwatch.infinite.layers import Layer
+
+
+class Elementwise(Layer):
+    """A function of each channel at each position."""
+
+    gaussian_input = True
+
+    @abstractmethod
+    def prepare(self, q: Tensor) -> Saved:
+        """Features of the variance."""
+
+    @abstractmethod
+    def dual(self, k: Tensor, a: Saved, b: Saved, slope: bool = True) -> tuple[Tensor, Tensor | None]:
+        """E[φ(u)φ(v)] and, if `slope`, E[φ'(u)φ'(v)]. May write into k."""
+
+    def first(self, q: Tensor) -> Tensor | None:
+        """E[φ(u)]; None where φ is odd."""
+        return None
+
+    def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
+        q = f.variance
+        saved = self.prepare(q)
+        cov, _ = self.dual(f.cov.clone(), f.left(saved), f.right(saved), slope=False)
+        return replace(f, cov=cov, mean=self.first(q), gaussian=False), saved
+
+    def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
+        nngp, slope = self.dual(f.nngp, f.left(a), f.right(b), slope=f.ntk is not None)
+        if f.ntk is not None and slope is not None:
+            f.ntk.mul_(slope)
+        return replace(f, nngp=nngp)
+
+
+@dataclass(frozen=True)
+class ABRelu(Elementwise):
+    """φ(x) = a·min(x, 0) + b·max(x, 0) (Cho & Saul 2009 for ReLU); φ'(0) = at_zero, by default a, as in torch."""
+
+    a: float
+    b: float
+    at_zero: float | None = None
+
+    def prepare(self, q: Tensor) -> Saved:
+        s = q.clamp_min(0).sqrt()
+        dead = s == 0
+        inverse = ((1 + 2 * torch.finfo(q.dtype).eps) / s).masked_fill(dead, 0)
+        at_zero = self.a if self.at_zero is None else self.at_zero
+        # a zero vector (a blank patch of an image) is not at an angle to anything: φ' is φ'(0) there
+        linear = torch.where(dead, at_zero, (self.a + self.b) / 2) if bool(dead.any()) else None
+        return s, inverse, linear
+
+    def dual(self, k: Tensor, a: Saved, b: Saved, slope: bool = True) -> tuple[Tensor, Tensor | None]:
+        (sa, ia, la), (sb, ib, lb) = a, b
+        odd, even = (self.a + self.b) / 2, (self.b - self.a) ** 2 / (2 * math.pi)  # φ = odd·x + (b-a)/2·|x|
+        c = (k * ia).mul_(ib).clamp_(-1, 1)
+        angle = torch.asin(c)
+        height = (c * c).neg_().add_(1).sqrt_().addcmul_(c, angle)
+        k = k.mul_(odd**2).add_(height.mul_(sa * even).mul_(sb))
+        if not slope:
+            return k, None
+        angle.mul_(even)
+        if la is None and lb is None:
+            return k, angle.add_(odd**2)
+        return k, angle.add_((odd if la is None else la) * (odd if lb is None else lb))
+
+    def first(self, q: Tensor) -> Tensor | None:
+        return (q.clamp_min(0) / (2 * math.pi)).sqrt() * (self.b - self.a)
+
+
+def Relu() -> ABRelu:
+    """max(x, 0)."""
+    return ABRelu(0.0, 1.0)
+
+
+def LeakyRelu(negative_slope: float = 0.01) -> ABRelu:
+    """max(x, 0) + negative_slope·min(x, 0)."""
+    return ABRelu(negative_slope, 1.0)
+
+
+def Abs() -> ABRelu:
+    """|x|."""
+    return ABRelu(-1.0, 1.0, at_zero=0.0)
+
+
+@dataclass(frozen=True)
+class Erf(Elementwise):
+    """erf(x) (Williams 1997)."""
+
+    def prepare(self, q: Tensor) -> Saved:
+        return ((1 + 2 * q.clamp_min(0)).rsqrt(),)
+
+    def dual(self, k: Tensor, a: Saved, b: Saved, slope: bool = True) -> tuple[Tensor, Tensor | None]:
+        (ra,), (rb,) = a, b
+        c = k.mul_(2 * ra).mul_(rb).clamp_(-1, 1)
+        dot = _one_minus_square(c).rsqrt_().mul_(ra * (4 / math.pi)).mul_(rb) if slope else None
+        return torch.asin(c).mul_(2 / math.pi), dot
+
+
+@dataclass(frozen=True)
+class Gelu(Elementwise):
+    """x·Φ(x), the exact form. By Gaussian integration by parts of E[uΦ(u)·vΦ(v)]; checked against quadrature."""
+
+    def prepare(self, q: Tensor) -> Saved:
+        q = q.clamp_min(0)
+        return q, (1 + q).rsqrt(), 1 / (1 + q)
+
+    def dual(self, k: Tensor, a: Saved, b: Saved, slope: bool = True) -> tuple[Tensor, Tensor | None]:
+        (qa, ra, ia), (qb, rb, ib) = a, b
+        scale = ra * rb
+        c = (k * scale).clamp_(-1, 1)
+        both = torch.asin(c).mul_(1 / (2 * math.pi)).add_(0.25)  # E[Φ(u)Φ(v)]
+        root = _one_minus_square(c).rsqrt_().mul_(scale)  # 1/√((1+q)(1+q') - k²)
+        inverse = ia + ib
+        nngp = (k * k * (inverse - 1)).add_(qa * qb).mul_(root).mul_(1 / (2 * math.pi)).addcmul_(k, both)
+        if not slope:
+            return nngp, None
+        return nngp, both.add_((root.square() + inverse).mul_(root).mul_(k), alpha=1 / (2 * math.pi))
+
+    def first(self, q: Tensor) -> Tensor | None:
+        return q / (2 * math.pi * (1 + q)).sqrt()
+
+
+@dataclass(frozen=True)
+class Sin(Elementwise):
+    """sin(x)."""
+
+    def prepare(self, q: Tensor) -> Saved:
+        return (q / 2,)
+
+    def dual(self, k: Tensor, a: Saved, b: Saved, slope: bool = True) -> tuple[Tensor, Tensor | None]:
+        m = a[0] + b[0]
+        # k ≤ m exactly; rounding must not let the exponent pass 0
+        same, opposite = (k - m).clamp_max_(0).exp_().mul_(0.5), (-k - m).clamp_max_(0).exp_().mul_(0.5)
+        return same - opposite, same.add_(opposite) if slope else None
+
+
+@dataclass(frozen=True)
+class Activation(Elementwise):
+    """Any elementwise torch function, by Gauss–Hermite quadrature.
+
+    fn(√q z) is expanded in Hermite polynomials (coefficients by a rule with `nodes` nodes, once per input), and
+    E[φ(u)φ(v)] = Σ_j a_j(q) a_j(q') c^j by Mehler's formula, up to `degree`; φ' is fn's autograd derivative. For
+    analytic functions (tanh, SiLU, softplus) the error falls as exp(-const·√degree); one with a kink keeps an error
+    near 1/nodes and is better served by a closed form of this module.
+    """
+
+    fn: Callable[[Tensor], Tensor]
+    degree: int = 128
+    nodes: int = 512
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.degree < self.nodes:
+            raise ValueError(f"Activation needs 1 <= degree < nodes, got degree={self.degree} and nodes={self.nodes}.")
+
+    def prepare(self, q: Tensor) -> Saved:
+        z, basis = _hermite(self.nodes, self.degree + 1)
+        z, basis = z.to(q), basis.to(q)
+        s = q.clamp_min(0).sqrt()
+        with torch.enable_grad():
+            u = (s[..., None] * z).requires_grad_()
+            value = self.fn(u)
+            if value.shape != u.shape:
+                raise ValueError(
+                    f"Activation's fn must be elementwise; it turned shape {list(u.shape)} into {list(value.shape)}."
+                )
+            (slope,) = torch.autograd.grad(value.sum(), u)
+        eps = torch.finfo(q.dtype).eps
+        inverse = ((1 + 2 * eps) / s).masked_fill(s == 0, 0)
+        return inverse, _trim((value.detach() @ basis).movedim(-1, 0)), _trim((slope @ basis).movedim(-1, 0))
+
+    def dual(self, k: Tensor, a: Saved, b: Saved, slope: bool = True) -> tuple[Tensor, Tensor | None]:
+        (ia, va, da), (ib, vb, db) = a, b
+        c = (k * ia).mul_(ib).clamp_(-1, 1)
+        return _series(c, va, vb), _series(c, da, db) if slope else None
+
+    def first(self, q: Tensor) -> Tensor | None:
+        return self.prepare(q)[1][0]
+
+
+def _one_minus_square(c: Tensor) -> Tensor:
+    """1 - c², kept off 0, where only variances beyond 1/eps come."""
+    return (c * c).neg_().add_(1).clamp_min_(torch.finfo(c.dtype).eps)
+
+
+def _series(c: Tensor, a: Saved, b: Saved) -> Tensor:
+    """Σ_j a_j b_j c^j by Horner's rule."""
+    terms = list(zip(a, b, strict=False))  # the shorter one's tail is below eps
+    out = torch.zeros_like(c)
+    for x, y in reversed(terms):
+        out.mul_(c).add_(x * y)
+    return out
+
+
+def _trim(coefficients: Tensor) -> Saved:
+    """The coefficients a_j [J, *S, n] as a tuple over j, without the tail that no sum of squares can see."""
+    flat = coefficients.flatten(1)
+    tail = flat.square().flip(0).cumsum(0).flip(0)
+    visible = (tail > torch.finfo(flat.dtype).eps * tail[0] / 8).any(dim=1)
+    return tuple(coefficients[: max(1, int(visible.sum()))])
+
+
+@lru_cache(maxsize=8)
+def _hermite(nodes: int, degrees: int) -> tuple[Tensor, Tensor]:
+    """Nodes z [m] and √w_i·h_j(z_i)·√w_i [m, degrees], h_j orthonormal under N(0, 1).
+
+    Golub & Welsch (1969): the eigenvectors of the Jacobi matrix are √w_i h_j(z_i), bounded where h_j itself overflows.
+    """
+    off = torch.arange(1, nodes, dtype=torch.float64).sqrt()
+    z, v = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+    v = v * torch.where(v[0] < 0, -1.0, 1.0)
+    return z, (v * v[0]).T[:, :degrees].contiguous()

@@ -1,0 +1,96 @@
+"""Attention over positions in the limit of many heads (Hron, Bahri, Sohl-Dickstein & Novak 2020).
+
+Two variants have a closed form. "softmax" scales the logits by 1/d instead of 1/√d and ties the key and query weights:
+the weights then converge to the deterministic softmax(w_query·w_key·Σ(x, x)), and keys and queries get no gradient.
+"linear" keeps 1/√d and independent keys and queries but leaves out the softmax. Softmax at 1/√d, torch's own, has no
+closed form and is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ntkwatch.infinite.field import Cross, Own, Saved
+from ntkwatch.infinite.layers import Layer, Positions
+from ntkwatch.infinite.windows import need_positions
+
+
+@dataclass(frozen=True)
+class Attention(Layer):
+    """Multi-head self-attention with an output projection, in NTK parametrization: each weight's w_grad is its w_std².
+
+    variant: "softmax" (1/d-scaled, tied keys and queries) or "linear" (1/√d-scaled, no softmax). b_std: of the output's
+    biases.
+    """
+
+    variant: str = "softmax"
+    w_query: float = 1.0
+    w_key: float = 1.0
+    w_value: float = 1.0
+    w_out: float = 1.0
+    b_std: float = 0.0
+    mixes = True
+
+    def __post_init__(self) -> None:
+        if self.variant not in ("softmax", "linear"):
+            raise ValueError(
+                'Attention knows variant "softmax" (logits scaled by 1/d, keys tied to queries) and "linear" (scaled '
+                f"by 1/√d, without softmax), got {self.variant!r}; softmax of 1/√d-scaled logits has no closed form."
+            )
+        for name in ("w_query", "w_key", "w_value", "w_out", "b_std"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"Attention needs a finite {name} >= 0, got {getattr(self, name)}.")
+
+    def positions(self, shape: Positions) -> Positions:
+        need_positions(self, shape)
+        return shape
+
+    def pairs_in(self, pairs: bool) -> bool:
+        return True
+
+    def gaussian(self, before: bool) -> bool:
+        return True
+
+    def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
+        k, saved = _flat(f.cov, f.spatial), ()  # type: tuple[Tensor, Saved]
+        if self.variant == "linear":
+            out = k * k.square().sum(dim=(0, 1)) * (self.w_query * self.w_key) ** 2
+        else:
+            weights = torch.softmax(k * (self.w_query * self.w_key), dim=1)
+            out, saved = torch.einsum("stn,tun,vun->svn", weights, k, weights), (weights,)
+        cov = out.mul_((self.w_value * self.w_out) ** 2).add_(self.b_std**2).reshape(f.cov.shape)
+        return replace(f, cov=cov, mean=None, gaussian=True), saved
+
+    def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
+        k = _flat(f.nngp, f.spatial)
+        theta = None if f.ntk is None else _flat(f.ntk, f.spatial)
+        nngp, ntk = self._linear(k, theta) if self.variant == "linear" else self._softmax(k, theta, a[0], b[0])
+        gain, bias = (self.w_value * self.w_out) ** 2, self.b_std**2
+        shape = f.nngp.shape
+        return replace(f, nngp=(nngp * gain + bias).reshape(shape), ntk=(ntk * gain + bias).reshape(shape))
+
+    def _softmax(self, k: Tensor, theta: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        nngp = _mix(a, k, b)
+        return nngp, 2 * nngp if theta is None else (2 * nngp).add_(_mix(a, theta, b))  # values and output weights
+
+    def _linear(self, k: Tensor, theta: Tensor | None) -> tuple[Tensor, Tensor]:
+        gain = (self.w_query * self.w_key) ** 2
+        square = k.square().sum(dim=(0, 1)) * gain
+        nngp = k * square
+        if theta is None:
+            return nngp, 4 * nngp  # queries, keys, values and output weights
+        return nngp, 4 * nngp + theta * square + k * ((k * theta).sum(dim=(0, 1)) * (2 * gain))
+
+
+def _flat(t: Tensor, spatial: int) -> Tensor:
+    """[*S, *S', ...] -> [T, T, ...]."""
+    return t.flatten(0, spatial - 1).flatten(1, spatial)
+
+
+def _mix(a: Tensor, k: Tensor, b: Tensor) -> Tensor:
+    """Σ_tu a[s, t, i] k[t, u, i, j] b[v, u, j] -> [s, v, i, j]."""
+    return torch.einsum("suij,vuj->svij", torch.einsum("sti,tuij->suij", a, k), b)

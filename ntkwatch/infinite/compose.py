@@ -1,0 +1,147 @@
+"""Layers after one another and side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ntkwatch.infinite.field import Cross, Own, Saved
+from ntkwatch.infinite.layers import Layer, Positions
+
+
+@dataclass(frozen=True, init=False)
+class Serial(Layer):
+    """One layer after another. Serial() is the identity."""
+
+    layers: tuple[Layer, ...]
+
+    def __init__(self, *layers: Layer) -> None:
+        for layer in layers:
+            if not isinstance(layer, Layer):
+                raise TypeError(f"Serial takes layers such as Dense() and Relu(), got {layer!r}.")
+        object.__setattr__(self, "layers", layers)
+
+    @property
+    def mixes(self) -> bool:  # type: ignore[override]
+        return any(layer.mixes for layer in self.layers)
+
+    def positions(self, shape: Positions) -> Positions:
+        for layer in self.layers:
+            shape = layer.positions(shape)
+        return shape
+
+    def gaussian(self, before: bool) -> bool:
+        for i, layer in enumerate(self.layers):
+            if layer.gaussian_input and not before:
+                raise ValueError(
+                    f"Layer {i}, {layer}, needs Gaussian inputs, which come from Dense, Conv or Attention; after raw "
+                    "inputs, another activation or Flatten its infinite-width kernel is not defined: put one before it."
+                )
+            before = layer.gaussian(before)
+        return before
+
+    def pairs_in(self, pairs: bool) -> bool:
+        return self._pairs(pairs)[0]
+
+    def _pairs(self, pairs: bool) -> list[bool]:
+        """Whether pairs of positions are needed before each layer, and after the last."""
+        needs = [pairs]
+        for layer in reversed(self.layers):
+            needs.append(layer.pairs_in(needs[-1]))
+        return needs[::-1]
+
+    def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
+        needs, saved = self._pairs(pairs), []
+        for layer, before, after in zip(self.layers, needs, needs[1:], strict=False):
+            f, s = layer.own(f if before or not f.pairs else f.diagonal(), after)
+            saved.append(s)
+        return f if pairs or not f.pairs else f.diagonal(), tuple(saved)
+
+    def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
+        needs = self._pairs(pairs)
+        for layer, sa, sb, before, after in zip(self.layers, a, b, needs, needs[1:], strict=False):
+            f = layer.cross(f if before or not f.pairs else f.diagonal(), sa, sb, after)
+        return f if pairs or not f.pairs else f.diagonal()
+
+
+@dataclass(frozen=True, init=False)
+class Sum(Layer):
+    """The sum of branches with a common input; all but one must end in fresh weights (Dense, Conv, Attention)."""
+
+    branches: tuple[Serial, ...]
+
+    def __init__(self, *branches: Layer) -> None:
+        if not branches:
+            raise ValueError("Sum needs at least one branch.")
+        serial = tuple(b if isinstance(b, Serial) else Serial(b) for b in branches)
+        if sum(not b.mixes for b in serial) > 1:
+            raise ValueError(
+                f"Of the branches of {type(self).__name__} only one may be without Dense, Conv or Attention: others "
+                "would be correlated with it, which has no closed form here."
+            )
+        object.__setattr__(self, "branches", serial)
+
+    @property
+    def mixes(self) -> bool:  # type: ignore[override]
+        return all(b.mixes for b in self.branches)
+
+    def positions(self, shape: Positions) -> Positions:
+        shapes = [b.positions(shape) for b in self.branches]
+        if len(set(shapes)) > 1:
+            raise ValueError(f"The branches of {type(self).__name__} end with different positions: {shapes}.")
+        return shapes[0]
+
+    def gaussian(self, before: bool) -> bool:
+        each = [b.gaussian(before) for b in self.branches]  # every branch is checked
+        return all(each)
+
+    def pairs_in(self, pairs: bool) -> bool:
+        return any(b.pairs_in(pairs) for b in self.branches)
+
+    def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
+        fields, saved = zip(*[b.own(f, pairs) for b in self.branches], strict=True)
+        total = fields[0]
+        for field in fields[1:]:
+            cov = total.cov + field.cov
+            if total.mean is not None and field.mean is not None:  # E[h]E[g'] + E[g]E[h'] of independent h, g
+                cov = cov + total.left(total.mean) * total.right(field.mean)
+                cov = cov + total.left(field.mean) * total.right(total.mean)
+            total = replace(
+                total, cov=cov, mean=_plus(total.mean, field.mean), gaussian=total.gaussian and field.gaussian
+            )
+        return total, (saved, tuple(field.mean for field in fields))
+
+    def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
+        (sa, ma), (sb, mb) = a, b
+        total, mean_a, mean_b = None, None, None
+        for i, branch in enumerate(self.branches):
+            last = i == len(self.branches) - 1
+            g = branch.cross(f if last else f.clone(), sa[i], sb[i], pairs)
+            total = g if total is None else _add(total, g, (mean_a, ma[i]), (mean_b, mb[i]))
+            mean_a, mean_b = _plus(mean_a, ma[i]), _plus(mean_b, mb[i])
+        assert total is not None
+        return total
+
+
+class Residual(Sum):
+    """x + branch(x)."""
+
+    def __init__(self, *branch: Layer) -> None:
+        super().__init__(Serial(), Serial(*branch))
+
+
+Means = tuple[Tensor | None, Tensor | None]
+
+
+def _add(f: Cross, g: Cross, a: Means, b: Means) -> Cross:
+    nngp = f.nngp.add_(g.nngp)
+    (fa, ga), (fb, gb) = a, b
+    if fa is not None and ga is not None:
+        nngp.add_(f.left(fa) * f.right(gb)).add_(f.left(ga) * f.right(fb))
+    ntk = g.ntk if f.ntk is None else f.ntk if g.ntk is None else f.ntk.add_(g.ntk)
+    return replace(f, nngp=nngp, ntk=ntk)
+
+
+def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
