@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from trust_configs import HOOKS, JOBS, Job
 from trust_harness import Driver, Observation, Tally, observe, reference
@@ -31,6 +34,24 @@ def test_every_naive_probe_is_caught(capsys: pytest.CaptureFixture[str]) -> None
     assert [name for name, fault in found.items() if not fault] == [], "the harness is blind to these"
     assert [name for name, fault in found.items() if not str(fault).endswith("differ")] == [], "no harm to the weights"
     assert len(found) == 9
+
+
+def guarded(mutant: Mutant) -> Callable[[Any, int], None]:
+    from ntkwatch.guard import leave_no_trace
+
+    def probe(module: Any, call: int) -> None:
+        with leave_no_trace(module):
+            mutant.probe(module, call)
+
+    return probe
+
+
+def test_the_guard_makes_every_naive_probe_harmless() -> None:
+    jobs, tally = {job.name: job for job in [*JOBS, TRACKED]}, Tally()
+    for mutant in MUTANTS:
+        seen = observe(jobs[mutant.job], watch=lambda m=mutant: [Driver(m.hook, guarded(m))])
+        tally.compare(mutant.name, unwatched(jobs[mutant.job]), seen)
+    assert tally.faults() == ""
 
 
 def test_a_careful_probe_passes() -> None:

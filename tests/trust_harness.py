@@ -48,12 +48,13 @@ def observe(job: Job, import_name: str = "pytorch_lightning", watch: Watch = UNW
     """Train `job` once. An exception ends the observation and is part of it."""
     quieten()
     seen = Observation()
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         try:
             _train(job, import_name, watch, seed, Path(folder), seen)
         except Exception as error:
             seen.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        seen.warnings = [str(warning.message) for warning in said]
     return seen
 
 

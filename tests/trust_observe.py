@@ -163,6 +163,7 @@ class Observation:
     moments: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     final: dict[str, str] = field(default_factory=dict)
     violations: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # not compared: a watcher may speak
     losses: int = 0
     error: str | None = None
 

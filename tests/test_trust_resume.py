@@ -1,0 +1,120 @@
+"""Promise 8: a resumed run's record equals an uninterrupted one's, wherever the run was cut off.
+
+Every epoch is one full-batch step with its own seed, so that training itself resumes bitwise; each step is probed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from trust_configs import QUIET, Augmented, PytorchLightningTask
+from trust_harness import quieten, seed_all
+from trust_observe import digest
+
+EPOCHS = 22
+IGNORED = {"overhead"}  # wall time
+
+
+class Crash(BaseException):
+    """As sudden as a signal: nothing that expects an Exception may hold it up."""
+
+
+class Course(pl.Callback):
+    """Seeds each epoch, saves after every `stride`-th, and crashes after step `crash_at`."""
+
+    def __init__(self, folder: Path, stride: int, crash_at: int | None) -> None:
+        self.folder, self.stride, self.crash_at = folder, stride, crash_at
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        seed_all(100 + trainer.current_epoch)
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        if trainer.global_step == self.crash_at:
+            raise Crash
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        if (trainer.current_epoch + 1) % self.stride == 0:
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+
+
+def train(folder: Path, stride: int = 1, crash_at: int | None = None, resample: bool = False) -> tuple[Any, str]:
+    """NTKWatch after a run (continued from the folder's checkpoint, if there is one), and a digest of the weights."""
+    from ntkwatch import NTKWatch
+
+    quieten()
+    seed_all(5)
+    watch = NTKWatch(probes=6, every=1, budget=None, on_error="raise", resample=resample)
+    module = PytorchLightningTask()
+    arguments = {**QUIET, "max_epochs": EPOCHS, "default_root_dir": folder}
+    trainer = pl.Trainer(**arguments, callbacks=[watch, Course(folder, stride, crash_at)])
+    saved = folder / "last.ckpt"
+    try:
+        loaders = DataLoader(Augmented(12, 1), 12), DataLoader(Augmented(8, 2), 8)
+        trainer.fit(module, *loaders, ckpt_path=saved if saved.exists() else None)
+    except Crash:
+        pass
+    return watch, digest(module.state_dict())
+
+
+def contents(record: Path) -> dict[int, dict[str, Any]]:
+    """All that a record says of each step, but for wall time."""
+    from ntkwatch import load_run
+
+    run = load_run(record)
+    return {step: _step(run, step) for step in run.steps}
+
+
+def _step(run: Any, step: int) -> dict[str, Any]:
+    metrics = {name: repr(value) for name, value in run.metrics.loc[step].items() if name not in IGNORED}
+    tensors: dict[str, Tensor] = {"kernel": run.kernel(step), "eigenvalues": run.eigenvalues(step), **run.layers(step)}
+    return metrics | {f"tensor {name}": digest(tensor) for name, tensor in tensors.items()}
+
+
+def interrupted(folder: Path, stride: int, crash_at: int, resample: bool = False) -> tuple[Path, str]:
+    """Crash once, resume, finish; the record and the weights' digest."""
+    first, _ = train(folder, stride, crash_at, resample)
+    assert (folder / "last.ckpt").exists(), f"nothing was saved before step {crash_at}"
+    torch.load(folder / "last.ckpt", weights_only=True)
+    second, weights = train(folder, stride, resample=resample)
+    assert second.record == first.record, "the resumed run must continue the record of the first"
+    return second.record, weights
+
+
+def compare(points: list[tuple[int, int]], tmp_path: Path, resample: bool = False) -> int:
+    """How many (stride, crash step) give the uninterrupted record; an assertion names the first that does not."""
+    whole, weights = train(tmp_path / "whole", resample=resample)
+    expected = contents(whole.record)
+    assert sorted(expected) == list(range(EPOCHS + 1)), "every step is probed"
+    for stride, crash_at in points:
+        name = f"saved every {stride}, crash at step {crash_at}"
+        record, resumed = interrupted(tmp_path / f"{stride}-{crash_at}", stride, crash_at, resample)
+        assert resumed == weights, f"{name}: the training itself did not resume bitwise"
+        found = contents(record)
+        assert sorted(found) == sorted(expected), name
+        for step in expected:
+            differing = [key for key in expected[step] if expected[step][key] != found[step].get(key)]
+            assert differing == [], f"{name}: step {step} differs in {differing}"
+    return len(points)
+
+
+def test_a_few_crash_points(tmp_path: Path) -> None:
+    assert compare([(1, 2), (3, 8), (5, 22)], tmp_path) == 3
+
+
+def test_resampled_probes_are_the_same_after_a_resume(tmp_path: Path) -> None:
+    assert compare([(3, 8)], tmp_path, resample=True) == 1
+
+
+@pytest.mark.soak
+def test_a_crash_at_each_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points = [(1 + step % 3 if step > 3 else 1, step) for step in range(2, 22)]
+    equal = compare(points, tmp_path)
+    with capsys.disabled():
+        print(f"\npromise 8: {equal} crash points, {equal} resumed records equal the uninterrupted one")
+    assert equal == 20
