@@ -385,7 +385,7 @@ def _pull_back(
         node = graph.nodes[number]
         if node in names:
             if (node, 0) in arrived:
-                result[node] = Dense(arrived.pop((node, 0)).flatten(2))
+                result[node] = Dense(arrived.pop((node, 0)).reshape(outputs, n, -1))
             continue
         ready = [arrived.pop((node, i), None) for i in range(len(node._input_metadata))]  # type: ignore[attr-defined]
         if all(g is None for g in ready):
@@ -410,8 +410,7 @@ def _pull_each(node: Node, grads: Sequence[Tensor | None], k: int, shape: tuple[
 
     def one(*each: Tensor) -> Tensor:
         values = iter(each)
-        result = pull(node, [None if g is None else next(values) for g in grads], k)
-        return each[0].new_zeros(shape) if result is None else result.reshape(shape)
+        return pull(node, [None if g is None else next(values) for g in grads], k, shape)
 
     with torch.no_grad():
         try:

@@ -110,7 +110,7 @@ def trained_at(network: Network, state: Mapping[str, Tensor] | None) -> dict[str
 
 def contract(j1: Tensor, j2: Tensor, reduction: Reduction, dtype: torch.dtype) -> Tensor:
     """The kernel of two blocks of one parameter's Jacobians [n, C, ...], products in `dtype`."""
-    a, b = (j.detach().flatten(2).to(dtype) for j in (j1, j2))
+    a, b = (j.detach().reshape(*j.shape[:2], -1).to(dtype) for j in (j1, j2))
     n_outputs = a.shape[1]
     if reduction == "full":
         return torch.einsum("ncp,mdp->ncmd", a, b)

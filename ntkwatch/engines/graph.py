@@ -171,8 +171,17 @@ def _all_seen(parts: Tensor) -> bool:
     return bool(parts.flatten(1).ne(0).any(1).all())
 
 
-def pull(node: Node, grads: Sequence[Tensor | None], k: int) -> Tensor | None:
-    """The gradient of one input of one node: the node's own backward formula and nothing upstream of it."""
+def pull(node: Node, grads: Sequence[Tensor | None], k: int, shape: tuple[int, ...]) -> Tensor:
+    """The gradient of one input, of shape `shape`, of one node: its own backward formula and nothing upstream of it."""
     apply: Any = node if callable(node) else node.apply  # type: ignore[attr-defined]
     result = apply(*grads)
-    return result[k] if isinstance(result, tuple) else result
+    result = result[k] if isinstance(result, tuple) else result
+    if result is None:
+        return next(g for g in grads if g is not None).new_zeros(shape)
+    if result.is_sparse:
+        result = result.to_dense()
+    extra = result.ndim - len(shape)  # the engine sums over what was broadcast; a node called by hand does not
+    if extra > 0:
+        result = result.sum(list(range(extra)))
+    summed = [d for d, size in enumerate(shape) if size == 1 and result.shape[d] != 1]
+    return (result.sum(summed, keepdim=True) if summed else result).reshape(shape)

@@ -1,7 +1,8 @@
 """One node of the graph → the per-example factor of one of its inputs, from what it saved and its output gradient.
 
 A rule is chosen by the node's name and the number of the input. Without one, `masked` runs the node's own backward
-formula once per example with the other examples' gradients set to zero: right for every operation there is, only slower.
+formula once per example with the other examples' gradients set to zero: right for every
+operation there is, only slower.
 """
 
 from __future__ import annotations
@@ -73,7 +74,12 @@ def factor(use: Use) -> tuple[Factor, str]:
 def masked(use: Use) -> Dense:
     """One backward of this single node per example and output."""
     columns = [torch.stack([_one(use, i, c) for c in range(use_outputs(use))]) for i in range(use.n)]
-    return Dense(torch.stack(columns, 1).flatten(2))
+    return Dense(_flat(torch.stack(columns, 1)))
+
+
+def _flat(j: Tensor) -> Tensor:
+    """[C, n, ...] → [C, n, P], also where nothing follows."""
+    return j.reshape(*j.shape[:2], -1)
 
 
 def use_outputs(use: Use) -> int:
@@ -83,9 +89,7 @@ def use_outputs(use: Use) -> int:
 def _one(use: Use, example: int, output: int) -> Tensor:
     grads = [None if g is None else _only(use, g[output], example) for g in use.grads]
     with torch.no_grad():
-        result = pull(use.node, grads, use.k)
-    reference = next(g for g in grads if g is not None)
-    return reference.new_zeros(use.shape) if result is None else result.reshape(use.shape)
+        return pull(use.node, grads, use.k, use.shape)
 
 
 def _only(use: Use, g: Tensor, example: int) -> Tensor:
@@ -256,7 +260,7 @@ def _fold(use: Use, t: Tensor) -> Dense | None:
     if rank < len(use.shape) or shape[dim] != 1:
         return None
     summed = [2 + d for d in range(rank) if shape[d] == 1]
-    return Dense(use.examples(t, 1).sum(summed).flatten(2))
+    return Dense(_flat(use.examples(t, 1).sum(summed)))
 
 
 @rule(("AddmmBackward0", 0))

@@ -1,0 +1,83 @@
+"""Both engines against the naive double loop, on every case of the zoo and with every reduction, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cases_adversarial
+import pytest
+import torch
+from cases import CASES, Case, build
+from oracles import naive_layers, naive_ntk, reduced
+from torch import Tensor
+
+from ntkwatch.engines import UnsupportedModel, empirical_ntk, layer_ntks
+from ntkwatch.model import take
+
+assert cases_adversarial
+REDUCTIONS = ("trace", "blocks", "full", "sum")
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def params(refused: bool) -> list[Any]:
+    return [
+        pytest.param(c, id=c.name, marks=[pytest.mark.soak] if c.heavy else [])
+        for c in CASES
+        if bool(c.refused) == refused
+    ]
+
+
+@pytest.mark.parametrize("case", params(refused=False))
+def test_layerwise_equals_the_naive_loop(case: Case) -> None:
+    module, batch = build(case)
+    layers = naive_layers(module, batch)
+    theta = torch.stack(list(layers.values())).sum(0)
+    assert theta.shape[1] == case.outputs, f"{case}: C"
+    for reduction in REDUCTIONS:
+        found = layer_ntks(module, batch, reduction=reduction, engine="layerwise")
+        assert set(found) == set(layers), f"{case}: names of layers"
+        total = torch.stack(list(found.values())).sum(0)
+        assert error(total, reduced(theta, reduction)) < 1e-10, f"{case}: {reduction}"
+        scale = reduced(theta, reduction).abs().max()
+        for name, own in layers.items():
+            off = (found[name] - reduced(own, reduction)).abs().max() / scale
+            assert off < 1e-10, f"{case}: {reduction} of {name} is off by {off:.1e}"
+
+
+@pytest.mark.parametrize("case", params(refused=False))
+def test_rectangular_and_chunked(case: Case) -> None:
+    module, batch = build(case)
+    theta = naive_ntk(module, batch)
+    other = take(batch, slice(0, 2))
+    for reduction in ("trace", "full"):
+        found = empirical_ntk(module, batch, other, reduction=reduction, engine="layerwise", chunk_size=2)
+        assert error(found, reduced(theta[:, :, :2], reduction)) < 1e-10, f"{case}: {reduction} with x2"
+    assert error(empirical_ntk(module, batch, chunk_size=2), reduced(theta, "trace")) < 1e-10, f"{case}: in chunks"
+
+
+@pytest.mark.parametrize("case", params(refused=False))
+def test_functional_equals_the_naive_loop_or_refuses(case: Case) -> None:
+    module, batch = build(case)
+    if not case.functional:
+        with pytest.raises(UnsupportedModel, match=r"torch\.func"):
+            empirical_ntk(module, batch, engine="functional")
+        return
+    theta = naive_ntk(module, batch)
+    for reduction in ("trace", "full"):
+        found = empirical_ntk(module, batch, reduction=reduction, engine="functional")
+        assert error(found, reduced(theta, reduction)) < 1e-10, f"{case}: {reduction}"
+
+
+@pytest.mark.parametrize("case", params(refused=True))
+def test_refused_by_name(case: Case) -> None:
+    module, batch = build(case)
+    with pytest.raises(UnsupportedModel, match=case.refused):
+        empirical_ntk(module, batch)
+
+
+def test_the_zoo_is_large_enough() -> None:
+    assert len(CASES) >= 50, f"{len(CASES)} cases"
+    assert sum(bool(c.refused) for c in CASES) <= 3
