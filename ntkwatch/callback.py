@@ -21,7 +21,7 @@ from ntkwatch.probes import ProbeSet
 from ntkwatch.record import Measurement, RecordError, load_run
 from ntkwatch.schedule import Schedule
 from ntkwatch.session import Session
-from ntkwatch.sinks import Sinks
+from ntkwatch.sinks import Sinks, publish
 from ntkwatch.trainer import (
     as_in_training,
     hyperparameters,
@@ -121,6 +121,7 @@ class NTKWatch(Callback):
         self._restored: dict[str, Any] | None = None
         self._failures = self._step = self._global_step = 0
         self._probed_at: int | None = None
+        self._values: dict[str, float] = {}  # the newest defined ones, on every rank
         self._trial = False
         self._hide_columns: Callable[[], None] | None = None
 
@@ -153,6 +154,8 @@ class NTKWatch(Callback):
             self._step = self._probed_at = self._restored["step"]
             self.schedule.load_state_dict(self._restored["schedule"])
             self._grid.load_state_dict(self._restored["grid"])
+            self._values = dict(self._restored["values"])
+            publish(self._values, trainer.callback_metrics)  # EarlyStopping may ask before the next probe
         for clock in (self.schedule, self._grid):
             clock.start()
         self._hide_columns = show_columns(trainer, self._columns)
@@ -201,6 +204,7 @@ class NTKWatch(Callback):
             "step": self._step,
             "schedule": self.schedule.state_dict(),
             "grid": self._grid.state_dict(),
+            "values": dict(self._values),
         }
         if self._session is not None:
             state["session"] = self._session.state()
@@ -262,14 +266,15 @@ class NTKWatch(Callback):
             except Exception as caught:  # whatever a probe meets, the run that it watches goes on
                 error = caught
         said = f"{type(error).__name__}: {error}" if error is not None else None
-        values = measurement.as_flat() if measurement is not None else None
+        values = self._session.sinks.values if self._session is not None and measurement is not None else None
         said, values = self._ranks.broadcast((said, values))
         if said is not None:
             self._failed(what, said, error, start)
         elif values is not None:
             self._failures, self._probed_at = 0, self._step
             self.last = measurement
-            trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items() if k.startswith("ntk/")})
+            self._values = {tag: value for tag, value in values.items() if tag.startswith("ntk/")}
+            publish(self._values, trainer.callback_metrics)
 
     def _failed(self, what: str, said: str, error: Exception | None, start: bool) -> None:
         if self._on_error == "raise" or (start and self._explicit):

@@ -66,7 +66,7 @@ class Session:
             self._open()
         if self._writer is not None:
             self._writer.append(measurement, save_kernels=self._save_kernels or first)
-        self.sinks.write(measurement, labels=self.monitor.probes.targets, last=last)
+        self.sinks.write(measurement, labels=(probes or self.monitor.probes).targets, last=last)
         self.last = measurement
         return measurement
 
@@ -104,7 +104,8 @@ class Session:
         Raises RecordError (with the reason) where record, baseline or probes are not the ones of the state.
         """
         folder = Path(state["record"])
-        manifest = load_run(folder).manifest
+        run = load_run(folder)
+        manifest = run.manifest
         if state["probe_hash"] != self.monitor.probes.hash:
             raise RecordError(f"the probes are not the ones that {folder} was measured on: the data has changed")
         tensors = load_tensors(folder, manifest["theta0"]["file"], manifest["theta0"]["sha256"])
@@ -112,7 +113,8 @@ class Session:
         self.monitor.restore(baseline, self._previous(state, folder))
         self._writer = RecordWriter.resume(folder, step)
         self.folder = folder
-        self.sinks.start({**manifest, **self._extra})
+        history = {earlier: run.eigenvalues(earlier) for earlier in run.steps if earlier <= step}
+        self.sinks.start({**manifest, **self._extra}, history)
 
     @staticmethod
     def _previous(state: Mapping[str, Any], folder: Path) -> tuple[int, Tensor] | None:
