@@ -13,12 +13,12 @@ from ntkwatch.metrics.undefined import Undefined, metric, nan
 
 
 def centred_targets(y: Tensor, n: int) -> Tensor:
-    """Ỹ = C Y; undefined where the targets are constant up to the rounding of their dtype."""
+    """Ỹ/‖Ỹ‖, Ỹ = C Y; undefined where the targets are constant up to the rounding of their dtype."""
     targets = columns(y, n)
     centred = targets - targets.mean(0)
     if centred.norm() <= n * torch.finfo(y.dtype).eps * targets.norm():
         raise Undefined("the targets are constant over the probes")
-    return centred
+    return unit(centred)
 
 
 @metric()
@@ -40,11 +40,11 @@ def target_alignment(k: Tensor, y: Tensor) -> Tensor:
     y = columns(y, len(k))
     if not bool(y.any()):
         raise Undefined("the targets are zero")
-    return _cosine(k, y)
+    return _cosine(k, unit(y))
 
 
 def _cosine(unit_kernel: Tensor, y: Tensor) -> Tensor:
-    """cos(K, YYᵀ) of a kernel of norm 1 with targets [..., n, C]."""
+    """cos(K, YYᵀ) of a kernel and targets [..., n, C], both of norm 1."""
     return (y * (unit_kernel @ y)).sum((-2, -1)) / torch.linalg.matrix_norm(y.mT @ y)
 
 
@@ -84,7 +84,7 @@ def alignment_null_mean(k: Tensor, y: Tensor) -> Tensor:
 
 
 def _null_mean(k: Tensor, y: Tensor) -> Tensor:
-    return k.trace() * (y**2).sum() / ((len(k) - 1) * (y.mT @ y).norm())
+    return k.trace() / ((len(k) - 1) * (y.mT @ y).norm())
 
 
 @metric()

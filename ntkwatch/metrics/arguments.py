@@ -13,6 +13,7 @@ ASYMMETRY = 1e-3
 _SUBJECT = {
     "k": "the kernel",
     "k0": "the baseline kernel",
+    "k_train": "the training kernel",
     "y": "the targets",
     "f0": "the outputs",
     "df": "the change of the outputs",
@@ -39,7 +40,7 @@ def real(x: Tensor, name: str) -> Tensor:
 def finite(x: Tensor, name: str) -> Tensor:
     """x itself; undefined if it has an infinite or NaN entry."""
     if not bool(torch.isfinite(x).all()):
-        raise Undefined(f"{subject(name)} has non-finite entries" if name != "y" else "the targets are not all finite")
+        raise Undefined(f"there are non-finite entries in {subject(name)}")
     return x
 
 

@@ -38,7 +38,7 @@ def cumulative_power(k: Tensor, y: Tensor, floor: float | None = None) -> Tensor
     """
     targets = centred_targets(y, len(k))
     spectrum, vectors, floor = _directions(k, floor)
-    power = (vectors.mT @ targets).square().sum(1) / targets.square().sum()
+    power = (vectors.mT @ targets).square().sum(1)
     return _spread_over_eigenspaces(power, spectrum, floor).cumsum(0).clamp(max=1)
 
 
