@@ -183,10 +183,11 @@ def report(
 @app.command()
 def explain(metric: Annotated[str | None, typer.Argument(metavar="METRIC")] = None) -> None:
     """What a metric is: formula, range, pitfalls; no name: list."""
-    from ntkwatch.cli.glossary import entries, entry
+    from ntkwatch.cli import terminal
+    from ntkwatch.cli.glossary import entries, entry, listing
 
     if metric is None:
-        return typer.echo("\n".join(entries()))
+        return terminal.console().print(terminal.pairs(listing()))
     text = entry(metric.removeprefix("ntk/"))
     if text is None:
         close = difflib.get_close_matches(metric, entries(), n=3)

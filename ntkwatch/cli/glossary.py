@@ -24,6 +24,11 @@ def entries() -> list[str]:
     return sorted({*_functions(), *_diagnostics(), *SAME_AS, *OWN_WORDS})
 
 
+def listing() -> list[tuple[str, str]]:
+    """Every name with the first sentence of its entry."""
+    return [(name, (entry(name) or "").splitlines()[0]) for name in entries()]
+
+
 def entry(name: str) -> str | None:
     """What a metric is: formula, shape, range, source, pitfalls; None for an unknown name."""
     functions, diagnostics = _functions(), _diagnostics()

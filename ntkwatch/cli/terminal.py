@@ -155,6 +155,14 @@ def difference(d: Difference) -> RenderableType:
     return _spaced(parts)
 
 
+def pairs(rows: Sequence[tuple[str, str]]) -> Table:
+    """Names and what they are, in two columns."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for name, text in rows:
+        table.add_row(Text(name, style="cyan"), Text(text))
+    return table
+
+
 def _table(first: str, *columns: str, course: str | None = None) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
     table.add_column(printable(first), overflow="fold")

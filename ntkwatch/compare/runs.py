@@ -81,7 +81,7 @@ def names_of(runs: Sequence[Run]) -> list[str]:
     parts = [list(Path(run.folder).resolve().parts) for run in runs]
     parts = [p[:-1] if p[-1] == "ntkwatch" and len(p) > 2 else p for p in parts]
     if len(parts) < 2:
-        return [p[-1] for p in parts]
+        return [printable(p[-1]) for p in parts]
     shared = 0
     while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
         shared += 1

@@ -50,7 +50,9 @@ def render(folders: Sequence[Path], x: str = "width", *, allow_mismatch: bool = 
 
     from ntkwatch import __version__
 
-    environment = Environment(loader=PackageLoader("ntkwatch", "report"), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=PackageLoader("ntkwatch", "report"), autoescape=True, undefined=StrictUndefined, finalize=_shown
+    )
     environment.filters |= {"number": number, "words": lambda name: str(name).replace("_", " ")}
     runs = [load_run(folder) for folder in folders]
     comparison, refusal = _compare(folders, x, allow_mismatch)
@@ -73,6 +75,11 @@ def number(value: Any) -> str:
     return f"{value:.4g}".replace("-", "−")
 
 
+def _shown(value: Any) -> Any:
+    """Text from outside without control characters; what is markup already stays."""
+    return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+
+
 def picture(figure: Figure) -> str:
     """The figure as the address of an SVG image: sharp at any size, and walled off from the page around it."""
     buffer = io.BytesIO()
@@ -86,7 +93,7 @@ def _compare(folders: Sequence[Path], x: str, allow_mismatch: bool) -> tuple[Com
     try:
         return compare_runs(folders, x, allow_mismatch=allow_mismatch), None
     except CompareError as error:
-        return None, printable(str(error))
+        return None, str(error)
 
 
 def _comparison(c: Comparison) -> dict[str, Any]:
@@ -104,7 +111,7 @@ def _run(run: Run, name: str, drawn: bool) -> dict[str, Any]:
     shown = _spread(steps, 4)
     return {
         "name": name,
-        "folder": printable(str(run.folder)),
+        "folder": str(run.folder),
         "summary": summary_lines(run),
         "steps": shown,
         "metrics": [
@@ -148,7 +155,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     for key, value in manifest.items():
         pairs = value.items() if isinstance(value, dict) else [("", value)]
         rows += [(f"{key} {inner}".strip(), _fact(item)) for inner, item in pairs]
-    return [(printable(key), printable(value)) for key, value in rows]
+    return rows
 
 
 def _fact(value: Any) -> str:
