@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from ntkwatch.guard.modules import GuardError, Modules
+from ntkwatch.guard.objects import leave_objects
 from ntkwatch.guard.process import guard_flags, guard_generators
-from ntkwatch.guard.values import Undo
+from ntkwatch.guard.values import Undo, put_back
 
-__all__ = ["GuardError", "leave_no_trace"]
+__all__ = ["GuardError", "leave_no_trace", "leave_objects"]
 
 
 @contextmanager
@@ -51,7 +52,7 @@ def leave_no_trace(*modules: nn.Module) -> Iterator[None]:
 def _finish(undo: list[Undo], error: BaseException | None) -> None:
     """Put everything back; then raise what went wrong in that, unless a signal is already on its way up."""
     with torch.no_grad():
-        troubles = _put_back(undo)
+        troubles = put_back(undo)
     signals = [trouble for trouble in troubles if not isinstance(trouble, Exception)]
     faults = [trouble for trouble in troubles if isinstance(trouble, Exception)]
     said = "; ".join(str(fault) for fault in faults)
@@ -62,19 +63,3 @@ def _finish(undo: list[Undo], error: BaseException | None) -> None:
             raise signals[0]
     elif faults:
         raise GuardError(said) from (error or faults[0])
-
-
-def _put_back(undo: list[Undo]) -> list[BaseException]:
-    """Run every undo, newest first; one that fails does not keep the others, one that a signal cuts off runs again."""
-    troubles: list[BaseException] = []
-    while undo:
-        try:
-            while undo:
-                undo[-1]()
-                undo.pop()
-        except Exception as fault:
-            troubles.append(fault)
-            undo.pop()
-        except BaseException as signal:  # KeyboardInterrupt, or SystemExit from a handler
-            troubles.append(signal)
-    return troubles

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkwatch.distributed import sharded
-from ntkwatch.guard.values import Boxes, Undo, bits, is_box, plain, same, stateful
+from ntkwatch.guard.values import Boxes, Undo, array, bits, generators_of, is_box, plain, same, stateful
 
 _TORCH_OWNED = frozenset(vars(nn.Module()))
 _WALK_DEPTH = 3  # containers in containers of a module's attributes that are looked into
@@ -58,11 +58,19 @@ class Modules:
         for buffer in module._buffers.values():
             if buffer is not None:
                 self._tensor(buffer, self.state)
+        for generator in self._drawn_from(type(module).forward):
+            self._attribute(generator, 0)
         for key, value in vars(module).items():
             if key not in _TORCH_OWNED:
                 self._attribute(value, _WALK_DEPTH)
             elif not self.sharded and is_box(value):
                 self.boxes.keep(value)
+
+    def _drawn_from(self, forward: object) -> Iterator[object]:
+        variables = getattr(forward, "__globals__", None)
+        if variables is not None and id(variables) not in self.seen:
+            self.seen.add(id(variables))
+            yield from generators_of(forward)
 
     def _parameter(self, module: nn.Module, parameter: Tensor) -> None:
         if nn.parameter.is_lazy(parameter):
@@ -82,7 +90,7 @@ class Modules:
             self.todo.append(value)
         elif is_box(value) or isinstance(value, tuple):
             self._box(value, depth)
-        elif (restore := stateful(value)) is not None:
+        elif (restore := stateful(value) or array(value)) is not None:
             self.undo.append(restore)
 
     def _box(self, box: Any, depth: int) -> None:

@@ -140,6 +140,10 @@ def guard_generators(undo: list[Undo]) -> None:
     ]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         sources.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
+    else:  # seeds wait in a queue for CUDA's start
+        queue = Boxes()
+        queue.keep(torch.cuda._queued_calls)
+        undo.append(queue.restore)
     if torch.backends.mps.is_available():
         sources.append((torch.mps.get_rng_state, torch.mps.set_rng_state))
     for get, put in sources:

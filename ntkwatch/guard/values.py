@@ -7,6 +7,7 @@ import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import CellType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 Undo = Callable[[], None]  # idempotent: where a signal cuts one off, it runs again
 
 _CONTAINERS = (dict, list, set, deque)
+GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
 
 
 def plain(tensor: Tensor) -> bool:
@@ -134,9 +136,37 @@ def stateful(value: object) -> Undo | None:
         return partial(_call, value.set_state, value.get_state(legacy=False))
     if isinstance(value, np.random.Generator):
         return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    return None
+
+
+def generators_of(function: object) -> Iterator[object]:
+    """Random generators that a function of the user's reaches without an argument: module variables and closures."""
+    if isinstance(function, FunctionType):
+        cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+        yield from (value for value in (*function.__globals__.values(), *cells) if isinstance(value, GENERATORS))
+
+
+def array(value: object) -> Undo | None:
+    """How to put back an array that a module keeps."""
     if isinstance(value, np.ndarray) and value.flags.writeable:
         return partial(value.__setitem__, ..., value.copy())
     return None
+
+
+def put_back(undo: list[Undo]) -> list[BaseException]:
+    """Run every undo, newest first; one that fails does not keep the others, one that a signal cuts off runs again."""
+    troubles: list[BaseException] = []
+    while undo:
+        try:
+            while undo:
+                undo[-1]()
+                undo.pop()
+        except Exception as fault:
+            troubles.append(fault)
+            undo.pop()
+        except BaseException as signal:  # KeyboardInterrupt, or SystemExit from a handler
+            troubles.append(signal)
+    return troubles
 
 
 def _call(put: Callable[[Any], object], state: Any) -> None:

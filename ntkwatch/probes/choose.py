@@ -1,0 +1,258 @@
+"""Choose probes from a loader: its dataset is indexed, it is never iterated, and nothing of the run is drawn from."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data._utils.collate import default_convert
+
+from ntkwatch.guard import leave_objects
+from ntkwatch.model import batch_size, inputs_of, is_per_example, leaves, map_leaves, take
+from ntkwatch.probes.labels import as_classes, balanced, label_of, seen_labels
+from ntkwatch.probes.probeset import ProbeSet, Targets
+
+CANDIDATES = 1024  # examples that are loaded, at most, to see their classes
+_ENOUGH = 4  # … and fewer, once 4n have been seen and no class that was seen is short of its share
+
+
+def choose(loader: Any, n: int = 64, seed: int = 0, source: str = "val", targets: Targets = None) -> ProbeSet:
+    """n examples of the loader's dataset, class-balanced where classes can be seen, collated as the loader would.
+
+    The same seed gives the same examples with the same random augmentation, whatever else the process has drawn.
+
+    Args:
+        loader: a DataLoader, or a list, tuple, dict or CombinedLoader of them, of which the first is taken.
+        source: "val" or "train", kept in the ProbeSet and said in errors.
+        targets: None takes those of the batch; or a callable of the batch.
+
+    Raises:
+        ValueError: an empty or streaming dataset, or targets that cannot be matched with the probes.
+    """
+    if isinstance(targets, Tensor):
+        raise ValueError(
+            "targets= is a tensor, but which examples become probes is only known once they are chosen; "
+            "pass the inputs as probes= as well, or a callable targets=lambda batch: ..."
+        )
+    if is_streaming(loader):
+        raise ValueError(f"the {source} loader only streams: use from_stream on its first batches")
+    loader, which = _first(loader)
+    dataset = loader.dataset
+    held = (dataset, getattr(loader, "collate_fn", None))
+    with leave_objects(*held), torch.inference_mode(False), torch.no_grad():
+        pool = _pool(loader, len(dataset))
+        if len(pool) == 0:
+            raise ValueError(f"the {source} dataset is empty: pass probes= a batch, or a loader with examples")
+        if _gives_batches(loader):
+            return _from_batches(loader, pool, n, seed, source, targets, which)
+        indices, how = _indices(dataset, pool, n, seed)
+        items = [_item(dataset, i, seed) for i in indices]
+        _seed_process(seed, len(dataset))
+        batch = (getattr(loader, "collate_fn", None) or default_collate)(items)
+        return ProbeSet.from_batch(batch, targets, source, f"{how}{which}, seed {seed}", indices)
+
+
+def is_streaming(loader: Any) -> bool:
+    """Whether the loader's examples can only be had in turn: an IterableDataset, or no dataset that can be indexed."""
+    dataset = getattr(_first(loader)[0], "dataset", None)
+    if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        return True
+    try:
+        len(dataset)
+    except (TypeError, NotImplementedError):
+        return True
+    return False
+
+
+def from_stream(
+    batches: Sequence[Any], n: int = 64, source: str = "train", targets: Targets = None, how: str | None = None
+) -> ProbeSet:
+    """The first n rows of the first batches of a stream; fewer where there are fewer, or where batches do not fit
+    together (padded to other lengths): then the first batch alone."""
+    if not batches:
+        raise ValueError(f"the {source} loader gave no batch: pass probes= a batch")
+    joined = _join(batches, n)
+    rows = min(batch_size(inputs_of(joined)), n)
+    said = how or f"the first {rows} rows of the {source} stream{_asked(rows, n)}"
+    probes = take(joined, slice(0, rows)) if batch_size(inputs_of(joined)) > rows else joined
+    if isinstance(targets, Tensor) and len(targets) > rows:
+        raise ValueError(
+            f"targets= has {len(targets)} rows for {rows} probes of a stream; pass a callable of the batch"
+        )
+    return ProbeSet.from_batch(probes, targets, source, said)
+
+
+# ── loaders ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _first(loader: Any) -> tuple[Any, str]:
+    """The first of several loaders, and a clause that says so."""
+    several = 0
+    while True:
+        if not hasattr(loader, "dataset"):
+            loader = getattr(loader, "iterables", loader)  # Lightning's CombinedLoader
+        if isinstance(loader, Mapping):
+            parts = list(loader.values())
+        elif isinstance(loader, tuple | list):
+            parts = list(loader)
+        else:
+            return loader, f", from the first of {several} loaders" if several > 1 else ""
+        if not parts:
+            return None, ""
+        several = max(several, len(parts))
+        loader = parts[0]
+
+
+def _pool(loader: Any, size: int) -> Tensor:
+    """[m] the indices that the loader may draw: a SubsetRandomSampler's, or all."""
+    for start in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+        for _ in range(4):  # Lightning wraps samplers
+            indices = _as_indices(getattr(start, "indices", None), size)
+            if indices is not None:
+                return indices
+            start = next((inner for path in _WRAPPED if (inner := _follow(start, path)) is not None), None)
+    return torch.arange(size, device="cpu")
+
+
+def _as_indices(values: Any, size: int) -> Tensor | None:
+    try:
+        found = torch.as_tensor(values, device="cpu").reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if found.is_floating_point() or (len(found) and not 0 <= int(found.min()) <= int(found.max()) < size):
+        return None
+    return found.long()
+
+
+_WRAPPED = (("sampler",), ("_sampler",), ("dataset", "_sampler"))
+
+
+def _follow(value: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        value = getattr(value, name, None)
+    return value
+
+
+def _gives_batches(loader: Any) -> bool:
+    """batch_size=None: the dataset itself returns batches."""
+    return getattr(loader, "batch_size", 1) is None and getattr(loader, "batch_sampler", None) is None
+
+
+def _from_batches(loader: Any, pool: Tensor, n: int, seed: int, source: str, targets: Targets, which: str) -> ProbeSet:
+    convert = getattr(loader, "collate_fn", None) or default_convert
+    order = pool[torch.randperm(len(pool), generator=_generator(seed), device="cpu")]
+    batches, rows = [], 0
+    for i in order.tolist():
+        batches.append(convert(_item(loader.dataset, i, seed)))
+        rows += batch_size(inputs_of(batches[-1]))
+        if rows >= n:
+            break
+    how = f"{min(rows, n)} rows of {len(batches)} of the {len(pool)} batches that the dataset gives{which}, seed {seed}"
+    return from_stream(batches, n, source, targets, how)
+
+
+# ── which examples ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _indices(dataset: Any, pool: Tensor, n: int, seed: int) -> tuple[list[int], str]:
+    generator = _generator(seed)
+    if len(pool) <= n:
+        return pool.tolist(), f"all {len(pool)} examples{_asked(len(pool), n)}"
+    seen = seen_labels(dataset)
+    if seen is not None:
+        classes, where = as_classes(seen[0][pool], len(pool)), seen[1]
+        assert classes is not None
+        chosen = pool[balanced(classes, n, generator)].tolist()
+        return chosen, _balance(n, len(pool), int(classes.max()) + 1, where)
+    candidates = pool[torch.randperm(len(pool), generator=generator, device="cpu")[:CANDIDATES]].tolist()
+    classes = _look(dataset, candidates, n, seed)
+    if classes is None:
+        return candidates[:n], f"{n} of {len(pool)} examples, uniformly: no class labels are seen"
+    chosen = [candidates[i] for i in balanced(classes, n, generator)]
+    return chosen, _balance(n, len(pool), int(classes.max()) + 1, f"the labels of {len(classes)} candidates")
+
+
+def _balance(n: int, size: int, classes: int, where: str) -> str:
+    return f"{n} of {size} examples, balanced over {classes} class{'es' * (classes != 1)} from {where}"
+
+
+def _asked(got: int, n: int) -> str:
+    return f" ({n} were asked for)" if got < n else ""
+
+
+def _look(dataset: Any, candidates: list[int], n: int, seed: int) -> Tensor | None:
+    """Classes of the first candidates, until each class seen has its share; None if an example shows none."""
+    labels: list[int | str] = []
+    counts: dict[int | str, int] = {}
+    for i in candidates:
+        label = label_of(_item(dataset, i, seed))
+        if label is None:
+            return None
+        labels.append(label)
+        counts[label] = counts.get(label, 0) + 1
+        if len(labels) >= _ENOUGH * n and min(counts.values()) * len(counts) >= n:
+            break
+    return as_classes(labels, len(labels))
+
+
+# ── randomness of one's own ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator(device="cpu").manual_seed(seed)
+
+
+def _item(dataset: Any, index: int, seed: int) -> Any:
+    """One example; its random augmentation depends on the seed and the index alone."""
+    _seed_process(seed, index)
+    return dataset[index]
+
+
+def _seed_process(seed: int, index: int) -> None:
+    number = (seed * 1_000_003 + index) % 2**32
+    random.seed(number)
+    np.random.seed(number)  # noqa: NPY002  what a dataset's own augmentation draws from
+    torch.default_generator.manual_seed(number)  # not torch.manual_seed: that would seed a GPU that has not started
+
+
+# ── joining batches ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _join(batches: Sequence[Any], n: int) -> Any:
+    """The first batches joined until n rows are there; as far as they fit together."""
+    joined = batches[0]
+    for batch in islice(batches, 1, None):
+        wider = _concatenated(joined, batch) if batch_size(inputs_of(joined)) < n else None
+        if wider is None:
+            break
+        joined = wider
+    return joined
+
+
+def _concatenated(a: Any, b: Any) -> Any:
+    """The rows of a, then those of b; None where leaves differ in number, type or shape of a row."""
+    first, second = leaves(a), leaves(b)
+    if len(first) != len(second) or any(type(x) is not type(y) for x, y in zip(first, second, strict=True)):
+        return None
+    rest = iter(second)
+    n, m = batch_size(inputs_of(a)), batch_size(inputs_of(b))
+    fits = True
+
+    def join(x: Any) -> Any:
+        nonlocal fits
+        y = next(rest)
+        if is_per_example(x, n) and is_per_example(y, m):
+            fits &= x.shape[1:] == y.shape[1:] and x.dtype == y.dtype
+            return torch.cat([x, y]) if fits else x
+        if isinstance(x, list | tuple) and len(x) == n and len(y) == m:
+            return type(x)([*x, *y])
+        return x
+
+    joined = map_leaves(join, a)
+    return joined if fits else None
