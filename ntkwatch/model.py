@@ -73,13 +73,13 @@ class Network:
         return call_module(self.module, batch)
 
     def _checked(self, result: Any, batch: Any) -> Tensor:
-        f = _as_tensor(result)
+        f = whole = _as_tensor(result)
         if f.ndim == 1:
             f = f[:, None]
         n = batch_size(inputs_of(batch))
         if f.ndim != 2 or f.shape[0] != n or f.shape[1] == 0 or not f.is_floating_point():
             raise UnsupportedModel(
-                f"the model's output must be real and [n, C] with n = {n} (or [n]), got {tuple(f.shape)} of {f.dtype}; "
+                f"the model's output must be real and [n, C] with n = {n} (or [n]), got {tuple(whole.shape)} of {f.dtype}; "
                 "pass outputs=lambda model, batch: ... that returns [n, C], for example by pooling over positions"
             )
         return f
@@ -286,7 +286,7 @@ def calibrated_statistics(network: Network, batches: Sequence[Any]) -> dict[str,
         x = x.transpose(0, 1).flatten(1).double()
         count = torch.tensor(float(x.shape[1]), dtype=torch.float64)
         mean, square = x.mean(1), x.square().mean(1)
-        variance = x.var(1, unbiased=x.shape[1] > 1)
+        variance = x.var(1, unbiased=False)  # what normalises; the unbiased one is what is kept
         _assign(clones, name, mean, variance)
         old = sums.get(name)
         sums[name] = (count, mean * count, square * count) if old is None else (

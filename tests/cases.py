@@ -1,6 +1,6 @@
 """The model zoo: small modules with a batch each, from the plain to the adversarial. `CASES` is all of them.
 
-A case says whether torch.func can do it (`functional`), and what a refusal must name where no kernel exists (`refused`).
+A case says whether torch.func can do it (`functional`), and what a refusal must name where none exists (`refused`).
 Factories build float32 modules; `build(case, dtype)` gives them in another type, in evaluation mode, seeded.
 """
 
@@ -107,15 +107,27 @@ def positions() -> tuple[nn.Module, Any]:
 
 @case(3)
 def conv1d() -> tuple[nn.Module, Any]:
-    net = nn.Sequential(nn.Conv1d(2, 4, 3, padding=1, stride=2), nn.ReLU(), nn.Conv1d(4, 3, 2, dilation=2), nn.Tanh(),
-                        nn.AdaptiveAvgPool1d(1), nn.Flatten())  # fmt: skip
+    net = nn.Sequential(
+        nn.Conv1d(2, 4, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.Conv1d(4, 3, 2, dilation=2),
+        nn.Tanh(),
+        nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(),
+    )
     return net, torch.randn(4, 2, 9)
 
 
 @case(3)
 def conv2d() -> tuple[nn.Module, Any]:
-    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, (2, 3), stride=(1, 2), padding=(0, 2)),
-                        nn.GELU(), nn.Flatten(), nn.Linear(100, 3))  # fmt: skip
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 5, (2, 3), stride=(1, 2), padding=(0, 2)),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(100, 3),
+    )
     return net, torch.randn(4, 2, 6, 5)
 
 
@@ -129,9 +141,15 @@ def conv3d() -> tuple[nn.Module, Any]:
 
 @case(3, "grouped, depthwise, dilated, 'same' padding with an even kernel")
 def conv_groups() -> tuple[nn.Module, Any]:
-    net = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2, padding=1), nn.SiLU(), nn.Conv2d(6, 6, 3, groups=6, padding=2,
-                        dilation=2), nn.SiLU(), nn.Conv2d(6, 3, 2, padding="same"), nn.AdaptiveAvgPool2d(1),
-                        nn.Flatten())  # fmt: skip
+    net = nn.Sequential(
+        nn.Conv2d(4, 6, 3, groups=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(6, 6, 3, groups=6, padding=2, dilation=2),
+        nn.SiLU(),
+        nn.Conv2d(6, 3, 2, padding="same"),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
     return net, torch.randn(3, 4, 5, 5)
 
 
@@ -146,8 +164,13 @@ def conv_padding_modes() -> tuple[nn.Module, Any]:
 
 @case(2)
 def conv_transpose() -> tuple[nn.Module, Any]:
-    net = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), nn.Tanh(),
-                        nn.ConvTranspose2d(6, 2, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())  # fmt: skip
+    net = nn.Sequential(
+        nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2),
+        nn.Tanh(),
+        nn.ConvTranspose2d(6, 2, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
     return net, torch.randn(3, 4, 3, 4)
 
 
@@ -174,15 +197,31 @@ def norms() -> tuple[nn.Module, Any]:
     for part in parts:
         nn.init.normal_(part.weight)
     gn, inorm, ln1, ln2, rms = parts
-    net = nn.Sequential(nn.Conv2d(2, 4, 3), gn, nn.ReLU(), inorm, nn.Conv2d(4, 4, 1), ln1, nn.Flatten(), nn.Linear(36, 6),
-                        ln2, nn.Linear(6, 6), rms, nn.Linear(6, 3))  # fmt: skip
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3),
+        gn,
+        nn.ReLU(),
+        inorm,
+        nn.Conv2d(4, 4, 1),
+        ln1,
+        nn.Flatten(),
+        nn.Linear(36, 6),
+        ln2,
+        nn.Linear(6, 6),
+        rms,
+        nn.Linear(6, 3),
+    )
     return net, torch.randn(4, 2, 5, 5)
 
 
 @case(2, "padding_idx, and a bag")
 def embedding() -> tuple[nn.Module, Any]:
-    net = Lambda(lambda m, x: m.out(m.emb(x).relu().mean(1) + m.bag(x)), emb=nn.Embedding(7, 4, padding_idx=0),
-                 bag=nn.EmbeddingBag(7, 4, mode="sum"), out=nn.Linear(4, 2))  # fmt: skip
+    net = Lambda(
+        lambda m, x: m.out(m.emb(x).relu().mean(1) + m.bag(x)),
+        emb=nn.Embedding(7, 4, padding_idx=0),
+        bag=nn.EmbeddingBag(7, 4, mode="sum"),
+        out=nn.Linear(4, 2),
+    )
     return net, torch.randint(0, 7, (4, 5))
 
 
@@ -192,10 +231,15 @@ def embedding_sparse() -> tuple[nn.Module, Any]:
     return net, torch.randint(0, 7, (4, 5))
 
 
-@case(2)
+@case(2, functional=False)
 def prelu_bilinear() -> tuple[nn.Module, Any]:
-    net = Lambda(lambda m, x: m.bi(m.act1(m.a(x)), m.act2(m.a(x))), a=nn.Linear(4, 5), act1=nn.PReLU(), act2=nn.PReLU(5),
-                 bi=nn.Bilinear(5, 5, 2))  # fmt: skip
+    net = Lambda(
+        lambda m, x: m.bi(m.act1(m.a(x)), m.act2(m.a(x))),
+        a=nn.Linear(4, 5),
+        act1=nn.PReLU(),
+        act2=nn.PReLU(5),
+        bi=nn.Bilinear(5, 5, 2),
+    )
     return net, torch.randn(4, 4)
 
 

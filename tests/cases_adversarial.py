@@ -14,11 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 @case(2, "the activation overwrites the layer's output")
 def inplace_activation() -> tuple[nn.Module, Any]:
-    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 6), nn.SiLU(inplace=True),
-                         nn.Linear(6, 2)), torch.randn(4, 4)  # fmt: skip
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 6), nn.SiLU(inplace=True), nn.Linear(6, 2)
+    ), torch.randn(4, 4)
 
 
-@case(2, "add_, mul_ and slice assignment")
+@case(2, "add_, mul_ and slice assignment", functional=False)
 def inplace_arithmetic() -> tuple[nn.Module, Any]:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = m.a(x)
@@ -28,8 +29,9 @@ def inplace_arithmetic() -> tuple[nn.Module, Any]:
         y[:, 0] = m.first
         return m.b(y)
 
-    return Lambda(forward, a=nn.Linear(4, 6), b=nn.Linear(6, 2), shift=torch.randn(6), scale=torch.randn(6),
-                  first=torch.randn(1)), torch.randn(4, 4)  # fmt: skip
+    return Lambda(
+        forward, a=nn.Linear(4, 6), b=nn.Linear(6, 2), shift=torch.randn(6), scale=torch.randn(6), first=torch.randn(1)
+    ), torch.randn(4, 4)
 
 
 @case(4, "decoder tied to encoder by transposition")
@@ -69,8 +71,16 @@ def raw_parameters() -> tuple[nn.Module, Any]:
         x = torch.cat([m.token.expand(len(x), -1, -1), m.a(x)], 1) + m.table
         return m.out((x + m.gamma * m.b(x).relu())[:, 0] * m.temperature)
 
-    return Lambda(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 4), out=nn.Linear(4, 2), token=torch.randn(1, 1, 4),
-                  table=torch.randn(4, 4), gamma=torch.randn(4), temperature=torch.tensor(1.5)), torch.randn(3, 3, 3)  # fmt: skip
+    return Lambda(
+        forward,
+        a=nn.Linear(3, 4),
+        b=nn.Linear(4, 4),
+        out=nn.Linear(4, 2),
+        token=torch.randn(1, 1, 4),
+        table=torch.randn(4, 4),
+        gamma=torch.randn(4),
+        temperature=torch.tensor(1.5),
+    ), torch.randn(3, 3, 3)
 
 
 @case(2, "x @ W, W @ x, einsum per head")
@@ -81,8 +91,9 @@ def raw_products() -> tuple[nn.Module, Any]:
         h = torch.einsum("nthd,hde->nthe", h.unflatten(2, (2, 2)), m.heads).flatten(2)
         return torch.einsum("ntd,dc->nc", h, m.w3) + torch.tensordot(h[:, 0], m.w3, 1)
 
-    return Lambda(forward, w1=torch.randn(3, 5), w2=torch.randn(4, 5), heads=torch.randn(2, 2, 3),
-                  w3=torch.randn(6, 2)), torch.randn(3, 4, 3)  # fmt: skip
+    return Lambda(
+        forward, w1=torch.randn(3, 5), w2=torch.randn(4, 5), heads=torch.randn(2, 2, 3), w3=torch.randn(6, 2)
+    ), torch.randn(3, 4, 3)
 
 
 @case(2, "position embeddings looked up once for all examples, T = 3 = n")
@@ -91,8 +102,9 @@ def learned_positions() -> tuple[nn.Module, Any]:
         h = m.tok(x) + m.pos(torch.arange(x.shape[1])[None])
         return m.out(m.ln(h).relu().mean(1))
 
-    return Lambda(forward, tok=nn.Embedding(6, 4), pos=nn.Embedding(5, 4), ln=nn.LayerNorm(4),
-                  out=nn.Linear(4, 2)), torch.randint(0, 6, (3, 3))  # fmt: skip
+    return Lambda(
+        forward, tok=nn.Embedding(6, 4), pos=nn.Embedding(5, 4), ln=nn.LayerNorm(4), out=nn.Linear(4, 2)
+    ), torch.randint(0, 6, (3, 3))
 
 
 @case(2, "a table of relative positions, indexed, shared by two layers")
@@ -106,8 +118,9 @@ def relative_bias() -> tuple[nn.Module, Any]:
             x = x + (torch.einsum("ntd,nsd->nts", q, x)[:, None] + bias).softmax(-1).mean(1) @ q
         return m.out(x.mean(1))
 
-    return Lambda(forward, a=nn.Linear(3, 3), b=nn.Linear(3, 3), out=nn.Linear(3, 2),
-                  table=torch.randn(7, 2)), torch.randn(3, 4, 3)  # fmt: skip
+    return Lambda(
+        forward, a=nn.Linear(3, 3), b=nn.Linear(3, 3), out=nn.Linear(3, 2), table=torch.randn(7, 2)
+    ), torch.randn(3, 4, 3)
 
 
 @case(2, "tokens flattened into the batch, and interleaved the other way")
@@ -129,11 +142,12 @@ def windows() -> tuple[nn.Module, Any]:
         h = m.conv(w).flatten(1).relu()
         return m.out(m.lin(h).view(n, 4, -1).mean(1))
 
-    return Lambda(forward, conv=nn.Conv2d(2, 3, 2, padding=1), lin=nn.Linear(27, 4),
-                  out=nn.Linear(4, 2)), torch.randn(3, 2, 4, 4)  # fmt: skip
+    return Lambda(forward, conv=nn.Conv2d(2, 3, 2, padding=1), lin=nn.Linear(27, 4), out=nn.Linear(4, 2)), torch.randn(
+        3, 2, 4, 4
+    )
 
 
-@case(2, "examples in chunks, so that a layer sees fewer rows", functional=False)
+@case(2, "examples in chunks, so that a layer sees fewer rows")
 def chunked_forward() -> tuple[nn.Module, Any]:
     net = Lambda(
         lambda m, x: m.b(torch.cat([m.a(part).relu() for part in x.split(2)])), a=nn.Linear(3, 4), b=nn.Linear(4, 2)
@@ -167,16 +181,24 @@ def mixture_of_experts() -> tuple[nn.Module, Any]:
 
 @case(2, "checkpointed without re-entry", functional=False)
 def checkpointed() -> tuple[nn.Module, Any]:
-    net = Lambda(lambda m, x: m.out(checkpoint(m.body, x, use_reentrant=False)),
-                 body=nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4)), out=nn.Linear(4, 2))  # fmt: skip
+    net = Lambda(
+        lambda m, x: m.out(checkpoint(m.body, x, use_reentrant=False)),
+        body=nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4)),
+        out=nn.Linear(4, 2),
+    )
     return net, torch.randn(4, 4)
 
 
 @case(2, "weight norm, spectral norm, orthogonal")
 def parametrized() -> tuple[nn.Module, Any]:
-    net = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(),
-                        parametrizations.spectral_norm(nn.Linear(5, 4)), nn.Tanh(),
-                        parametrizations.orthogonal(nn.Linear(4, 4)), nn.Linear(4, 2))  # fmt: skip
+    net = nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(4, 5)),
+        nn.Tanh(),
+        parametrizations.spectral_norm(nn.Linear(5, 4)),
+        nn.Tanh(),
+        parametrizations.orthogonal(nn.Linear(4, 4)),
+        nn.Linear(4, 2),
+    )
     return net, torch.randn(4, 4)
 
 
@@ -194,8 +216,13 @@ def parametrized_own() -> tuple[nn.Module, Any]:
 
 @case(2, "some parameters frozen, one unused")
 def frozen_and_unused() -> tuple[nn.Module, Any]:
-    net = Lambda(lambda m, x: m.c(m.b(m.a(x).relu()).relu()), a=nn.Linear(4, 5), b=nn.Linear(5, 5), c=nn.Linear(5, 2),
-                 unused=nn.Linear(3, 3))  # fmt: skip
+    net = Lambda(
+        lambda m, x: m.c(m.b(m.a(x).relu()).relu()),
+        a=nn.Linear(4, 5),
+        b=nn.Linear(5, 5),
+        c=nn.Linear(5, 2),
+        unused=nn.Linear(3, 3),
+    )
     net.a.requires_grad_(False)
     net.b.bias.requires_grad_(False)
     return net, torch.randn(4, 4)

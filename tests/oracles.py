@@ -1,4 +1,4 @@
-"""The naive oracle: a double loop over torch.autograd.grad, one example and one output at a time, in the model's dtype."""
+"""The naive oracle: a double loop over torch.autograd.grad, one example and one output at a time."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def naive_ntk(
 
 def reduced(theta: Tensor, reduction: str) -> Tensor:
     """The reductions of SCIENCE, section 1, written out index by index."""
-    n, c, m, _ = theta.shape
+    c = theta.shape[1]
     if reduction == "full":
         return theta
     if reduction == "sum":

@@ -1,9 +1,10 @@
 """Which engine, and why: a documented list that can be asked.
 
-1. An engine asked for by name is taken; layerwise is still checked, and a disagreement raises.
-2. "auto" takes layerwise if its kernel agrees with plain per-example backward passes on a few probes.
-3. Else functional, if torch.func can transform the model and agrees.
-4. Else the model is refused with both reasons.
+1. Where an example's output depends on the others of its batch, or is random, no engine is taken: there is no kernel.
+2. An engine asked for by name is taken; layerwise is still checked, and a disagreement raises.
+3. "auto" takes layerwise if its kernel agrees with plain per-example backward passes on a few probes.
+4. Else functional, if torch.func can transform the model and agrees.
+5. Else the model is refused with both reasons.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ import torch
 from torch import Tensor
 
 from ntkwatch.engines.base import Engine
-from ntkwatch.engines.capture import few
+from ntkwatch.engines.capture import check_uncoupled, few
 from ntkwatch.engines.functional import Functional, is_out_of_memory, math_attention
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.model import Network, UnsupportedModel, batch_size, inputs_of, take
 
 _CHECKED_OUTPUTS = 8
 _CHECK_BYTES = 1 << 30
-# Relative to ‖Θ‖. Two correct float32 paths differ by 1e-6 to 1e-4 (a ReLU at 0 may fall either way); a forgotten use or
-# a mixed-up layout is off by whole per cents.
+# Relative to ‖Θ‖. Two correct float32 paths differ by 1e-6 to 1e-4 (a ReLU at 0 may fall either way); a forgotten use
+# or a mixed-up layout is off by whole per cents.
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 3e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
@@ -58,6 +59,8 @@ def choose(network: Network, x: Any, engine: str = "auto") -> Choice:
     """
     if engine not in ("auto", "layerwise", "functional"):
         raise ValueError(f"engine must be 'auto', 'layerwise' or 'functional', got {engine!r}")
+    with math_attention():
+        check_uncoupled(network, x)
     if engine == "functional":
         return Choice(Functional(), "functional: asked for", None)
     layerwise = Layerwise()

@@ -65,7 +65,7 @@ def choose(one: Factor, m: int, reduction: Reduction, dtype: torch.dtype) -> tup
 
 
 def contract(one: Factor, two: Factor, reduction: Reduction, dtype: torch.dtype) -> Tensor:
-    """The kernel of two factors of one parameter: [n, m], [C, n, m] or [n, C, m, C]; "trace" is the mean over outputs."""
+    """The kernel of two factors of one parameter: [n, m], [C, n, m] or [n, C, m, C]; "trace" means over C."""
     if isinstance(one, Outer | Rows) and type(one) is type(two) and choose(one, two.n, reduction, dtype)[0] == "gram":
         return _gram(one, two, reduction, dtype)
     return _by_jacobian(one, two, reduction, dtype)

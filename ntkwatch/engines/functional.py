@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -93,7 +95,7 @@ class Functional:
         except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, IndexError) as error:
             if is_out_of_memory(error):
                 raise
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            first = re.split(r"\n|\. ", str(error).strip())[0] or type(error).__name__
             raise UnsupportedModel(
                 f"torch.func cannot transform this model ({first}); use engine='layerwise' or 'auto'"
             ) from error
@@ -152,8 +154,12 @@ def transpose(kernel: Tensor, reduction: str) -> Tensor:
 
 @contextlib.contextmanager
 def math_attention() -> Iterator[None]:
-    """Attention by its formula: the fused kernels have no batching rule and fall back to a slow loop."""
-    with sdpa_kernel(SDPBackend.MATH):
+    """Attention by its formula: the fused kernels have no batching rule and fall back to a slow loop.
+
+    Operations that do fall back are right, only slower: torch's warning about it would be noise in a person's run.
+    """
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(performance drop|experimental feature).*")
         yield
 
 

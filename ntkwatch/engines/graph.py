@@ -1,7 +1,7 @@
 """The autograd graph of one forward pass: its nodes, who consumes whom, and which example owns each gradient element.
 
 Working on the graph rather than on module hooks is what makes coverage exact: every use of every parameter is an edge
-into its AccumulateGrad node, however the module came to use it (tied, reused, raw, reparametrised, in a fused function).
+into its AccumulateGrad node, however the module came to use it: tied, reused, raw, reparametrised, in a fused function.
 """
 
 from __future__ import annotations
@@ -140,6 +140,8 @@ def find_layout(g: Tensor, coded: Sequence[Tensor], n: int) -> tuple[Layout | Sc
     Returns:
         (layout, sure): None when several examples share an element; sure when no second reading is possible.
     """
+    if g.numel() == 0:
+        return Scattered(torch.zeros(g.shape, dtype=torch.long, device=g.device)), False
     codes = digits(n, g.dtype)
     limit = 64 * torch.finfo(g.dtype).eps * g.abs().max().double()
     for dim, size in enumerate(g.shape):

@@ -1,0 +1,182 @@
+"""Network: parameters, batches and outputs as DESIGN's public API says."""
+
+from __future__ import annotations
+
+import warnings
+from collections import UserDict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ntkwatch.guard import leave_no_trace
+from ntkwatch.model import (
+    Network,
+    UnsupportedModel,
+    batch_size,
+    calibrated_statistics,
+    inputs_of,
+    running_statistics,
+    take,
+    targets_of,
+    to_device,
+    untracked_statistics,
+)
+
+X, Y = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+
+
+class Whole(nn.Module):
+    """Takes a whole batch, as a LightningModule's forward may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.a(batch["x"])
+
+
+class Keywords(Whole):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:  # type: ignore[override]
+        return self.a(x) * scale
+
+
+class Returns(nn.Module):
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.a, self.wrap = nn.Linear(3, 2), wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self.a(x))
+
+
+class Logits:
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "batch"),
+    [
+        ("tensor", nn.Linear(3, 2), X),
+        ("pair", nn.Linear(3, 2), (X, Y)),
+        ("list", nn.Linear(3, 2), [X, Y]),
+        ("one in a tuple", nn.Linear(3, 2), (X,)),
+        ("triple", nn.Bilinear(3, 3, 2), (X, X, Y)),
+        ("mapping, one argument", Whole(), {"x": X, "labels": Y}),
+        ("mapping, keywords", Keywords(), {"x": X, "y": Y}),
+        ("user mapping", Keywords(), UserDict(x=X, label=Y)),
+        ("logits attribute", Returns(Logits), X),
+        ("logits key", Returns(lambda f: {"logits": f}), X),
+        ("tuple output", Returns(lambda f: (f, None)), X),
+    ],
+)
+def test_batches_and_outputs(name: str, module: nn.Module, batch: Any) -> None:
+    f = Network(module).outputs(batch)
+    assert f.shape == (4, 2), name
+    part = Network(module).outputs(take(batch, slice(1, 3)))
+    assert torch.allclose(part, f[1:3]), f"{name}: rows 1 and 2"
+    assert torch.allclose(Network(module).outputs(take(batch, [3, 0])), f[[3, 0]]), f"{name}: rows 3 and 0"
+    assert batch_size(inputs_of(batch)) == 4, name
+    assert type(to_device(batch, "cpu")) is type(batch), name
+    labelled = name not in ("tensor", "one in a tuple") and not name.startswith(("logits", "tuple"))
+    assert (targets_of(batch) is not None) == labelled, name
+
+
+def test_outputs_are_made_two_dimensional() -> None:
+    assert Network(Returns(lambda f: f[:, 0])).outputs(X).shape == (4, 1)
+
+
+def test_precedence_of_outputs_functions() -> None:
+    module = nn.Linear(3, 2)
+    module.ntk_outputs = lambda batch: module(batch) * 2  # type: ignore[assignment]
+    assert torch.equal(Network(module).outputs(X), module(X) * 2)
+    assert torch.equal(Network(module, lambda m, b: m(b) * 3).outputs(X), module(X) * 3)
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        (Returns(lambda f: f[:, None]), r"\(4, 1, 2\).*outputs="),
+        (Returns(lambda f: f.mean(0)), r"\(2,\).*outputs="),
+        (Returns(lambda f: "text"), r"str.*outputs="),
+        (Returns(lambda f: f.argmax(1)), r"int64"),
+    ],
+)
+def test_other_outputs_are_refused(module: nn.Module, names: str) -> None:
+    with pytest.raises(UnsupportedModel, match=names):
+        Network(module).outputs(X)
+
+
+def test_parameters() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2))
+    net[1].weight = net[0].weight
+    net[2].bias.requires_grad_(False)
+    assert list(Network(net).parameters) == ["0.weight", "0.bias", "1.bias", "2.weight"]
+    assert list(Network(net, params="*.bias").parameters) == ["0.bias", "1.bias"]
+    assert list(Network(net, params=["2.*", "0.weight"]).parameters) == ["0.weight", "2.weight"]
+    with pytest.raises(ValueError, match="head"):
+        Network(net, params=["0.*", "head.*"])
+    with pytest.raises(UnsupportedModel, match="no trained parameter"):
+        Network(net.requires_grad_(False))
+    with pytest.raises(UnsupportedModel, match="not initialised"):
+        Network(nn.LazyLinear(2))
+
+
+def test_state_swaps_parameters_and_buffers() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    network = Network(net)
+    before = network.outputs(X).detach()
+    swapped = {"0.weight": torch.zeros(4, 3), "1.running_mean": torch.ones(4)}
+    assert not torch.allclose(network.outputs(X, swapped), before)
+    assert torch.equal(network.outputs(X), before)
+
+
+def test_state_of_a_tied_weight_moves_both_places() -> None:
+    net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    net[1].weight = net[0].weight
+    assert torch.equal(Network(net).outputs(X, {"0.weight": 2 * torch.eye(3)}), 4 * X)
+
+
+def test_compiled_and_wrapped_modules_are_unwrapped() -> None:
+    inner = nn.Linear(3, 2)
+    network = Network(torch.compile(inner, backend="eager"))  # type: ignore[arg-type]
+    assert network.module is inner
+    assert list(network.parameters) == ["weight", "bias"]
+
+
+def test_calibration_equals_a_training_forward() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3, momentum=1.0), nn.ReLU(), nn.Flatten(), nn.Linear(27, 4),
+                        nn.BatchNorm1d(4, momentum=1.0), nn.Linear(4, 2))  # fmt: skip
+    x = torch.randn(6, 2, 5, 5)
+    assert untracked_statistics(net)
+    with leave_no_trace(net):
+        found = calibrated_statistics(Network(net), [x])
+    assert float(net[1].running_mean.abs().max()) == 0, "the module is left as it was"
+    net(x)  # momentum 1 in training mode: running statistics become the batch's own
+    for name, expected in running_statistics(net).items():
+        assert torch.allclose(found[name], expected, atol=1e-6), name
+    assert not untracked_statistics(net)
+
+
+def test_calibration_pools_batches() -> None:
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)).eval()
+    x = torch.randn(10, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = calibrated_statistics(Network(net), [x[:4], (x[4:], None)])
+    assert torch.allclose(found["0.running_mean"], x.mean(0), atol=1e-6)
+    assert torch.allclose(found["0.running_var"], x.var(0), atol=1e-6)
+
+
+def test_leaves_without_examples_are_kept() -> None:
+    batch = {"x": X, "scale": torch.tensor(2.0), "names": ["a", "b", "c", "d"], "positions": torch.arange(3)[None]}
+    part = take(batch, slice(0, 2))
+    assert part["x"].shape == (2, 3)
+    assert part["scale"] == 2
+    assert part["positions"].shape == (1, 3)
+    with pytest.raises(ValueError, match="must hold a tensor"):
+        batch_size("text")
