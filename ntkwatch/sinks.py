@@ -7,6 +7,7 @@ Loggers, of either Lightning or of anyone else, are told apart by what they can 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -19,7 +20,8 @@ from ntkwatch import figures
 from ntkwatch.record import Measurement
 
 PATIENCE = 3  # failures in a row, after which a logger is left out: one that times out would cost its timeout each time
-GROWTH = 4  # pictures are drawn again when the step has grown by this factor: a picture takes some .1 s, a scalar none
+GROWTH = 2  # between the first and the last, pictures are drawn again when the step has grown by this factor …
+SHARE = 0.01  # … and drawing has taken no more than this share of wall time: a pair of pictures takes some .2 s
 STEP_KEYS = ("trainer/global_step", "global_step")  # W&B's x axis under Lightning; the same under sync_tensorboard
 CHARTS = {  # title → metrics of one unit; what is not named here gets a chart of its own
     "kernel angle to init (rad)": ("kernel_angle",),
@@ -27,7 +29,8 @@ CHARTS = {  # title → metrics of one unit; what is not named here gets a chart
     "Taylor ratio (0 linear … 1)": ("taylor_ratio",),
     "alignment with the targets (centred, CKA)": ("centered_alignment",),
     "alignment z-score against permuted labels": ("centered_alignment_z",),
-    "log10 of the top eigenvalues": ("log10_lambda_max", *(f"log10_lambda_{k}" for k in range(1, 6))),
+    "log10 of the largest eigenvalue": ("log10_lambda_max",),
+    "log10 of the top five eigenvalues": tuple(f"log10_lambda_{k}" for k in range(1, 6)),
     "effective rank": ("effective_rank",),
     "kernel velocity (rad per step)": ("kernel_velocity",),
     "kernel distance to init (1 − cos)": ("kernel_distance",),
@@ -50,8 +53,11 @@ class Sinks:
     ``warn`` gets one sentence for each logger that fails. ``values`` are for ``publish``.
     """
 
-    def __init__(self, loggers: Sequence[object], warn: Callable[[str], None]) -> None:
-        self._warn = warn
+    def __init__(
+        self, loggers: Sequence[object], warn: Callable[[str], None], clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._warn, self._clock = warn, clock
+        self._began, self._drawing = clock(), 0.0
         self._outlets = [_Outlet(logger, warn) for logger in loggers if not _answers_anything(logger)]
         self._spectra: dict[int, Tensor] = {}
         self._drawn: int | None = None
@@ -74,7 +80,7 @@ class Sinks:
         self.values |= m.as_flat()
         for outlet in self._outlets:
             outlet.attempt(f"log step {m.step}", partial(outlet.scalars, m))
-        if last or self._drawn is None or m.step >= GROWTH * max(self._drawn, 1):
+        if last or self._drawn is None or (m.step >= GROWTH * self._drawn and self._can_afford_pictures()):
             self._draw(m, labels)
 
     def finish(self) -> None:
@@ -92,12 +98,16 @@ class Sinks:
             del self._spectra[newest]
         self._spectra[step] = eigenvalues.detach().cpu()
 
+    def _can_afford_pictures(self) -> bool:
+        return self._drawing <= SHARE * (self._clock() - self._began)
+
     def _draw(self, m: Measurement, labels: Tensor | None) -> None:
         """Each picture once, for all who take pictures; a fault in drawing is no logger's fault."""
         self._drawn = m.step
         takers = [outlet for outlet in self._outlets if outlet.takes_pictures]
         if not takers or not self._draws:
             return
+        started = self._clock()
         try:
             pictures = _pictures(self._spectra, m, labels)
         except Exception as error:
@@ -108,6 +118,7 @@ class Sinks:
             return
         for outlet in takers:
             outlet.attempt("take pictures", partial(outlet.pictures, m, pictures))
+        self._drawing += self._clock() - started
 
 
 def publish(values: Mapping[str, float], callback_metrics: MutableMapping[str, Any]) -> None:

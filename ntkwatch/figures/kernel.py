@@ -63,7 +63,7 @@ def kernel_heatmap(
     scale = float(np.trace(kernel)) / len(kernel)
     scaled = np.isfinite(scale) and scale > 0
     values = kernel / scale if scaled else kernel
-    figure, axes = panel(title, "probe", "probe", size=(6.6, 5.8))
+    figure, axes = panel(title, "probe", "probe", size=(5.4, 4.8))
     axes.grid(False)
     axes.spines[:].set_visible(False)
     colours = _colours(values)

@@ -76,7 +76,7 @@ def save(figure: Figure, path: Path | str) -> None:
     figure.savefig(path, dpi=DPI * 1.5)
 
 
-def panel(title: str, xlabel: str, ylabel: str, size: tuple[float, float] = (7.2, 4.8)) -> tuple[Figure, Axes]:
+def panel(title: str, xlabel: str, ylabel: str, size: tuple[float, float] = (5.8, 4.4)) -> tuple[Figure, Axes]:
     """An empty figure of one panel."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -106,4 +106,4 @@ def remark(figure: Figure, note: str | None) -> None:
     if note:
         import textwrap
 
-        figure.supxlabel(textwrap.fill(note, 78), fontsize=12, color=WARM)
+        figure.supxlabel(textwrap.fill(note, 60), fontsize=12, color=WARM)
