@@ -33,10 +33,13 @@ def check(spec: str, reduction: str = "trace") -> tuple[list[str], bool]:
         with leave_no_trace(network.module), torch.no_grad():
             outputs = network.outputs(batch)
         lines = _facts(network, batch, outputs)
+        bad = int((~torch.isfinite(outputs)).any(dim=1).sum())
+        if bad:
+            return [*lines, f"PROBLEM  the outputs are not finite on {bad} of {len(outputs)} probes"], False
         plan = engines.plan(model, batch, reduction=reduction)
     except UnsupportedModel as error:
         return [f"PROBLEM  {error}"], False
-    problems = _problems(plan, outputs)
+    problems = _problems(plan, outputs.device)
     return [*lines, "", str(plan), "", *(problems or ["It can be measured as it is."])], not problems
 
 
@@ -107,12 +110,9 @@ def _mode(module: nn.Module) -> str:
     return "eval; BatchNorm's statistics are frozen at the baseline" if running_statistics(module) else "eval"
 
 
-def _problems(plan: Any, outputs: torch.Tensor) -> list[str]:
+def _problems(plan: Any, device: torch.device) -> list[str]:
     problems = []
-    bad = int((~torch.isfinite(outputs)).any(dim=1).sum())
-    if bad:
-        problems.append(f"PROBLEM  the outputs are not finite on {bad} of {len(outputs)} probes: look for NaN in them")
-    free = _free_bytes(outputs.device)
+    free = _free_bytes(device)
     if free is not None and plan.peak_bytes > free:
         problems.append(
             f"PROBLEM  it needs {plan.peak_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} are free: use fewer probes, "

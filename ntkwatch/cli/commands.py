@@ -42,7 +42,7 @@ def _expected(error: Exception) -> bool:
 
 app = typer.Typer(
     cls=_Commands,
-    help="Watch the Neural Tangent Kernel of real training runs: read, compare and explain what was recorded.",
+    help="Watch the Neural Tangent Kernel of real training runs: read and compare what was recorded.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -27,7 +27,7 @@ from ntkwatch.compare.runs import (
     some,
     x_of,
 )
-from ntkwatch.record import Run, find_runs, load_run
+from ntkwatch.record import RecordError, Run, find_runs, load_run
 from ntkwatch.slopes import LEVEL, Slope, fit_slope, read_slope, reference_lines
 
 if TYPE_CHECKING:
@@ -87,11 +87,7 @@ class Comparison:
             "x": self.x,
             "step": self.step,
             "runs": plain(self.table),
-            "slopes": {
-                name: {k: plain_value(v) for k, v in s._asdict().items()}
-                | {"level": LEVEL, "reading": self.reading(name)}
-                for name, s in self.slopes.items()
-            },
+            "slopes": {name: self._slope_as_dict(name) for name in self.slopes},
             "seed_spread": plain(self.seed_spread),
             "mismatch": self.mismatch,
             "notes": list(self.notes),
@@ -204,18 +200,27 @@ def _cautions(table: pd.DataFrame, x: str, step: int) -> list[str]:
 
 def _seed_spread(runs: Sequence[Run], xs: Iterable[float]) -> pd.DataFrame:
     import pandas as pd
-    import torch
 
     groups: dict[float, list[Run]] = {}
     for run, value in zip(runs, xs, strict=True):
         groups.setdefault(value, []).append(run)
-    rows = []
-    for value, members in groups.items():
-        kernels = torch.stack([run.kernel(run.steps[0]) for run in members])
-        deviation = (kernels - kernels.mean(0)).square().sum() / max(len(members) - 1, 1)
-        relative = float(deviation.sqrt() / kernels.mean(0).norm())
-        rows.append({"x": value, "runs": len(members), "spread": relative if len(members) > 1 else math.nan})
+    rows = [{"x": value, "runs": len(members), "spread": _spread(members)} for value, members in groups.items()]
     return pd.DataFrame(rows)
+
+
+def _spread(runs: Sequence[Run]) -> float:
+    """NaN from one run, from kernels of unlike shape, and where the first kernel was not saved."""
+    import torch
+
+    try:
+        kernels = [run.kernel(run.steps[0]) for run in runs]
+    except RecordError:
+        return math.nan
+    if len(kernels) < 2 or len({k.shape for k in kernels}) > 1:
+        return math.nan
+    stack = torch.stack(kernels)
+    deviation = (stack - stack.mean(0)).square().sum() / (len(kernels) - 1)
+    return float(deviation.sqrt() / stack.mean(0).norm())
 
 
 def _runs(n: int) -> str:
