@@ -5,7 +5,7 @@ from __future__ import annotations
 from ntkwatch.infinite.activations import ABRelu, Abs, Activation, Elementwise, Erf, Gelu, LeakyRelu, Relu, Sin
 from ntkwatch.infinite.attention import Attention
 from ntkwatch.infinite.compose import Residual, Serial, Sum
-from ntkwatch.infinite.kernel import InfiniteKernel, kernel
+from ntkwatch.infinite.kernels import InfiniteKernel, kernel
 from ntkwatch.infinite.layers import Affine, Dense, Identity, Layer, LayerNorm
 from ntkwatch.infinite.windows import AvgPool, Conv, Flatten, GlobalAvgPool
 

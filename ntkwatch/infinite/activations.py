@@ -1,8 +1,8 @@
 """Dual activations: for (u, v) ~ N(0, [[q, k], [k, q']]) the pair E[φ(u)φ(v)] and E[φ'(u)φ'(v)].
 
 Each activation first turns a variance q into the features it needs (`prepare`, once per input), and then meets two
-inputs (`dual`, once per pair). Angles are clamped and inflated by a few eps, so that equal inputs have a cosine of exactly 1:
-acos amplifies an error of eps to 1.5e-8, and the diagonal must not come out below its neighbours.
+inputs (`dual`, once per pair). Cosines are clamped and inflated by a few eps, so that equal inputs have exactly 1: acos
+amplifies an error of eps to 1.5e-8, and the diagonal must not come out below its neighbours.
 """
 
 from __future__ import annotations
@@ -105,11 +105,12 @@ class Erf(Elementwise):
     """erf(x) (Williams 1997)."""
 
     def prepare(self, q: Tensor) -> Saved:
-        return ((1 + 2 * q.clamp_min(0)).rsqrt(),)
+        q = q.clamp_min(0)
+        return q.sqrt(), (1 + 2 * q).rsqrt()
 
     def dual(self, k: Tensor, a: Saved, b: Saved, slope: bool = True) -> tuple[Tensor, Tensor | None]:
-        (ra,), (rb,) = a, b
-        c = k.mul_(2 * ra).mul_(rb).clamp_(-1, 1)
+        (sa, ra), (sb, rb) = a, b
+        c = _bounded(k, sa, sb).mul_(2 * ra).mul_(rb).clamp_(-1, 1)
         dot = _one_minus_square(c).rsqrt_().mul_(ra * (4 / math.pi)).mul_(rb) if slope else None
         return torch.asin(c).mul_(2 / math.pi), dot
 
@@ -120,11 +121,11 @@ class Gelu(Elementwise):
 
     def prepare(self, q: Tensor) -> Saved:
         q = q.clamp_min(0)
-        return q, (1 + q).rsqrt(), 1 / (1 + q)
+        return q, q.sqrt(), (1 + q).rsqrt(), 1 / (1 + q)
 
     def dual(self, k: Tensor, a: Saved, b: Saved, slope: bool = True) -> tuple[Tensor, Tensor | None]:
-        (qa, ra, ia), (qb, rb, ib) = a, b
-        scale = ra * rb
+        (qa, sa, ra, ia), (qb, sb, rb, ib) = a, b
+        k, scale = _bounded(k, sa, sb), ra * rb
         c = (k * scale).clamp_(-1, 1)
         both = torch.asin(c).mul_(1 / (2 * math.pi)).add_(0.25)  # E[Φ(u)Φ(v)]
         root = _one_minus_square(c).rsqrt_().mul_(scale)  # 1/√((1+q)(1+q') - k²)
@@ -143,11 +144,13 @@ class Sin(Elementwise):
     """sin(x)."""
 
     def prepare(self, q: Tensor) -> Saved:
-        return (q / 2,)
+        q = q.clamp_min(0)
+        return q.sqrt(), q / 2
 
     def dual(self, k: Tensor, a: Saved, b: Saved, slope: bool = True) -> tuple[Tensor, Tensor | None]:
-        m = a[0] + b[0]
-        # k ≤ m exactly; rounding must not let the exponent pass 0
+        (sa, ma), (sb, mb) = a, b
+        k, m = _bounded(k, sa, sb), ma + mb
+        # |k| ≤ m exactly; rounding must not let the exponent pass 0
         same, opposite = (k - m).clamp_max_(0).exp_().mul_(0.5), (-k - m).clamp_max_(0).exp_().mul_(0.5)
         return same - opposite, same.add_(opposite) if slope else None
 
@@ -193,6 +196,12 @@ class Activation(Elementwise):
 
     def first(self, q: Tensor) -> Tensor | None:
         return self.prepare(q)[1][0]
+
+
+def _bounded(k: Tensor, sa: Tensor, sb: Tensor) -> Tensor:
+    """|k| ≤ √(q q'), which a chaotic network would otherwise blow up from one rounding error to a negative kernel."""
+    bound = sa * sb
+    return torch.clamp(k, -bound, bound, out=k)
 
 
 def _one_minus_square(c: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ class _Inputs:
         size = max(1, _budget(x.device.type) // self.entries)
         parts = [self._field(slice(i, i + size)) for i in range(0, self.n, size)]
         self.cov = torch.cat([p.cov for p in parts], dim=-1)
+        self.variance = torch.cat([p.variance for p in parts], dim=-1)
         self.saved: Saved = join([net.own(p, False)[1] for p in parts])
 
     def _field(self, rows: slice) -> Own:
@@ -97,11 +98,24 @@ def _cross_input(a: _Inputs, b: _Inputs, rows: slice, cols: slice) -> Cross:
         k = k.unflatten(0, h.shape[:2]).unflatten(-1, g.shape[:2]).transpose(1, 2).reshape(shape)
     else:
         k = h @ g.mT
-    k = k.div_(h.shape[-1])
-    if a is b and rows.start == cols.start:  # a matrix product is not exact where the angle must be
+    f = Cross(k.div_(h.shape[-1]).contiguous(), None, len(a.positions), a.pairs)
+    _snap(f, a.variance[..., rows], b.variance[..., cols], h.shape[-1])
+    if a is b and rows.start == cols.start:
         size = min(k.shape[-2:])
-        k.diagonal(dim1=-2, dim2=-1).copy_(a.cov[..., rows.start : rows.start + size])
-    return Cross(k.contiguous(), None, len(a.positions), a.pairs)
+        f.nngp.diagonal(dim1=-2, dim2=-1).copy_(a.cov[..., rows.start : rows.start + size])
+    return f
+
+
+def _snap(f: Cross, qa: Tensor, qb: Tensor, channels: int) -> None:
+    """Makes the cosine of parallel inputs ±1 exactly.
+
+    A matrix product rounds differently from entry to entry. Left alone, duplicates would differ by eps here, which
+    acos turns into 1.5e-8 and a chaotic network into anything, with a kernel that is no longer positive.
+    """
+    bound = f.left(qa) * f.right(qb)
+    bound.sqrt_()
+    near = f.nngp.abs() >= bound * (1 - (4 + channels**0.5) * torch.finfo(bound.dtype).eps)
+    torch.where(near, bound.copysign_(f.nngp), f.nngp, out=f.nngp)
 
 
 def _channels_last(net: Serial, x: Tensor, name: str, dtype: torch.dtype) -> tuple[Tensor, Positions]:

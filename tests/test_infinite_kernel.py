@@ -1,0 +1,239 @@
+"""Known answers of infinitely wide networks, laws, degenerate inputs, and refusals."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ntkwatch import infinite
+from ntkwatch.infinite import Conv, Dense, Erf, Flatten, GlobalAvgPool, Relu, Residual, Serial
+from tests.bench.neural_tangents import our_kernel
+
+FROZEN = json.loads((Path(__file__).parent / "infinite_neural_tangents.json").read_text())
+
+
+def relu_net(depth: int, readout: float = math.sqrt(2)) -> Serial:
+    return Serial(*[Dense(math.sqrt(2)), Relu()] * depth, Dense(readout))
+
+
+def circle(*degrees: float) -> Tensor:
+    """Unit vectors of two dimensions, scaled so that ⟨x, x⟩/d = 1 becomes the SCIENCE's x·x after Dense(√2)."""
+    t = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
+    return torch.stack([t.cos(), t.sin()], dim=1)
+
+
+RELU = {  # depth: the NTK at 0°, 60°, 90°, 120°, 180°
+    1: (2, 0.942331114378, 0.318309886184, -0.057668885622, 0),
+    2: (3, 1.351479561123, 0.685708636283, 0.343862246273, 0.318309886184),
+    3: (4, 1.737844679215, 1.060388106803, 0.742249322561, 0.685708636283),
+    5: (6, 2.462893132458, 1.792195966845, 1.507106801986, 1.430390497210),
+}
+
+
+@pytest.mark.parametrize("depth", RELU)
+def test_relu_network(depth: int) -> None:
+    x = circle(0, 60, 90, 120, 180)
+    got = infinite.kernel(relu_net(depth), x[:1], x).ntk[0]
+    assert got[0] == pytest.approx(RELU[depth][0], abs=1e-7)
+    assert got[1:].tolist() == pytest.approx(RELU[depth][1:], abs=1e-10)
+    half = infinite.kernel(relu_net(depth, 1.0), x[:1], x).ntk[0]
+    assert torch.allclose(half * 2, got, atol=1e-14), "a readout variance of 1 is exactly half"
+
+
+def test_relu_nngp() -> None:
+    x = circle(0, 60)
+    got = [float(infinite.kernel(relu_net(depth, 1.0), x).nngp[0, 1]) for depth in (1, 2, 3)]
+    assert got == pytest.approx([0.304498890522, 0.341952825449, 0.369064096151], abs=1e-10)
+
+
+def test_erf_network() -> None:
+    def layer() -> Dense:
+        return Dense(math.sqrt(1.5), math.sqrt(0.05))
+
+    x = circle(0, 60)
+    for depth, diagonal, off in ((1, 1.428530612834, 0.698375848029), (2, 2.050012974231, 0.945269096042)):
+        k = infinite.kernel(Serial(*[layer(), Erf()] * depth, layer()), x)
+        assert k.ntk[0, 0] == pytest.approx(diagonal, abs=1e-10)
+        assert k.ntk[0, 1] == pytest.approx(off, abs=1e-10)
+        if depth == 1:
+            assert k.nngp[0].tolist() == pytest.approx([0.682997874081, 0.368035413393], abs=1e-10)
+
+
+def test_four_points() -> None:
+    x = torch.tensor([[1, 0, 0], [0, 1, 0], [0.6, 0.8, 0], [0, 0, 1]], dtype=torch.float64) * math.sqrt(1.5)
+    k = infinite.kernel(relu_net(1), x).ntk
+    expected = [0.310427554756, 1.681690113816, 1.876335879098, 4.131546452330]
+    assert torch.linalg.eigvalsh(k).tolist() == pytest.approx(expected, abs=1e-9)
+    # H^∞ is the first layer's part: the derivative dual times the input kernel
+    h = infinite.kernel(Serial(Dense(math.sqrt(2)), Relu(), Dense(1.0, w_grad=0.0)), x).ntk
+    y = torch.tensor([1, -1, 1, -1], dtype=torch.float64)
+    assert torch.linalg.eigvalsh(h).tolist() == pytest.approx([0.118060764659, 0.5, 0.5, 0.881939235341], abs=1e-9)
+    assert math.sqrt(2 * float(y @ torch.linalg.solve(h, y)) / 4) == pytest.approx(2.5561983693297, abs=1e-7)
+
+
+IMAGES = torch.tensor(
+    [[[1.8, 0.4, 1], [2.2, 1.9, -1], [1, -0.2, -0.1]], [[0.4, 0.1, 1.5], [0.8, 0.1, 0.4], [0.3, 1.5, -0.2]]],
+    dtype=torch.float64,
+)[:, None]
+
+
+def test_convolutional_network() -> None:
+    spec = Serial(*[Conv(3, w_std=math.sqrt(2)), Relu()] * 2, Flatten(), Dense())
+    k = infinite.kernel(spec, IMAGES).ntk
+    assert [k[0, 0], k[0, 1], k[1, 1]] == pytest.approx([2.138024691358, 0.469443010360, 0.704074074074], abs=1e-7)
+    assert k[0, 1] == pytest.approx(0.469443010360, abs=1e-10)
+
+
+def test_diagonal_positions_are_enough_for_flatten() -> None:
+    """AvgPool(1) changes nothing but asks for all pairs of positions."""
+    layers = [Conv(3, 2, w_std=1.3, b_std=0.2), Relu(), Conv(2, padding="circular"), Erf()]
+    few = infinite.kernel(Serial(*layers, Flatten(), Dense()), IMAGES)
+    all_pairs = infinite.kernel(Serial(*layers, infinite.AvgPool(1), Flatten(), Dense()), IMAGES)
+    assert torch.allclose(few.ntk, all_pairs.ntk, atol=1e-14)
+    assert torch.allclose(few.nngp, all_pairs.nngp, atol=1e-14)
+
+
+def test_conditioning_with_depth() -> None:
+    x = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    x = x @ torch.tensor([[1, 0.3, 0, 0], [0, 1, 0.3, 0], [0, 0, 1, 0.3], [0, 0, 0, 1]], dtype=torch.float64)
+    x = 2 * x / x.norm(dim=1, keepdim=True)
+
+    def condition(activation: infinite.Layer, w: float, b: float, depth: int) -> float:
+        dense = Dense(math.sqrt(w), math.sqrt(b))
+        k = infinite.kernel(Serial(*[dense, activation] * depth, dense), x).ntk
+        return float(torch.linalg.cond(k))
+
+    ordered = [condition(Erf(), 0.5, 0.5, d) for d in (4, 8, 16, 32)]
+    assert all(b > 5 * a for a, b in itertools.pairwise(ordered)), f"ordered grows: {ordered}"
+    chaotic = [condition(Erf(), 6.0, 0.0, d) for d in (4, 8, 16, 32)]
+    assert chaotic[-1] == pytest.approx(1, abs=1e-3), f"chaotic tends to 1: {chaotic}"
+    relu = [condition(Relu(), 2.0, 0.0, d) for d in (16, 64, 256, 1024)]
+    assert all(b < a for a, b in itertools.pairwise(relu)), f"ReLU falls: {relu}"
+    assert relu[-1] == pytest.approx(7 / 3, rel=0.03), f"to (n+3)/3: {relu}"
+    k = infinite.kernel(Serial(*[Dense(math.sqrt(2)), Relu()] * 1024, Dense(math.sqrt(2))), x).ntk
+    assert float(k[0, 1] / k[0, 0]) == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize("case", FROZEN, ids=lambda c: c["name"])
+def test_neural_tangents(case: dict) -> None:
+    """Values of neural-tangents 0.6.5, frozen by tests/bench/neural_tangents.py."""
+    k = our_kernel(case)
+    for mine, name in ((k.nngp, "nngp"), (k.ntk, "ntk")):
+        expected = torch.tensor(case[name], dtype=torch.float64)
+        assert float((mine - expected).abs().max() / expected.abs().max()) < 1e-6, f"{case['name']}: {name}"
+
+
+SPECS: dict[str, tuple[Serial, tuple[int, ...]]] = {
+    "mlp": (relu_net(3), (6,)),
+    "deep": (relu_net(100), (6,)),
+    "deep erf": (Serial(*[Dense(1.5, 0.1), Erf()] * 100, Dense()), (6,)),
+    "leaky": (Serial(*[Dense(1.2, 0.1), infinite.LeakyRelu(0.1)] * 3, Dense()), (6,)),
+    "gelu": (Serial(*[Dense(1.4), infinite.Gelu()] * 3, Dense()), (6,)),
+    "sin": (Serial(*[Dense(1.4), infinite.Sin()] * 3, Dense()), (6,)),
+    "tanh": (Serial(*[Dense(1.4), infinite.Activation(torch.tanh)] * 2, Dense()), (6,)),
+    "layer norm": (Serial(Dense(), infinite.LayerNorm(0.0), Relu(), infinite.LayerNorm(0.0), Dense()), (6,)),
+    "residual": (Serial(Dense(), Residual(Relu(), Dense(), infinite.Abs()), infinite.LayerNorm(), Dense()), (6,)),
+    "cnn": (Serial(*[Conv(3, 2, 1, 1.4), Relu()] * 2, Flatten(), Dense()), (2, 5, 5)),
+    "cntk": (Serial(*[Conv(3, w_std=1.4), Relu()] * 2, GlobalAvgPool(), Dense()), (2, 4, 4)),
+    "series": (Serial(Conv(3, w_std=1.4), Relu(), Flatten(), Dense()), (2, 6)),
+    "attention": (Serial(Dense(), Residual(infinite.LayerNorm(), infinite.Attention()), Flatten(), Dense()), (4, 3)),
+    "linear attention": (Serial(infinite.Attention("linear"), infinite.GlobalAvgPool(), Dense()), (4, 3)),
+}
+
+
+def degenerate(shape: tuple[int, ...]) -> Tensor:
+    """Duplicates, antipodes, parallels, near-duplicates, zeros, huge and tiny inputs."""
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    tiny = x[:1] + 1e-9 * x[1:2]
+    return torch.cat([x, x[:1], -x[:1], 2 * x[:1], tiny, torch.zeros_like(x[:2]), 1e6 * x[1:2], 1e-9 * x[2:]])
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_degenerate_inputs(name: str) -> None:
+    spec, shape = SPECS[name]
+    x = degenerate(shape)
+    k = infinite.kernel(spec, x)
+    rescaled = infinite.kernel(spec, x[:9])
+    for which, value in (("nngp", k.nngp), ("ntk", k.ntk)):
+        assert torch.isfinite(value).all(), f"{name}: {which} is not finite"
+        assert torch.equal(value, value.T), f"{name}: {which} is not symmetric"
+    for which, value in (("nngp", rescaled.nngp), ("ntk", rescaled.ntk)):
+        values = torch.linalg.eigvalsh(value)
+        floor = len(value) * torch.finfo(torch.float64).eps * float(values[-1])
+        assert float(values[0]) >= -10 * floor, f"{name}: {which} has eigenvalue {float(values[0]):.2e} < -{floor:.2e}"
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_two_sets_and_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of two sets is a block of the kernel of both; blocks of any size give the same."""
+    spec, shape = SPECS[name]
+    x = torch.randn(9, *shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    whole, part = infinite.kernel(spec, x), infinite.kernel(spec, x[:4], x[4:])
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr("ntkwatch.infinite.kernels.BLOCK_ENTRIES", {"cpu": 5, "other": 5})
+    small = infinite.kernel(spec, x, progress=lambda done, total: seen.append((done, total)))
+    scale = float(whole.ntk.abs().max())
+    assert torch.allclose(part.ntk, whole.ntk[:4, 4:], atol=1e-9 * scale), name
+    assert torch.allclose(part.nngp, whole.nngp[:4, 4:], atol=1e-9 * scale), name
+    assert torch.allclose(small.ntk, whole.ntk, atol=1e-7 * scale), name
+    assert len(seen) > 1
+    assert seen[-1] == (45, 45)
+
+
+def test_float32_inputs_are_computed_in_float64() -> None:
+    x = torch.randn(4, 3)
+    k = infinite.kernel(relu_net(2), x)
+    assert k.ntk.dtype == torch.float64
+    assert torch.equal(k.ntk, infinite.kernel(relu_net(2), x.double()).ntk)
+    assert infinite.kernel(relu_net(2), x, dtype=torch.float32).ntk.dtype == torch.float32
+
+
+def test_standard_parametrization_is_a_choice_of_gradients() -> None:
+    """torch's default: variance 1/(3 fan_in), every weight's gradient counts once."""
+    x = torch.randn(3, 5, dtype=torch.float64)
+    spec = Serial(Dense(1 / math.sqrt(3), 1 / math.sqrt(15), w_grad=5, b_grad=1))
+    k = infinite.kernel(spec, x)
+    assert torch.allclose(k.ntk, x @ x.T + 1)
+    assert torch.allclose(k.nngp, (x @ x.T + 1) / 15)
+
+
+REFUSALS = {
+    "ends with positions": (Serial(Conv(3), Relu()), (1, 4, 4)),
+    "needs Gaussian inputs": (Serial(Relu(), Dense()), (4,)),
+    "needs positions": (Serial(Dense(), GlobalAvgPool(), Dense()), (4,)),
+    "different positions": (Serial(Residual(Conv(3, 2)), Flatten()), (1, 4, 4)),
+    "larger than its padded input": (Serial(Conv(7, padding="valid"), Flatten()), (1, 4, 4)),
+    "dimensions": (Serial(Conv((3, 3)), Flatten()), (1, 4)),
+}
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_refusals(message: str) -> None:
+    spec, shape = REFUSALS[message]
+    with pytest.raises(ValueError, match=message):
+        infinite.kernel(spec, torch.ones(2, *shape))
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match="1/√d-scaled logits has no closed form"):
+        infinite.Attention("sqrt")
+    with pytest.raises(ValueError, match="correlated"):
+        Residual(Relu())
+    with pytest.raises(ValueError, match="padding"):
+        Conv(3, padding="reflect")
+    with pytest.raises(ValueError, match="w_std"):
+        Dense(-1.0)
+    with pytest.raises(ValueError, match="not finite"):
+        infinite.kernel(relu_net(1), torch.tensor([[float("nan"), 1.0]]))
+    with pytest.raises(ValueError, match="differ"):
+        infinite.kernel(relu_net(1), torch.ones(2, 3), torch.ones(2, 4))
+    with pytest.raises(TypeError, match="tensor"):
+        infinite.kernel(relu_net(1), [[1.0]])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="layers such as"):
+        Serial(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
