@@ -2,17 +2,129 @@
 
 from __future__ import annotations
 
-from functools import cache
+import pickle
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
+TIMEOUT = 300.0  # seconds; ranks wait that long for one that measures, so it must be longer than the longest probe
 _MANAGERS = ("FSDPModule", "FullyShardedDataParallel")
+T = TypeVar("T")
+
+
+class RanksError(RuntimeError):
+    """A rank did not answer in time, or what rank 0 had to say cannot be sent; training's own groups are untouched."""
+
+
+class Ranks:
+    """The processes of a run, with a gloo group of their own, made at the first collective.
+
+    Every rank calls the same methods in the same order. After a collective has failed the group is given up: every
+    later call raises at once, so that nobody waits for ranks that have gone on.
+    """
+
+    def __init__(self, rank: int, size: int, timeout: float = TIMEOUT) -> None:
+        self.rank, self.size, self.timeout = rank, size, timeout
+
+    @classmethod
+    def detect(cls, timeout: float = TIMEOUT) -> Ranks:
+        """The ranks of torch.distributed's default group; one alone where there is none. It does not communicate."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls(0, 1, timeout)
+        return cls(dist.get_rank(), dist.get_world_size(), timeout)
+
+    def first(self) -> bool:
+        """Whether this is rank 0, which writes."""
+        return self.rank == 0
+
+    def agree(self, ok: bool) -> bool:
+        """Whether every rank says ok; the same answer on all."""
+        return not self.failed(ok)
+
+    def failed(self, ok: bool) -> tuple[int, ...]:
+        """The ranks that do not say ok, in order; the same answer on all. Raises RanksError if one does not come."""
+        votes = torch.ones(self.size, dtype=torch.int32, device="cpu")
+        votes[self.rank] = int(bool(ok))
+        if self.size > 1:
+            self._together("agree", lambda group: dist.all_reduce(votes, dist.ReduceOp.MIN, group=group))
+        return tuple(int(rank) for rank in (votes == 0).nonzero())
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, on every rank: primitives, lists, tuples, dicts and tensors (these arrive on the CPU).
+
+        Raises RanksError on every rank if it cannot be sent, or if a rank does not come in time.
+        """
+        if self.size == 1:
+            return value
+        box: list[Any] = [_packed(value) if self.first() else None]
+        self._together("broadcast", lambda group: dist.broadcast_object_list(box, 0, group, device=torch.device("cpu")))
+        said, payload = box[0]
+        if said is not None:
+            raise RanksError(f"rank 0 cannot send its {said}; send primitives, dicts and tensors")
+        return value if self.first() else pickle.loads(payload)  # from rank 0 of this very run
+
+    def _together(self, what: str, collective: Callable[[Any], Any]) -> None:
+        own = _own_group(self.timeout)
+        if own.broken is not None:
+            raise RanksError(f"rank {self.rank} does not {what}: an earlier collective failed ({own.broken})")
+        try:
+            if own.group is None:
+                own.group = weakref.ref(dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout)))
+            collective(own.group())
+        except Exception as error:
+            own.broken = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise RanksError(
+                f"rank {self.rank} waited to {what} with {self.size} ranks and one did not come within "
+                f"{self.timeout:g} s ({own.broken}); training goes on, look at the log of the other ranks"
+            ) from error
+
+
+@dataclass
+class _Own:
+    """Our group of one default group. By weak reference: torch owns both, and a store kept alive blocks its port."""
+
+    world: weakref.ref[Any]
+    group: weakref.ref[Any] | None = None
+    broken: str | None = None
+
+
+_groups: dict[float, _Own] = {}  # by timeout; a second Ranks of the same run shares the group and its fate
+
+
+def _own_group(timeout: float) -> _Own:
+    own = _groups.get(timeout)
+    if own is None or own.world() is not dist.group.WORLD:
+        own = _groups[timeout] = _Own(weakref.ref(dist.group.WORLD))
+    return own
+
+
+def _packed(value: Any) -> tuple[str | None, bytes]:
+    """(None, bytes), or (what cannot be packed, nothing): found out before anyone waits."""
+    try:
+        return None, pickle.dumps(_on_cpu(value))
+    except Exception as error:
+        return f"{type(value).__name__} ({type(error).__name__}: {error})", b""
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_on_cpu(item) for item in value)
+    return value
 
 
 def sharded(module: nn.Module) -> str | None:
     """Why the parameters of `module` live on several ranks (one clause, naming one), or None if they do not."""
-    kinds = {type(child) for child in module.modules()}
-    for kind in kinds:
+    for kind in {type(child) for child in module.modules()}:
         if (manager := _known(kind, _MANAGERS)) is not None:
             name = next(name for name, child in module.named_modules() if type(child) is kind)
             return f"{name or type(module).__name__} is managed by {manager}"
@@ -22,7 +134,6 @@ def sharded(module: nn.Module) -> str | None:
     return None
 
 
-@cache
 def _known(kind: type, names: tuple[str, ...]) -> str | None:
     """By name, since where these classes live has moved from one torch to the next."""
     bases = [base.__name__ for base in kind.__mro__]
