@@ -84,6 +84,13 @@ def read_slope(name: str, slope: Slope) -> str:
     return f"{text}; the interval holds neither" if not held else f"{text}, but the interval holds {_signed(held[0])}"
 
 
+def bent(name: str, slope: Slope) -> bool:
+    """Whether a slope has reference lines and its interval holds neither."""
+    return (
+        name in LAZY_EXPONENT and slope.n > 2 and not any(slope.low <= e <= slope.high for e in reference_lines(name))
+    )
+
+
 def reference_lines(name: str) -> dict[float, str]:
     """Exponent of the width -> its words on a figure; empty for a metric that has no reference lines."""
     lazy = LAZY_EXPONENT.get(name)

@@ -24,8 +24,9 @@ LADDER_NOTE = (
 )
 LINEAR = ("next to linear", "close to linear", "clearly non-linear", "strongly non-linear")
 TURNED = ("hardly turned", "turned a little", "clearly turned", "strongly turned")
-DISAGREE = 10.0  # a factor in γ_0, two rungs of the ladder
+DISAGREE = 5.0  # a factor in γ_0, a rung and a half of the ladder
 NULL_Z = 2.0  # |z| below this is what shuffled labels give
+FEWEST_FOR_SPEED = 4  # probes
 LABEL = 11
 BARS = "▁▂▃▄▅▆▇█"
 REGIME = (
@@ -126,10 +127,10 @@ def _agreement(by_rho: float, by_angle: float, scale: float | None) -> str:
     if high / low < DISAGREE:
         return ""
     if by_rho < by_angle:
-        return "Axes disagree: the kernel turned while the outputs moved almost as the linearisation says."
+        return "Axes disagree: the kernel turned further than the outputs left their linearisation."
     resized = scale is not None and abs(scale) > 0.5
-    why = ", as growth or shrinking of the weights alone does (see the scale)" if resized else ""
-    return f"Axes disagree: the outputs left the linearisation while the kernel hardly turned{why}."
+    why = "; growth or shrinking of the weights alone does that (see the scale)" if resized else ""
+    return f"Axes disagree: the outputs left their linearisation further than the kernel turned{why}."
 
 
 def _bias(manifest: Mapping[str, Any]) -> str:
@@ -173,6 +174,8 @@ def speed(metrics: pd.DataFrame) -> str:
     travelled, last = path(metrics), int(metrics.index[-1])
     if travelled is None or travelled.iloc[-1] <= 0:
         return ""
+    if len(metrics) < FEWEST_FOR_SPEED:
+        return f"{len(metrics)} probes are too few to say when the kernel moved."
     total = float(travelled.iloc[-1])
     half = int(travelled.index[(travelled >= total / 2).to_numpy().argmax()])
     text = f"Half of the kernel's path ({_n(total)} rad) was covered by step {half:,} of {last:,} ({half / last:.1%})"
@@ -218,11 +221,17 @@ def _undefined(reasons: Mapping[str, str]) -> str:
 
 
 def _header(manifest: Mapping[str, Any]) -> str:
-    count, optimizer = manifest.get("n_parameters"), manifest.get("optimizer")
+    count, optimizer = manifest.get("n_parameters"), optimizer_name(manifest)
     parts = [str(manifest.get("model") or "unnamed model")]
     parts += [f"{count:,} trained parameters"] if isinstance(count, int) else []
-    parts += [str(optimizer)] if optimizer else []
+    parts += [optimizer] if optimizer else []
     return ", ".join(parts)
+
+
+def optimizer_name(manifest: Mapping[str, Any]) -> str | None:
+    """The optimizer's class, several joined by +; None where the record names none."""
+    named = manifest.get("optimizer")
+    return " + ".join(map(str, named)) if isinstance(named, list) and named else str(named) if named else None
 
 
 def _probing(manifest: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from ntkwatch.words import (
     LADDER,
     LADDER_ANGLE,
     LADDER_RHO,
+    optimizer_name,
     path,
     rung,
     speed,
@@ -87,9 +88,12 @@ def test_each_axis_says_its_numbers(case: str) -> None:
 @pytest.mark.parametrize(
     ("end", "wanted"),
     [
-        ({"taylor_ratio": 0.6, "kernel_angle": 0.01, "kernel_scale": -2.8}, "as growth or shrinking of the weights"),
-        ({"taylor_ratio": 0.6, "kernel_angle": 0.01}, "left the linearisation while the kernel hardly turned."),
-        ({"taylor_ratio": 0.02, "kernel_angle": 0.6}, "the kernel turned while the outputs moved almost as"),
+        (
+            {"taylor_ratio": 0.6, "kernel_angle": 0.01, "kernel_scale": -2.8},
+            "growth or shrinking of the weights alone does that",
+        ),
+        ({"taylor_ratio": 0.6, "kernel_angle": 0.01}, "left their linearisation further than the kernel turned."),
+        ({"taylor_ratio": 0.02, "kernel_angle": 0.6}, "the kernel turned further than the outputs left"),
     ],
     ids=["shrinking", "unexplained", "turning"],
 )
@@ -101,6 +105,14 @@ def test_axes_that_disagree_are_named(end: dict[str, float], wanted: str) -> Non
 
 def test_axes_that_agree_are_not() -> None:
     assert "Axes disagree" not in summarise(_run())
+
+
+@pytest.mark.parametrize(
+    ("named", "wanted"),
+    [(["SGD"], "SGD"), (["SGD", "Adam"], "SGD + Adam"), ("AdamW", "AdamW"), ([], None), (None, None)],
+)
+def test_the_optimizer_is_named(named: object, wanted: str | None) -> None:
+    assert optimizer_name({"optimizer": named}) == wanted
 
 
 def test_no_bare_label() -> None:
@@ -137,6 +149,10 @@ def test_half_of_the_path_and_directness() -> None:
     assert "path (0.8 rad) was covered by step 1 of 8 (12.5%)" in text
     assert "directness 0.50" in text
     assert "now turns 0.025 rad a step; its fastest was 0.4" in text
+
+
+def test_two_probes_say_nothing_about_speed() -> None:
+    assert _line(_run(), "Speed") == "2 probes are too few to say when the kernel moved."
 
 
 def test_a_gap_in_the_velocity_gives_no_path() -> None:

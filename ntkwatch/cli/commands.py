@@ -223,12 +223,13 @@ def demo(
     console = terminal.console()
     root = run(out, console)
     comparison = compare_runs(root)
-    middle = comparison.runs[len(comparison.runs) // 2]
-    console.print(summarise(middle))
+    middle = len(comparison.runs) // 2
+    console.print(f"\nOne of {len(comparison.runs)} runs in words, {comparison.table['run'][middle]}:\n")
+    console.print(summarise(comparison.runs[middle]) + "\n")
     _print_comparison(comparison)
     written = _write(comparison, root / "widths")
-    typer.echo(f"figure: {next(path for path in written if path.suffix == '.png')}")
-    typer.echo(f"to look at it live: tensorboard --logdir {root}")
+    typer.echo(f"the figure to look at first: {next(path for path in written if path.suffix == '.png')}")
+    typer.echo(f"the runs in TensorBoard: tensorboard --logdir {root}")
 
 
 def _run_as_dict(run: Run) -> dict[str, Any]:

@@ -95,11 +95,6 @@ def seed_of(run: Run) -> int | None:
     return next((int(seed) for seed in seeds if seed is not None), None)
 
 
-def optimizer_of(run: Run) -> str:
-    """Its name, or `unknown`."""
-    return str(run.manifest.get("optimizer") or "unknown")
-
-
 def plain(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows as JSON types; an undefined number is None."""
     return [{str(k): plain_value(v) for k, v in row.items()} for row in rows.to_dict("records")]

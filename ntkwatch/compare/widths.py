@@ -20,7 +20,6 @@ from ntkwatch.compare.runs import (
     differences,
     last_common_step,
     names_of,
-    optimizer_of,
     plain,
     plain_value,
     seed_of,
@@ -28,7 +27,8 @@ from ntkwatch.compare.runs import (
     x_of,
 )
 from ntkwatch.record import RecordError, Run, find_runs, load_run
-from ntkwatch.slopes import LEVEL, Slope, fit_slope, read_slope, reference_lines
+from ntkwatch.slopes import LEVEL, Slope, bent, fit_slope, read_slope, reference_lines
+from ntkwatch.words import optimizer_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -131,6 +131,10 @@ def compare_runs(
     table = _table(runs, xs, x, step)
     slopes, notes = _slopes(table, x, runs)
     notes += _cautions(table, x, step)
+    if x == "width" and any(bent(name, slope) for name, slope in slopes.items()):
+        notes.append(
+            f"small widths bend a slope away from its line: try --min-width {sorted(set(xs))[1]:g} and wider runs"
+        )
     return Comparison(x, step, table, _history(runs, xs, x), slopes, tuple(notes), mismatch, tuple(runs))
 
 
@@ -148,7 +152,13 @@ def _table(runs: Sequence[Run], xs: Sequence[float], x: str, step: int) -> pd.Da
     import pandas as pd
 
     rows = [
-        {"run": name, x: value, "seed": seed_of(run), "step": step, "optimizer": optimizer_of(run)}
+        {
+            "run": name,
+            x: value,
+            "seed": seed_of(run),
+            "step": step,
+            "optimizer": optimizer_name(run.manifest) or "unknown",
+        }
         | {k: v for k, v in run.metrics.loc[step].items() if k not in (x, "seed", "step")}
         for run, value, name in zip(runs, xs, names_of(runs), strict=True)
     ]
