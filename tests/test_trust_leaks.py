@@ -79,7 +79,7 @@ def compiled_net(import_name: str) -> Any:
 
 def compiled_in_place(import_name: str) -> Any:
     net = Net()
-    net.block.compile(backend="aot_eager")
+    net.compile(backend="aot_eager")
     return TASKS[import_name](net=net)
 
 
@@ -92,7 +92,7 @@ def compiled_function(import_name: str) -> Any:
 WAYS: dict[str, tuple[Callable[[str], Any], bool]] = {
     "torch.compile(LightningModule)": (compiled_whole, True),
     "torch.compile(net)": (compiled_net, False),
-    "block.compile()": (compiled_in_place, False),
+    "net.compile()": (compiled_in_place, False),
     "forward = torch.compile(forward)": (compiled_function, False),
 }
 

@@ -26,13 +26,13 @@ class Crash(BaseException):
 
 
 class Course(pl.Callback):
-    """Seeds each epoch, saves after every `stride`-th, and crashes after step `crash_at`."""
+    """Seeds each step, saves after every `stride`-th, and crashes after step `crash_at`."""
 
     def __init__(self, folder: Path, stride: int, crash_at: int | None) -> None:
         self.folder, self.stride, self.crash_at = folder, stride, crash_at
 
-    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
-        seed_all(100 + trainer.current_epoch)
+    def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
+        seed_all(100 + trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
         if trainer.global_step == self.crash_at:
@@ -55,7 +55,7 @@ def train(folder: Path, stride: int = 1, crash_at: int | None = None, resample: 
     trainer = pl.Trainer(**arguments, callbacks=[watch, Course(folder, stride, crash_at)])
     saved = folder / "last.ckpt"
     try:
-        loaders = DataLoader(Augmented(12, 1), 12), DataLoader(Augmented(8, 2), 8)
+        loaders = DataLoader(Augmented(12, 1, noise=0), 12), DataLoader(Augmented(8, 2, noise=0), 8)
         trainer.fit(module, *loaders, ckpt_path=saved if saved.exists() else None)
     except Crash:
         pass

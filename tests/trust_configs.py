@@ -38,7 +38,8 @@ QUIET: dict[str, Any] = {
 class Augmented(Dataset[tuple[Tensor, Tensor]]):
     """Rows of a fixed table plus noise drawn from the three global generators at every access."""
 
-    def __init__(self, rows: int, seed: int, shape: Sequence[int] = (FEATURES,)) -> None:
+    def __init__(self, rows: int, seed: int, shape: Sequence[int] = (FEATURES,), noise: float = 0.01) -> None:
+        self.noise = noise
         generator = torch.Generator().manual_seed(seed)
         self.x = torch.randn(rows, *shape, generator=generator)
         self.targets = torch.arange(rows) % CLASSES
@@ -48,7 +49,7 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         noise = torch.randn(()) + float(np.random.standard_normal()) + random.random()  # noqa: NPY002 (the global one is the point)
-        return self.x[index] + 0.01 * noise, self.targets[index]
+        return self.x[index] + self.noise * noise, self.targets[index]
 
 
 class Net(nn.Module):
@@ -173,7 +174,7 @@ JOBS = [
     Job("2 workers", task(), loaders=with_workers(persistent=False)),
     Job("persistent workers", task(), loaders=with_workers(persistent=True)),
     Job("accumulation 3", task(), {"accumulate_grad_batches": 3}),
-    Job("resume", task(), resumed=True),
+    Job("resume", task(), resumed=True, epochs=4),
     Job("manual, 2 optimizers", task("manual")),
     Job("frozen BatchNorm in eval", task("frozen")),
     Job("bf16-mixed", task(), {"precision": "bf16-mixed"}),

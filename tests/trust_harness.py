@@ -64,7 +64,7 @@ def _train(job: Job, import_name: str, watch: Watch, seed: int, folder: Path, se
         torch._dynamo.utils.counters.clear()
     checkpoint = None
     if job.resumed:
-        trainer = _fit(job, import_name, watch, seed, folder, seen, epochs=1)
+        trainer = _fit(job, import_name, watch, seed, folder, seen, epochs=job.epochs // 2)
         checkpoint = folder / "first.ckpt"
         trainer.save_checkpoint(checkpoint)
         saved = torch.load(checkpoint, weights_only=True)  # a watcher's state must not make the user's file unreadable
