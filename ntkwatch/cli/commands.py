@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ntkwatch.record import Run
 
 PROBLEM, BAD_INPUT = 1, 2
+DEFAULT_FOLDER = Path("ntkwatch_widths")
 
 
 class _Commands(TyperGroup):
@@ -116,7 +117,7 @@ def widths(
     comparison = compare_runs(runs, x, allow_mismatch=allow_mismatch, min_width=min_width)
     if not as_json:
         _print_comparison(comparison)
-    written = _write(comparison, out or Path("ntkwatch_widths")) if out or not as_json else []
+    written = _write(comparison, out or DEFAULT_FOLDER) if out or not as_json else []
     if as_json:
         return _print_json(comparison.as_dict() | {"files": [str(path) for path in written]})
     for path in written:
@@ -136,6 +137,7 @@ def _write(comparison: Comparison, folder: Path) -> list[Path]:
     import pandas as pd
 
     from ntkwatch import figures
+    from ntkwatch.cli import terminal
 
     folder.mkdir(parents=True, exist_ok=True)
     slopes = pd.DataFrame({name: s._asdict() for name, s in comparison.slopes.items()}).T.rename_axis("metric")
@@ -144,9 +146,10 @@ def _write(comparison: Comparison, folder: Path) -> list[Path]:
     for name, table in tables.items():
         written.append(folder / f"{name}.csv")
         table.to_csv(written[-1], index=False)
-    for name, figure in comparison.figures().items():
-        written.append(folder / f"{name}.png")
-        figures.save(figure, written[-1])
+    with terminal.console(stderr=True).status("drawing"):
+        for name, figure in comparison.figures().items():
+            written.append(folder / f"{name}.png")
+            figures.save(figure, written[-1])
     return written
 
 
@@ -175,9 +178,12 @@ def report(
     allow_mismatch: AllowMismatch = False,
 ) -> None:
     """One self-contained HTML page about one or more runs."""
+    from ntkwatch.cli import terminal
     from ntkwatch.report import write_report
 
-    typer.echo(f"wrote {write_report(runs, out, x=x, allow_mismatch=allow_mismatch)}")
+    with terminal.console(stderr=True).status("drawing"):
+        written = write_report(runs, out, x=x, allow_mismatch=allow_mismatch)
+    typer.echo(f"wrote {written}")
 
 
 @app.command()
@@ -217,7 +223,7 @@ def demo(
 ) -> None:
     """Train and watch small networks at four widths, then compare."""
     from ntkwatch.cli import terminal
-    from ntkwatch.compare import compare_runs, summarise
+    from ntkwatch.compare import compare_runs
     from ntkwatch.demo import run
 
     console = terminal.console()
@@ -225,7 +231,8 @@ def demo(
     comparison = compare_runs(root)
     middle = len(comparison.runs) // 2
     console.print(f"\nOne of {len(comparison.runs)} runs in words, {comparison.table['run'][middle]}:\n")
-    console.print(summarise(comparison.runs[middle]) + "\n")
+    console.print(terminal.summary(comparison.runs[middle], console.width))
+    console.print()
     _print_comparison(comparison)
     written = _write(comparison, root / "widths")
     typer.echo(f"the figure to look at first: {next(path for path in written if path.suffix == '.png')}")

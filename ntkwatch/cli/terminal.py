@@ -12,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ntkwatch.words import layers_at, printable, sparkline, summarise
+from ntkwatch.words import layers_at, printable, sparkline, summary_lines
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PIPED_WIDTH = 200  # wide enough that no table is folded where nobody sees columns
 MOST_LAYERS, MOST_RUNS = 12, 40
-SUMMARY_WIDTH = 79
+READABLE = 79  # columns of running text
 SHORT = {
     "kernel_angle": "angle",
     "relative_change": "change",
@@ -53,12 +53,12 @@ def number(value: Any, digits: int = 4) -> str:
 
 def show(run: Run, width: int) -> RenderableType:
     """Everything that `ntkwatch show` prints of a run."""
-    parts: list[RenderableType] = [_title(str(run.folder)), Text(summarise(run, min(width, 100, SUMMARY_WIDTH)))]
+    parts: list[RenderableType] = [_title(str(run.folder)), summary(run, width)]
     if run.steps:
         parts.append(metrics_table(run.metrics))
         layers = layers_at(run.layer_metrics, run.steps[-1])
         parts += [layer_table(layers, run.steps[-1])] if layers else []
-        parts += reasons_list(run.reasons)
+        parts += reasons_list(run.reasons, width)
     return _spaced(parts)
 
 
@@ -85,16 +85,20 @@ def layer_table(layers: dict[str, dict[str, float]], step: int) -> Table:
     return table
 
 
-def reasons_list(reasons: dict[int, dict[str, str]]) -> list[RenderableType]:
+def summary(run: Run, width: int) -> Table:
+    """The run in words, an axis a row."""
+    return pairs(summary_lines(run), "bold", min(width, READABLE))
+
+
+def reasons_list(reasons: dict[int, dict[str, str]], width: int) -> list[RenderableType]:
     """Undefined values, by metric and cause, with the steps they are undefined at."""
     causes: dict[tuple[str, str], list[int]] = {}
     for step, by_name in reasons.items():
         for name, why in by_name.items():
             causes.setdefault((name, why), []).append(step)
-    if not causes:
-        return []
-    lines = [f"{name} at {_steps(steps)}: {why}" for (name, why), steps in causes.items()]
-    return [Text("Undefined: " + "\n           ".join(printable(line) for line in lines))]
+    lines = [printable(f"{name} at {_steps(steps)}: {why}") for (name, why), steps in causes.items()]
+    labelled = [("" if i else "Undefined", line) for i, line in enumerate(lines)]
+    return [pairs(labelled, "bold", min(width, READABLE))] if lines else []
 
 
 def comparison(c: Comparison) -> RenderableType:
@@ -105,7 +109,7 @@ def comparison(c: Comparison) -> RenderableType:
     optimizers = ", ".join(sorted(set(c.table["optimizer"])))
     parts.append(_title(f"{len(c.table)} runs ({optimizers}) at step {c.step:,}, the last they share"))
     parts += [runs_table(c), slopes_table(c), *_readings(c)]
-    parts += [Text(f"Note: {note}.", style="yellow") for note in c.notes]
+    parts += [pairs([("Note", f"{note}.") for note in c.notes], "yellow", READABLE)] if c.notes else []
     return _spaced(parts)
 
 
@@ -155,11 +159,14 @@ def difference(d: Difference) -> RenderableType:
     return _spaced(parts)
 
 
-def pairs(rows: Sequence[tuple[str, str]]) -> Table:
+def pairs(rows: Sequence[tuple[str, str]], style: str = "cyan", width: int | None = None) -> Table:
     """Names and what they are, in two columns."""
     table = Table.grid(padding=(0, 2, 0, 0))
+    table.width = width
+    table.add_column(min_width=9)
+    table.add_column(ratio=1 if width else None)
     for name, text in rows:
-        table.add_row(Text(name, style="cyan"), Text(text))
+        table.add_row(Text(name, style=style), Text(text))
     return table
 
 
@@ -169,7 +176,7 @@ def _table(first: str, *columns: str, course: str | None = None) -> Table:
     for column in columns:
         table.add_column(printable(column), justify="right", overflow="fold")
     if course is not None:
-        table.add_column(course, no_wrap=True)
+        table.add_column(course, no_wrap=True, style="cyan")
     return table
 
 
