@@ -58,6 +58,13 @@ def without_each(*arrays: Tensor) -> list[tuple[Tensor, ...]]:
     return [tuple(a[rows] for a in arrays) for rows in keep]
 
 
+def test_a_statistic_of_many_numbers_is_undefined_in_its_own_entries_alone():
+    k0 = torch.diag(torch.tensor([0.0, 1, 2, 3]).double())
+    bars = metrics.jackknife(lambda k, k0: torch.stack([k.trace(), metrics.kernel_angle(k0, 0 * k)]), k0, k0)
+    assert bars.corrected.isnan().tolist() == bars.standard_error.isnan().tolist() == [False, True]
+    assert float(bars.value[0]) == 6
+
+
 def test_the_angles_probe_count_bias_shrinks():
     """The angle of two random-feature kernels is too small from few probes; the jackknife takes most of that off."""
     truth = plain = corrected = 0.0

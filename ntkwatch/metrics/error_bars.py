@@ -47,11 +47,12 @@ def jackknife(statistic: Callable[..., Tensor], *kernels: Tensor, rows: Sequence
     n = _probes(kernels, rows)
     value = statistic(*kernels, *rows)
     left_out = torch.stack([statistic(*_without(i, kernels, rows)) for i in range(n)])
-    if bool(value.isnan().any() | left_out.isnan().any()):
-        raise Undefined("the statistic is undefined on the probes or with one of them left out")
     mean = left_out.mean(0)
     error = ((n - 1) / n * (left_out - mean).square().sum(0)).sqrt()
-    return Jackknife(value, n * value - (n - 1) * mean, error)
+    bars = Jackknife(value, n * value - (n - 1) * mean, error)
+    if bool(bars.corrected.isnan().any()):
+        raise Undefined("the statistic is undefined on the probes or with one of them left out", bars)
+    return bars
 
 
 def _probes(kernels: Sequence[Tensor], rows: Sequence[Tensor]) -> int:
