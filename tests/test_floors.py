@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,13 +53,22 @@ def _rooms() -> dict[str, list[Path]]:
 def _imports(path: Path) -> set[str]:
     """Every module that the file imports, at the top or inside a function, but for type checking only."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in _walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}:{node.lineno}: write absolute imports"
             found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def _walk(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those under `if TYPE_CHECKING:`."""
+    yield node
+    for_types = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    below = node.orelse if isinstance(node, ast.If) and for_types else ast.iter_child_nodes(node)
+    for child in below:
+        yield from _walk(child)
 
 
 def _ours(imports: set[str]) -> set[str]:

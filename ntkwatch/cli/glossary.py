@@ -13,7 +13,7 @@ SAME_AS = {
     **{f"log10_lambda_{i}": "eigenvalues" for i in range(1, 6)},
 }
 OWN_WORDS = {
-    "centered_alignment_z": "centered_alignment against 200 seeded shuffles of the labels, the same ones at every step.",
+    "centered_alignment_z": "centered_alignment against 200 seeded shuffles of the labels, the same at every step.",
     "overhead": "Share of the run's wall time that went into probing, planning and the engine's self-check, in [0, 1].",
     "log10_lambda_max": "log10 of the kernel's largest eigenvalue.",
     **{f"log10_lambda_{i}": f"log10 of the kernel's eigenvalue number {i}, from the largest." for i in range(1, 6)},
