@@ -20,6 +20,7 @@ from torch import Tensor
 
 SCHEMA = 1
 MANIFEST, INDEX, SNAPSHOTS = "manifest.json", "metrics.jsonl", "snapshots"
+TEMPORARY = ".*.tmp"
 LAYER = "layer:"  # before a parameter's name, in a snapshot
 _SEAL = re.compile(rb'\{"crc":"([0-9a-f]{8})",')
 _SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -87,19 +88,22 @@ def save_tensors(folder: Path | str, name: str, tensors: Mapping[str, Tensor]) -
     """Write ``<folder>/<safe_name(name)>.safetensors`` whole or not at all; returns the sha256 of its bytes."""
     # Clones: safetensors refuses tensors that share memory, as a one-layer model's kernel and layer kernel may.
     plain = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-    data = safetensors.torch.save(plain)
+    data = safetensors.torch.save(plain, metadata={"order": json.dumps(list(plain))})
     write_atomic(inside(Path(folder), f"{safe_name(name)}.safetensors"), data)
     return hashlib.sha256(data).hexdigest()
 
 
 def load_tensors(folder: Path | str, name: str, sha256: str) -> dict[str, Tensor]:
-    """The tensors that ``save_tensors(folder, name, …)`` wrote, on the CPU; RecordError if a byte has changed since."""
+    """What ``save_tensors(folder, name, …)`` wrote, in its order, on the CPU; RecordError if a byte has changed since."""
     path = inside(Path(folder), f"{safe_name(name)}.safetensors")
     data = _read(path)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise RecordError(f"{path} has changed since it was written (its checksum differs); restore it from a copy.")
     try:
-        return safetensors.torch.load(data)
+        tensors = safetensors.torch.load(data)
+        # safetensors keeps no order; sums over layers would come out in another rounding each time they are read.
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return {key: tensors[key] for key in json.loads(header["__metadata__"]["order"])}
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise RecordError(f"{path} is not a safetensors file ({error}); restore it from a copy.") from error
 

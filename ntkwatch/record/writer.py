@@ -17,6 +17,7 @@ from ntkwatch.record.format import (
     MANIFEST,
     SCHEMA,
     SNAPSHOTS,
+    TEMPORARY,
     inside,
     plain,
     read_manifest,
@@ -62,6 +63,8 @@ class RecordWriter:
         folder = Path(folder)
         manifest = read_manifest(folder)
         read_index(folder)
+        for left_over in [*folder.glob(TEMPORARY), *(folder / SNAPSHOTS).glob(TEMPORARY)]:
+            left_over.unlink(missing_ok=True)  # of a writer that was killed
         writer = cls(folder, manifest)
         writer._append({"resumed_at": int(step)})
         return writer
