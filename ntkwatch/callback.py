@@ -121,6 +121,7 @@ class NTKWatch(Callback):
         self._restored: dict[str, Any] | None = None
         self._failures = self._step = self._global_step = 0
         self._probed_at: int | None = None
+        self._carried: dict[str, Any] = {}
         self._values: dict[str, float] = {}  # the newest defined ones, on every rank
         self._trial = False
         self._hide_columns: Callable[[], None] | None = None
@@ -196,6 +197,7 @@ class NTKWatch(Callback):
             self._hide_columns = None  # a closure: the callback stays picklable
         if self._session is not None:
             self._quietly("closing the loggers", self._session.finish)
+            self._carried = self._session.state()  # `trainer.save_checkpoint` after the fit still resumes the record
             self._session = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -206,8 +208,7 @@ class NTKWatch(Callback):
             "grid": self._grid.state_dict(),
             "values": dict(self._values),
         }
-        if self._session is not None:
-            state["session"] = self._session.state()
+        state["session"] = self._session.state() if self._session is not None else self._carried
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -357,7 +358,7 @@ class NTKWatch(Callback):
     def _say(self, monitor: Monitor) -> None:
         assert monitor.choice is not None
         log.info(f"NTKWatch: {len(monitor.probes)} probes from {monitor.probes.source}: {monitor.probes.how}")
-        log.info(f"NTKWatch: engine {monitor.choice.engine.name}: {monitor.choice.reason}")
+        log.info(f"NTKWatch: engine {monitor.choice.reason}")
         if monitor.calibration:
             log.info(f"NTKWatch: {monitor.calibration}")
         limit = (

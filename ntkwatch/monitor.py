@@ -98,7 +98,7 @@ class Monitor:
     # ── the baseline ──────────────────────────────────────────────────────────────────────────────────────────────
     def _check_outputs(self) -> int:
         with leave_no_trace(self.model), torch.no_grad():
-            outputs = self.network.outputs(self._batch(self.probes))
+            outputs = self._outputs_on_probes()
         bad = int((~torch.isfinite(outputs)).any(dim=1).sum())
         if bad:
             raise ValueError(
@@ -117,6 +117,17 @@ class Monitor:
                 "(limit 1 GB): use fewer probes or reduction='trace'"
             )
         return n_outputs
+
+    def _outputs_on_probes(self) -> Tensor:
+        try:
+            return self.network.outputs(self._batch(self.probes))
+        except UnsupportedModel:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"the model failed on the probes ({type(error).__name__}: {error}): "
+                "give probes= in the form of the loader's batches, or outputs=, a callable (model, batch) -> [n, C]"
+            ) from error
 
     def start(self, batches: Sequence[Any] = ()) -> None:
         """Choose the engine and settle the baseline's BatchNorm statistics; `measure` does it when nobody has.

@@ -325,7 +325,7 @@ def test_wrong_arguments_raise_at_construction(case: str) -> None:
 
 
 EXPLICIT: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
-    "probe shape": (Classifier, {"watch_probes": torch.zeros(4, 5)}, Exception, ""),
+    "probe shape": (Classifier, {"watch_probes": torch.zeros(4, 5)}, ValueError, "failed on the probes.*probes="),
     "outputs shape": (Wrong, {"watch_probes": torch.zeros(4, 6)}, UnsupportedModel, "outputs="),
     "NaN outputs": (Classifier, {"watch_probes": torch.full((4, 6), torch.nan)}, ValueError, "not finite"),
     "no trained parameters": (Untrained, {"watch_probes": torch.zeros(4, 6)}, UnsupportedModel, "parameter"),
@@ -344,7 +344,7 @@ def test_what_was_passed_explicitly_and_does_not_fit_raises_at_the_start(case: s
 def test_zero_configuration_warns_once_and_switches_off(model: Any, tmp_path: Path) -> None:
     watch = NTKWatch()
     with pytest.warns(UserWarning, match="NTKWatch") as caught:
-        trainer(tmp_path, watch).fit(model(), *loaders())
+        trainer(tmp_path, watch, max_steps=-1, max_epochs=1).fit(model(), *loaders())
     assert watch.last is None
     assert sum("NTKWatch" in str(w.message) for w in caught) == 1
 
