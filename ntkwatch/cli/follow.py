@@ -17,14 +17,14 @@ POLL = 1.0  # seconds between two looks
 def follow(path: Path) -> None:
     """Until the run says that it has finished, or Ctrl-C, which is how a reader leaves and no error.
 
-    On a terminal the whole of `show` on its own screen, and left behind at the end; when piped, a line for each probe.
+    On a terminal on a screen of its own, with the whole of `show` left behind at the end; when piped, a line for each probe.
     """
     console = terminal.console()
     try:
         if console.is_terminal:
             with console.screen() as screen:
                 for run in states(path):
-                    screen.update(terminal.show(run, console.width))
+                    screen.update(terminal.live(run, console.width))
         else:
             _lines(path)
     except KeyboardInterrupt:

@@ -62,6 +62,12 @@ def show(run: Run, width: int) -> RenderableType:
     return _spaced(parts)
 
 
+def live(run: Run, width: int) -> RenderableType:
+    """What moves comes first, where a short terminal cuts the rest off."""
+    table = [metrics_table(run.metrics)] if run.steps else []
+    return _spaced([_title(str(run.folder)), *table, summary(run, width)])
+
+
 def metrics_table(metrics: pd.DataFrame) -> Table:
     """A row per metric: first, some and last values, and its course as a sparkline."""
     steps = [int(s) for s in metrics.index]
