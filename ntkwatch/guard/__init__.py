@@ -35,24 +35,26 @@ def leave_no_trace(*modules: nn.Module) -> Iterator[None]:
         GuardError: before anything is touched, for a lazy module that is not initialised; after all else is back, for
             a parameter that was changed in place (its `_version` moved). A signal on its way up is never replaced.
     """
+    undo: list[Undo] = []
     with torch.inference_mode(False):
-        undo: list[Undo] = []
         try:
-            tree = Modules(modules)
-            guard_flags(undo)
-            guard_generators(undo)
-            tree.guard(undo)
-            yield
-        except BaseException as error:
-            _finish(undo, error)
-            raise
-        _finish(undo, None)
+            try:
+                tree = Modules(modules)
+                guard_flags(undo)
+                guard_generators(undo)
+                tree.guard(undo)
+                yield
+            except BaseException as error:
+                _finish(undo, error)
+                raise
+            _finish(undo, None)
+        finally:
+            put_back(undo)  # what is left where a signal cut `_finish` off
 
 
 def _finish(undo: list[Undo], error: BaseException | None) -> None:
     """Put everything back; then raise what went wrong in that, unless a signal is already on its way up."""
-    with torch.no_grad():
-        troubles = put_back(undo)
+    troubles = put_back(undo)
     signals = [trouble for trouble in troubles if not isinstance(trouble, Exception)]
     faults = [trouble for trouble in troubles if isinstance(trouble, Exception)]
     said = "; ".join(str(fault) for fault in faults)

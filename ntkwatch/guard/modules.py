@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkwatch.distributed import sharded
-from ntkwatch.guard.values import Boxes, Undo, array, bits, generators_of, is_box, plain, same, stateful
+from ntkwatch.guard.values import Boxes, Undo, array, bits, generators_of, is_box, moved, plain, same, stateful
 
 _TORCH_OWNED = frozenset(vars(nn.Module()))
 _WALK_DEPTH = 3  # containers in containers of a module's attributes that are looked into
@@ -142,7 +142,7 @@ def _unmoved(tensors: list[Tensor], modules: list[nn.Module]) -> Undo:
 
 def _guard_leaves(leaves: list[Tensor], undo: list[Undo]) -> None:
     """Gradient, data and gradient hooks of parameters: the same objects afterwards, none meanwhile."""
-    saved = [(leaf, leaf.data, leaf.data_ptr(), leaf.requires_grad, leaf.grad) for leaf in leaves]
+    saved = [(leaf, leaf.detach(), leaf.data_ptr(), leaf.requires_grad, leaf.grad) for leaf in leaves]
     hooks = Boxes()
     undo += [partial(_restore_leaves, saved), hooks.restore]
     for leaf in leaves:
@@ -156,7 +156,7 @@ def _guard_leaves(leaves: list[Tensor], undo: list[Undo]) -> None:
 
 def _restore_leaves(saved: list[tuple[Tensor, Tensor, int, bool, Tensor | None]]) -> None:
     for leaf, data, where, requires_grad, grad in saved:
-        if leaf.data_ptr() != where or leaf.dtype != data.dtype or leaf.shape != data.shape:
+        if moved(leaf, data, where):
             leaf.data = data
         if leaf.requires_grad != requires_grad:
             leaf.requires_grad_(requires_grad)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -106,30 +106,43 @@ def _force_eager(undo: list[Undo]) -> None:
 def _read_precision() -> _Precision:
     """TF32 and matmul precision as they were set, in the old flags and the new.
 
-    A new flag that is unset answers with its parent's value, and an old one raises where old and new disagree. So each
-    parent is cleared before its children are read, and all is written again at the end.
+    A new flag that is unset answers with its parent's value, so a parent that is set is cleared while its children are
+    read. An old flag raises where the new ones disagree, so those are made to agree while it is read.
     """
-    new: tuple[str, ...] = ()
-    if _NEW_FLAGS:
-        read = []
-        for pair in _PRECISIONS:
-            read.append(torch._C._get_fp32_precision_getter(*pair))
-            torch._C._set_fp32_precision_setter(*pair, "none" if pair[1] == "all" else "ieee")
-        new = tuple(read)
+    read: list[str] = []
     try:
-        cudnn = bool(torch.backends.cudnn.allow_tf32)
-    except RuntimeError:  # it disagrees with the "ieee" just written
-        cudnn = True
-    state = (torch.get_float32_matmul_precision(), cudnn, new)
-    _write_precision(state)
-    return state
+        for pair in _PRECISIONS if _NEW_FLAGS else ():
+            read.append(torch._C._get_fp32_precision_getter(*pair))
+            if pair[1] == "all" and read[-1] != "none":
+                torch._C._set_fp32_precision_setter(*pair, "none")
+        matmul = _old_flag(torch.get_float32_matmul_precision, None)
+        cudnn = _old_flag(lambda: torch.backends.cudnn.allow_tf32, True)
+    finally:
+        _write_new(read)
+    return matmul, cudnn, tuple(read)
+
+
+def _old_flag(read: Callable[[], Any], otherwise: Any) -> Any:
+    """The flag; where it raises, what it says once the new ones are exact, and `otherwise` if it still disagrees."""
+    try:
+        return read()
+    except RuntimeError:
+        _write_new(_EXACT[2])
+    try:
+        return read()
+    except RuntimeError:
+        return otherwise
+
+
+def _write_new(values: Sequence[str]) -> None:
+    for pair, value in zip(_PRECISIONS, values, strict=False):
+        torch._C._set_fp32_precision_setter(*pair, value)
 
 
 def _write_precision(state: _Precision) -> None:
     torch.set_float32_matmul_precision(state[0])
     torch.backends.cudnn.allow_tf32 = state[1]
-    for pair, value in zip(_PRECISIONS, state[2], strict=False):
-        torch._C._set_fp32_precision_setter(*pair, value)
+    _write_new(state[2])
 
 
 def guard_generators(undo: list[Undo]) -> None:

@@ -34,27 +34,36 @@ def plain(tensor: Tensor) -> bool:
 
 
 def bits(tensors: Sequence[Tensor]) -> Iterator[Undo]:
-    """One flat copy per device and dtype; compared by bytes (NaN and −0 count), written back only where it differs."""
+    """One flat copy per device and dtype; compared by bytes (NaN and −0 count), written back only where it differs.
+
+    Storage, shape and the count of changes come back too.
+    """
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     for group in groups.values():
-        yield partial(_restore_bits, group, _flat(group), [t.shape for t in group], [_version(t) for t in group])
+        saved = [(t, t.detach(), t.data_ptr(), None if t.is_inference() else t._version) for t in group]
+        yield partial(_restore_bits, saved, _flat(group))
 
 
-def _restore_bits(tensors: list[Tensor], flat: Tensor, shapes: list[torch.Size], versions: list[int | None]) -> None:
-    like = all(t.shape == shape and t.dtype == flat.dtype for t, shape in zip(tensors, shapes, strict=True))
-    if like and _equal(_flat(tensors), flat):
-        return
-    parts = flat.split([shape.numel() for shape in shapes])
-    for tensor, shape, part, version in zip(tensors, shapes, parts, versions, strict=True):
-        if tensor.shape != shape or tensor.dtype != flat.dtype:
-            tensor.data = part.view(shape).clone()
-        elif not _equal(_flat([tensor]), part):
-            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                tensor.copy_(part.view(shape))
-        if version is not None:
+def _restore_bits(saved: list[tuple[Tensor, Tensor, int, int | None]], flat: Tensor) -> None:
+    for tensor, data, where, version in saved:
+        if moved(tensor, data, where) and version is not None:
+            tensor.data = data
+    if not _equal(_flat([tensor for tensor, *_ in saved]), flat):
+        parts = flat.split([data.numel() for _, data, *_ in saved])
+        for (tensor, data, _, version), part in zip(saved, parts, strict=True):
+            if not _equal(_flat([tensor]), part):
+                with torch.inference_mode(version is None), torch.no_grad():
+                    tensor.copy_(part.view(data.shape))
+    for tensor, _, _, version in saved:
+        if version is not None and tensor._version != version:
             _set_version(tensor, version)
+
+
+def moved(tensor: Tensor, data: Tensor, where: int) -> bool:
+    """Whether `.data` of the tensor is not what it was."""
+    return tensor.data_ptr() != where or tensor.dtype != data.dtype or tensor.shape != data.shape
 
 
 @torch.no_grad()
@@ -65,10 +74,6 @@ def _flat(tensors: list[Tensor]) -> Tensor:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
 
 
 def _set_version(tensor: Tensor, version: int) -> None:
