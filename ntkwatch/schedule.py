@@ -52,7 +52,7 @@ class Schedule:
         allowance: float = 5.0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._grid = _grid(every)
+        self._every, self._grid = every, _grid(every)
         self.budget, self.allowance, self._clock = _checked_budget(budget), _checked_allowance(allowance), clock
         self.last_fired: int | None = None
         self.level = 0  # every 2^level-th point of the grid is probed at present
@@ -64,6 +64,14 @@ class Schedule:
         self._pending = False  # a step fired whose probe has not been timed yet
         self._first_cost = 0.0  # seconds; it holds what is only done once, so the next ones replace it
         self._costs: list[float] = []  # seconds of the latest probes
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the grid's functions: ddp_spawn pickles callbacks."""
+        return {name: value for name, value in vars(self).items() if name != "_grid"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._grid = _grid(self._every)
 
     def start(self) -> None:
         """Begin to count wall time; again after a resume."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from trust_ddp import DDP_JOBS, LAUNCHERS, UNWATCHED, WATCHERS
 from trust_harness import Tally
 from trust_observe import Observation
 
-TIMEOUT = 240  # seconds for one script; a run takes about ten
+TIMEOUT = 400  # seconds for one script; on an idle machine it takes about fifteen
 
 
 def launch(launcher: str, job: str, folder: Path, watchers: Sequence[str]) -> str | None:
@@ -78,6 +79,17 @@ def run(runs: Sequence[tuple[str, str, Sequence[str]]], folder: Path, capsys: py
     assert tally.faults() == ""
     assert tally.recorded == tally.cells == sum(len(watchers) for *_, watchers in runs)
     return tally
+
+
+@pytest.mark.parametrize("every", ["log", 3, [1, 4]], ids=str)
+def test_the_callback_can_be_sent_to_a_spawned_process(every: Any) -> None:
+    from ntkwatch import NTKWatch
+
+    sent = pickle.loads(pickle.dumps(NTKWatch(every=every, budget=None)))
+    due = [
+        [step for step in range(12) if watch.schedule.due(step)] for watch in (NTKWatch(every=every, budget=None), sent)
+    ]
+    assert due[0] == due[1] != []
 
 
 def test_a_sample_of_ddp_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,7 @@ def sweep(faults: int, seed: int) -> tuple[Tally, int]:
         if fault.fired:
             where = f"{case}: {fault.fault.__name__} at operation {fault.at} of {operations(*case)}"
             tally.compare(where, reference(case[0]), seen)
-            spoken += any("ntkwatch" in warning for warning in seen.warnings)
+            spoken += any("ntkwatch" in warning.lower() for warning in seen.warnings)
         if tally.cells == faults:
             return tally, spoken
     raise AssertionError
