@@ -165,6 +165,14 @@ def test_cumulative_power_rises_to_one_and_its_summaries_stay_in_range(seed: int
         assert k90 == 1 or curve[k90 - 2] < 0.9
 
 
+def test_k90_forgives_the_rounding_of_a_sum():
+    curve = torch.full((10,), 0.1).double().cumsum(0)
+    curve[8] = 0.9 - 2**-53
+    assert float(metrics.power_k90(curve)) == 9
+    curve[8] = 0.9 - 1e-9
+    assert float(metrics.power_k90(curve)) == 10
+
+
 def test_power_tells_signal_from_noise():
     y = SIGNS.repeat(5, 1)
     k = gram(0, 30) / 30
