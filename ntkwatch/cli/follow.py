@@ -17,7 +17,7 @@ POLL = 1.0  # seconds between two looks
 def follow(path: Path) -> None:
     """Until the run says that it has finished, or Ctrl-C, which is how a reader leaves and no error.
 
-    On a terminal on a screen of its own, with the whole of `show` left behind at the end; when piped, a line for each probe.
+    On a terminal: a screen of its own, with the whole of `show` left behind at the end. Piped: a line for each probe.
     """
     console = terminal.console()
     try:
