@@ -68,7 +68,7 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(x[:1440], y[:1440]), TensorDataset(x[1440:], y[1440:])
 
 
-def train(width: int, seed: int, root: Path, steps: int = STEPS) -> NTKWatch:
+def train(width: int, seed: int, root: Path, steps: int) -> NTKWatch:
     """One watched run; returns its callback."""
     pl.seed_everything(seed, verbose=False)
     training, validation = digits()
@@ -87,12 +87,12 @@ def run(folder: Path | str = "ntkwatch_demo", console: Console | None = None) ->
     console = console or Console()
     root = Path(folder) / time.strftime("%Y%m%d-%H%M%S")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
     todo = [(width, seed) for width in WIDTHS for seed in SEEDS]
     with Progress(console=console) as progress:
         task = progress.add_task(f"training {len(todo)} digit classifiers", total=len(todo))
         for width, seed in todo:
             progress.update(task, description=f"width {width:3d}, seed {seed}")
-            train(width, seed, root)
+            train(width, seed, root, STEPS)
             progress.advance(task)
     return root

@@ -18,7 +18,7 @@ from ntkwatch.baseline import NO_THETA_0, Baseline, parameter_distances
 from ntkwatch.diagnostics import View, evaluate, layer_metrics, select
 from ntkwatch.engines import UnsupportedModel
 from ntkwatch.engines.auto import Choice, choose
-from ntkwatch.engines.base import Kernel, reduce
+from ntkwatch.engines.base import Kernel, Reduction, reduce
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import (
     Network,
@@ -80,7 +80,8 @@ class Monitor:
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("engine", engine, ENGINES)
         self.diagnostics = select(diagnostics)
-        self.model, self.loss, self.reduction, self.engine, self.seed = model, loss, reduction, engine, seed
+        self.model, self.loss, self.engine, self.seed = model, loss, engine, seed
+        self.reduction: Reduction = reduction  # type: ignore[assignment]  # checked above
         self.hparams = dict(hparams or {})
         self.network = Network(model, outputs)
         self.probes = _probe_set(probes, targets)
@@ -195,7 +196,7 @@ class Monitor:
             global_step=global_step,
             epoch=epoch,
             outputs=kernel.outputs.detach().cpu(),
-            context=self._context(kernel, probes),
+            context=self._context(kernel, view.floor if finite else None, probes),
         )
         return self._with_overhead(measurement, began)
 
@@ -272,14 +273,16 @@ class Monitor:
     def _batch(self, probes: ProbeSet) -> Any:
         return to_device(probes.batch, self.network.device)
 
-    def _context(self, kernel: Kernel, probes: ProbeSet | None) -> dict[str, str | int | float | bool | None]:
+    def _context(
+        self, kernel: Kernel, floor: float | None, probes: ProbeSet | None
+    ) -> dict[str, str | int | float | bool | None]:
         return {
             "reduction": kernel.reduction,
             "engine": kernel.engine,
             "mode": "eval",
             "precision": kernel.precision,
             "dtype": str(kernel.outputs.dtype).removeprefix("torch."),
-            "noise_floor": kernel.noise_floor,
+            "noise_floor": floor,
             "probe_hash": (probes or self.probes).hash,
             "statistics": "none" if not self._statistics else "calibrated" if self.calibration else "baseline",
         }
