@@ -67,12 +67,12 @@ def while_probing(mode: TorchDispatchMode) -> Iterator[None]:
         Schedule.probing = original  # type: ignore[method-assign]
 
 
-def watched(name: str, engine: str, resample: bool, mode: OneFault) -> Any:
+def watched(name: str, engine: str, resample: bool, mode: OneFault, on_error: str = "warn") -> Any:
     """The run of the job under NTKWatch with `mode` on while it probes."""
     from ntkwatch import NTKWatch
 
     def watch() -> list[Any]:
-        return [NTKWatch(probes=5, every=[1, 2, 5], budget=None, engine=engine, resample=resample)]
+        return [NTKWatch(probes=5, every=[1, 2, 5], budget=None, engine=engine, resample=resample, on_error=on_error)]
 
     with while_probing(mode):
         return observe(job_named(name), watch=watch)
@@ -111,6 +111,12 @@ def run(faults: int, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert tally.faults() == ""
     assert tally.cells == faults
     assert spoken > 0.9 * faults, "a fault may be met by a fallback, but is not to be swallowed"
+
+
+def test_the_faults_bite() -> None:
+    """Under on_error="raise" the same fault ends the run, and the harness says so."""
+    seen = watched("plain", "layerwise", False, OneFault(operations("plain", "layerwise", False) // 2), "raise")
+    assert "injected" in str(reference("plain").difference(seen))
 
 
 def test_a_failing_probe_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
