@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from ntkwatch.figures.style import QUIET, WARM, panel, say, styled, subtitle
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+MOST_BOUNDARIES = 32  # classes; more lines would hide the kernel
 
 
 @styled
@@ -73,8 +76,8 @@ def kernel_heatmap(
     bar.set_label("K(x, x′) / mean of K(x, x)" if scaled else "K(x, x′)")
     if classes is not None:
         _class_axes(axes, classes, QUIET if colours.get("cmap") == "RdBu_r" else "white")
-    elif labels is not None:
-        axes.set(xlabel="probes, by target value", ylabel="probes, by target value")
+    else:
+        _probe_axes(axes, len(values), "probe" if labels is None else "probe, by target value")
     subtitle(axes, caption)
     return figure
 
@@ -125,20 +128,27 @@ def _colours(values: np.ndarray) -> dict[str, Any]:
 
 
 def _extend(values: np.ndarray, colours: Mapping[str, Any]) -> str:
-    below, above = np.nanmin(values) < colours["vmin"], np.nanmax(values) > colours["vmax"]
-    return {(True, True): "both", (True, False): "min", (False, True): "max"}.get((bool(below), bool(above)), "neither")
+    below, above = bool((values < colours["vmin"]).any()), bool((values > colours["vmax"]).any())
+    return {(True, True): "both", (True, False): "min", (False, True): "max"}.get((below, above), "neither")
+
+
+def _probe_axes(axes: Axes, n: int, label: str) -> None:
+    """Whole numbers only; fixed, since a locator that looks beyond the limits upsets the layout."""
+    ticks = range(0, n, max(1, 2 ** math.ceil(math.log2(n / 8))))
+    axes.set(xticks=ticks, yticks=ticks, xlabel=label, ylabel=label)
 
 
 def _class_axes(axes: Axes, classes: Tensor, color: str) -> None:
     names, counts = torch.unique_consecutive(classes, return_counts=True)
     ends = torch.cumsum(counts, 0).numpy()
-    for end in ends[:-1]:
+    for end in ends[:-1] if len(ends) <= MOST_BOUNDARIES else ():
         axes.axhline(end - 0.5, color=color, linewidth=0.9, alpha=0.85)
         axes.axvline(end - 0.5, color=color, linewidth=0.9, alpha=0.85)
     middles = ends - counts.numpy() / 2 - 0.5
-    kept = apart([float(middle) for middle in middles / len(classes)], 0.045)
-    text = [str(int(names[i])) for i in kept]
-    axes.set_xticks(middles[kept], text)
-    axes.set_yticks(middles[kept], text)
+    text = [str(int(name)) for name in names]
+    places = [float(middle) for middle in middles / len(classes)]
+    along, down = apart(places, 0.03 + 0.022 * max(map(len, text))), apart(places, 0.045)
+    axes.set_xticks(middles[along], [text[i] for i in along])
+    axes.set_yticks(middles[down], [text[i] for i in down])
     axes.tick_params(length=0)
     axes.set(xlabel="probes, by class", ylabel="probes, by class")

@@ -94,7 +94,7 @@ def save_tensors(folder: Path | str, name: str, tensors: Mapping[str, Tensor]) -
 
 
 def load_tensors(folder: Path | str, name: str, sha256: str) -> dict[str, Tensor]:
-    """What ``save_tensors(folder, name, …)`` wrote, in its order, on the CPU; RecordError if a byte has changed since."""
+    """What ``save_tensors(folder, name, …)`` wrote, in its order, on the CPU; RecordError if a byte has changed."""
     path = inside(Path(folder), f"{safe_name(name)}.safetensors")
     data = _read(path)
     if hashlib.sha256(data).hexdigest() != sha256:
