@@ -5,8 +5,10 @@ from __future__ import annotations
 from ntkwatch.infinite.activations import ABRelu, Abs, Activation, Elementwise, Erf, Gelu, LeakyRelu, Relu, Sin
 from ntkwatch.infinite.attention import Attention
 from ntkwatch.infinite.compose import Residual, Serial, Sum
+from ntkwatch.infinite.convert import from_module, initialisation
 from ntkwatch.infinite.kernels import InfiniteKernel, kernel
 from ntkwatch.infinite.layers import Affine, Dense, Identity, Layer, LayerNorm
+from ntkwatch.infinite.trained import ConversionError
 from ntkwatch.infinite.windows import AvgPool, Conv, Flatten, GlobalAvgPool
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "Attention",
     "AvgPool",
     "Conv",
+    "ConversionError",
     "Dense",
     "Elementwise",
     "Erf",
@@ -33,5 +36,7 @@ __all__ = [
     "Serial",
     "Sin",
     "Sum",
+    "from_module",
+    "initialisation",
     "kernel",
 ]

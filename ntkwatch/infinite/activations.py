@@ -16,14 +16,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ntkwatch.infinite.field import Cross, Own, Saved
-from ntkwatch.infinite.layers import Layer
+from ntkwatch.infinite.field import Cross, Own, Saved, diagonal
+from ntkwatch.infinite.layers import Layer, State
+from ntkwatch.infinite.stream import Act, Stream, expectation
 
 
 class Elementwise(Layer):
     """A function of each channel at each position."""
-
-    gaussian_input = True
 
     @abstractmethod
     def prepare(self, q: Tensor) -> Saved:
@@ -37,17 +36,47 @@ class Elementwise(Layer):
         """E[φ(u)]; None where φ is odd."""
         return None
 
+    @abstractmethod
+    def apply(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """φ(u) and φ'(u)."""
+
+    def state(self, before: State, notes: set[str]) -> State:
+        if before is State.OTHER:
+            raise ValueError(
+                f"{self} needs Gaussian inputs, which come from Dense, Conv or Attention; after raw inputs, pooled or "
+                "flattened activations its infinite-width kernel is not known: put one of them before it."
+            )
+        if before is State.STREAM:
+            notes.add("sampled")
+        return State.STREAM
+
     def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
+        if f.stream is not None:
+            return self._sampled_own(f, f.stream)
         q = f.variance
         saved = self.prepare(q)
+        stream = Stream.start(f.cov, None).then(Act(self)) if f.samples else None
         cov, _ = self.dual(f.cov.clone(), f.left(saved), f.right(saved), slope=False)
-        return replace(f, cov=cov, mean=self.first(q), gaussian=False), saved
+        return replace(f, cov=cov, mean=self.first(q), stream=stream), saved
 
     def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
+        if f.stream is not None:
+            after = f.stream.then(Act(self))
+            moments = expectation(after, f.left(a), f.right(b), f.samples)
+            return replace(f, nngp=moments.cov, ntk=None if f.ntk is None else moments.ntk, stream=after)
+        stream = Stream.start(f.nngp, f.ntk).then(Act(self)) if f.samples else None
         nngp, slope = self.dual(f.nngp, f.left(a), f.right(b), slope=f.ntk is not None)
         if f.ntk is not None and slope is not None:
             f.ntk.mul_(slope)
-        return replace(f, nngp=nngp)
+        return replace(f, nngp=nngp, stream=stream)
+
+    def _sampled_own(self, f: Own, before: Stream) -> tuple[Own, Saved]:
+        stream = before.then(Act(self))
+        variances = before.map(lambda t: diagonal(t, f.spatial)).covs if f.pairs else before.covs
+        saved = tuple(v.clamp_min(0).sqrt() for v in variances)
+        moments = expectation(stream, f.left(saved), f.right(saved), f.samples)
+        mean = diagonal(moments.mean, f.spatial) if f.pairs else moments.mean
+        return replace(f, cov=moments.cov, mean=mean, stream=stream), saved
 
 
 @dataclass(frozen=True)
@@ -84,6 +113,10 @@ class ABRelu(Elementwise):
     def first(self, q: Tensor) -> Tensor | None:
         return (q.clamp_min(0) / (2 * math.pi)).sqrt() * (self.b - self.a)
 
+    def apply(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        slope = torch.where(u > 0, self.b, self.a).to(u)
+        return u * slope, slope if self.at_zero is None else slope.masked_fill_(u == 0, self.at_zero)
+
 
 def Relu() -> ABRelu:
     """max(x, 0)."""
@@ -114,6 +147,9 @@ class Erf(Elementwise):
         dot = _one_minus_square(c).rsqrt_().mul_(ra * (4 / math.pi)).mul_(rb) if slope else None
         return torch.asin(c).mul_(2 / math.pi), dot
 
+    def apply(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.erf(u), u.square().neg_().exp_().mul_(2 / math.sqrt(math.pi))
+
 
 @dataclass(frozen=True)
 class Gelu(Elementwise):
@@ -138,6 +174,10 @@ class Gelu(Elementwise):
     def first(self, q: Tensor) -> Tensor | None:
         return q / (2 * math.pi * (1 + q)).sqrt()
 
+    def apply(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        phi = torch.special.ndtr(u)
+        return u * phi, phi + u * torch.exp(-u.square() / 2) / math.sqrt(2 * math.pi)
+
 
 @dataclass(frozen=True)
 class Sin(Elementwise):
@@ -153,6 +193,9 @@ class Sin(Elementwise):
         # |k| ≤ m exactly; rounding must not let the exponent pass 0
         same, opposite = (k - m).clamp_max_(0).exp_().mul_(0.5), (-k - m).clamp_max_(0).exp_().mul_(0.5)
         return same - opposite, same.add_(opposite) if slope else None
+
+    def apply(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        return u.sin(), u.cos()
 
 
 @dataclass(frozen=True)
@@ -177,17 +220,10 @@ class Activation(Elementwise):
         z, basis = _hermite(self.nodes, self.degree + 1)
         z, basis = z.to(q), basis.to(q)
         s = q.clamp_min(0).sqrt()
-        with torch.enable_grad():
-            u = (s[..., None] * z).requires_grad_()
-            value = self.fn(u)
-            if value.shape != u.shape:
-                raise ValueError(
-                    f"Activation's fn must be elementwise; it turned shape {list(u.shape)} into {list(value.shape)}."
-                )
-            (slope,) = torch.autograd.grad(value.sum(), u)
+        value, slope = self.apply(s[..., None] * z)
         eps = torch.finfo(q.dtype).eps
         inverse = ((1 + 2 * eps) / s).masked_fill(s == 0, 0)
-        return inverse, _trim((value.detach() @ basis).movedim(-1, 0)), _trim((slope @ basis).movedim(-1, 0))
+        return inverse, _trim((value @ basis).movedim(-1, 0)), _trim((slope @ basis).movedim(-1, 0))
 
     def dual(self, k: Tensor, a: Saved, b: Saved, slope: bool = True) -> tuple[Tensor, Tensor | None]:
         (ia, va, da), (ib, vb, db) = a, b
@@ -196,6 +232,17 @@ class Activation(Elementwise):
 
     def first(self, q: Tensor) -> Tensor | None:
         return self.prepare(q)[1][0]
+
+    def apply(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            value = self.fn(u)
+            if value.shape != u.shape:
+                raise ValueError(
+                    f"Activation's fn must be elementwise; it turned shape {list(u.shape)} into {list(value.shape)}."
+                )
+            (slope,) = torch.autograd.grad(value.sum(), u)
+        return value.detach(), slope
 
 
 def _bounded(k: Tensor, sa: Tensor, sb: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ntkwatch.infinite.field import Cross, Own, Saved
-from ntkwatch.infinite.layers import Layer, Positions
+from ntkwatch.infinite.layers import Layer, Positions, State
 from ntkwatch.infinite.windows import need_positions
 
 
@@ -52,8 +52,8 @@ class Attention(Layer):
     def pairs_in(self, pairs: bool) -> bool:
         return True
 
-    def gaussian(self, before: bool) -> bool:
-        return True
+    def state(self, before: State, notes: set[str]) -> State:
+        return State.GAUSSIAN
 
     def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
         k, saved = _flat(f.cov, f.spatial), ()  # type: tuple[Tensor, Saved]
@@ -63,7 +63,7 @@ class Attention(Layer):
             weights = torch.softmax(k * (self.w_query * self.w_key), dim=1)
             out, saved = torch.einsum("stn,tun,vun->svn", weights, k, weights), (weights,)
         cov = out.mul_((self.w_value * self.w_out) ** 2).add_(self.b_std**2).reshape(f.cov.shape)
-        return replace(f, cov=cov, mean=None, gaussian=True), saved
+        return replace(f, cov=cov, mean=None, stream=None), saved
 
     def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
         k = _flat(f.nngp, f.spatial)
@@ -71,7 +71,7 @@ class Attention(Layer):
         nngp, ntk = self._linear(k, theta) if self.variant == "linear" else self._softmax(k, theta, a[0], b[0])
         gain, bias = (self.w_value * self.w_out) ** 2, self.b_std**2
         shape = f.nngp.shape
-        return replace(f, nngp=(nngp * gain + bias).reshape(shape), ntk=(ntk * gain + bias).reshape(shape))
+        return replace(f, nngp=(nngp * gain + bias).reshape(shape), ntk=(ntk * gain + bias).reshape(shape), stream=None)
 
     def _softmax(self, k: Tensor, theta: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         nngp = _mix(a, k, b)

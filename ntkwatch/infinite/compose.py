@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ntkwatch.infinite.field import Cross, Own, Saved
-from ntkwatch.infinite.layers import Layer, Positions
+from ntkwatch.infinite.layers import Layer, Positions, State
+from ntkwatch.infinite.stream import Stream
 
 
 @dataclass(frozen=True, init=False)
@@ -31,14 +32,9 @@ class Serial(Layer):
             shape = layer.positions(shape)
         return shape
 
-    def gaussian(self, before: bool) -> bool:
-        for i, layer in enumerate(self.layers):
-            if layer.gaussian_input and not before:
-                raise ValueError(
-                    f"Layer {i}, {layer}, needs Gaussian inputs, which come from Dense, Conv or Attention; after raw "
-                    "inputs, another activation or Flatten its infinite-width kernel is not defined: put one before it."
-                )
-            before = layer.gaussian(before)
+    def state(self, before: State, notes: set[str]) -> State:
+        for layer in self.layers:
+            before = layer.state(before, notes)
         return before
 
     def pairs_in(self, pairs: bool) -> bool:
@@ -92,9 +88,12 @@ class Sum(Layer):
             raise ValueError(f"The branches of {type(self).__name__} end with different positions: {shapes}.")
         return shapes[0]
 
-    def gaussian(self, before: bool) -> bool:
-        each = [b.gaussian(before) for b in self.branches]  # every branch is checked
-        return all(each)
+    def state(self, before: State, notes: set[str]) -> State:
+        each = [b.state(before, notes) for b in self.branches]
+        if all(s is State.GAUSSIAN for s in each):
+            return State.GAUSSIAN
+        single = State.OTHER not in each and each.count(State.STREAM) == 1
+        return State.STREAM if single else State.OTHER
 
     def pairs_in(self, pairs: bool) -> bool:
         return any(b.pairs_in(pairs) for b in self.branches)
@@ -107,9 +106,8 @@ class Sum(Layer):
             if total.mean is not None and field.mean is not None:  # E[h]E[g'] + E[g]E[h'] of independent h, g
                 cov = cov + total.left(total.mean) * total.right(field.mean)
                 cov = cov + total.left(field.mean) * total.right(total.mean)
-            total = replace(
-                total, cov=cov, mean=_plus(total.mean, field.mean), gaussian=total.gaussian and field.gaussian
-            )
+            stream = _joined((total.stream, total.cov, None), (field.stream, field.cov, None)) if f.samples else None
+            total = replace(total, cov=cov, mean=_plus(total.mean, field.mean), stream=stream)
         return total, (saved, tuple(field.mean for field in fields))
 
     def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
@@ -135,12 +133,22 @@ Means = tuple[Tensor | None, Tensor | None]
 
 
 def _add(f: Cross, g: Cross, a: Means, b: Means) -> Cross:
+    stream = _joined((f.stream, f.nngp, f.ntk), (g.stream, g.nngp, g.ntk)) if f.samples else None
     nngp = f.nngp.add_(g.nngp)
     (fa, ga), (fb, gb) = a, b
     if fa is not None and ga is not None:
         nngp.add_(f.left(fa) * f.right(gb)).add_(f.left(ga) * f.right(fb))
     ntk = g.ntk if f.ntk is None else f.ntk if g.ntk is None else f.ntk.add_(g.ntk)
-    return replace(f, nngp=nngp, ntk=ntk)
+    return replace(f, nngp=nngp, ntk=ntk, stream=stream)
+
+
+Part = tuple[Stream | None, Tensor, Tensor | None]
+
+
+def _joined(f: Part, g: Part) -> Stream | None:
+    """The stream of a sum, of which at most one part may be more than Gaussian."""
+    (stream, _, _), (_, cov, ntk) = (f, g) if f[0] is not None else (g, f)
+    return None if stream is None else stream.plus(cov, ntk)
 
 
 def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:

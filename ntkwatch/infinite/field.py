@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ntkwatch.infinite.stream import Stream
+
 Saved = Any  # nested tuples of None and tensors whose last dimension is the probes
 
 
@@ -23,14 +25,16 @@ class Own:
 
     cov: [*S, n] or, with pairs, [*S, *S', n], the mean over channels of h(s)·h(s').
     mean: [*S, n], the mean over channels of h (only LayerNorm and sums of branches look at it), or None where it is 0.
-    gaussian: whether the channels are independent zero-mean Gaussians, as an activation requires.
+    stream: where activations of sums of activations come, how a channel was made; None while it is Gaussian.
+    samples: of the quasi-Monte Carlo for those, 0 where there are none.
     """
 
     cov: Tensor
     mean: Tensor | None
     spatial: int
     pairs: bool
-    gaussian: bool
+    stream: Stream | None = None
+    samples: int = 0
 
     @property
     def variance(self) -> Tensor:
@@ -38,7 +42,8 @@ class Own:
         return diagonal(self.cov, self.spatial) if self.pairs else self.cov
 
     def diagonal(self) -> Own:
-        return replace(self, cov=self.variance, pairs=False)
+        stream = None if self.stream is None else self.stream.map(lambda t: diagonal(t, self.spatial))
+        return replace(self, cov=self.variance, pairs=False, stream=stream)
 
     def left(self, saved: Saved) -> Saved:
         return sides(saved, self.spatial if self.pairs else 0, left=True, cross=False)
@@ -58,13 +63,16 @@ class Cross:
     ntk: Tensor | None
     spatial: int
     pairs: bool
+    stream: Stream | None = None
+    samples: int = 0
 
     def map(self, function: Any) -> Cross:
         """The same linear map over positions of both kernels."""
         return replace(self, nngp=function(self.nngp), ntk=None if self.ntk is None else function(self.ntk))
 
     def diagonal(self) -> Cross:
-        return replace(self.map(lambda t: diagonal(t, self.spatial)), pairs=False)
+        stream = None if self.stream is None else self.stream.map(lambda t: diagonal(t, self.spatial))
+        return replace(self.map(lambda t: diagonal(t, self.spatial)), pairs=False, stream=stream)
 
     def clone(self) -> Cross:
         return self.map(torch.clone)

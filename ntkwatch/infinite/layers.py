@@ -9,18 +9,27 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from enum import Enum
 
 from torch import Tensor
 
 from ntkwatch.infinite.field import Cross, Own, Saved
+from ntkwatch.infinite.stream import Scale, Stream
 
 Positions = tuple[int, ...]
+
+
+class State(Enum):
+    """What is known of a channel. STREAM: a function of several Gaussians (see `stream`); OTHER: nothing."""
+
+    GAUSSIAN = "Gaussian"
+    STREAM = "stream"
+    OTHER = "other"
 
 
 class Layer(ABC):
     """One node of a spec. `own` runs once over each set of inputs, `cross` over blocks of pairs with what it saved."""
 
-    gaussian_input = False  # refuses inputs that are not Gaussian over channels
     mixes = False  # ends in fresh zero-mean weights, so its output is uncorrelated with anything before it
 
     def positions(self, shape: Positions) -> Positions:
@@ -31,9 +40,9 @@ class Layer(ABC):
         """Whether all pairs of positions are needed at the input, given that at the output."""
         return pairs
 
-    def gaussian(self, before: bool) -> bool:
-        """Whether the output is Gaussian over channels."""
-        return before and not self.gaussian_input
+    def state(self, before: State, notes: set[str]) -> State:
+        """What is known of the output's channels; notes "sampled" where that takes quasi-Monte Carlo."""
+        return before
 
     @abstractmethod
     def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
@@ -57,12 +66,12 @@ class Linear(Layer):
         """A: the mean over the window, or t itself."""
         return t
 
-    def gaussian(self, before: bool) -> bool:
-        return True
+    def state(self, before: State, notes: set[str]) -> State:
+        return State.GAUSSIAN
 
     def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
         cov = self.average(f.cov, f.spatial, f.pairs) * self.w_std**2 + self.b_std**2
-        return replace(f, cov=cov, mean=None, gaussian=True), ()
+        return replace(f, cov=cov, mean=None, stream=None), ()
 
     def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
         w_grad = self.w_std**2 if self.w_grad is None else self.w_grad
@@ -75,7 +84,7 @@ class Linear(Layer):
             ntk.add_(b_grad)
         # Conv's average is a new tensor; Dense's is the field's own, which a layer may overwrite
         nngp.mul_(self.w_std**2)
-        return replace(f, nngp=nngp.add_(self.b_std**2) if self.b_std else nngp, ntk=ntk)
+        return replace(f, nngp=nngp.add_(self.b_std**2) if self.b_std else nngp, ntk=ntk, stream=None)
 
 
 @dataclass(frozen=True)
@@ -104,17 +113,20 @@ class LayerNorm(Layer):
 
     eps: float = 1e-5
 
+    def state(self, before: State, notes: set[str]) -> State:
+        return linear_state(before)
+
     def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
         centred = f if f.mean is None else replace(f, cov=f.cov - _outer(f, f.mean, f.mean), mean=None)
         scale = (centred.variance.clamp_min(0) + self.eps).rsqrt().nan_to_num(posinf=0.0)
         cov = centred.cov * f.left(scale) * f.right(scale)
-        return replace(centred, cov=cov), (scale, f.mean)
+        return replace(centred, cov=cov, stream=None), (scale, f.mean)
 
     def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
         (sa, ma), (sb, mb) = a, b
         if ma is not None and mb is not None:
             f.nngp.sub_(_outer(f, ma, mb))
-        return f.map(lambda t: t.mul_(f.left(sa)).mul_(f.right(sb)))
+        return replace(f.map(lambda t: t.mul_(f.left(sa)).mul_(f.right(sb))), stream=None)
 
 
 @dataclass(frozen=True)
@@ -130,13 +142,16 @@ class Affine(Layer):
 
     def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
         mean = None if f.mean is None else f.mean * self.scale
-        return replace(f, cov=f.cov * self.scale**2, mean=mean), ()
+        return replace(f, cov=f.cov * self.scale**2, mean=mean, stream=self._stream(f.stream)), ()
 
     def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
         ntk = f.nngp * self.w_grad + self.b_grad
         if f.ntk is not None:
             ntk.add_(f.ntk, alpha=self.scale**2)
-        return replace(f, nngp=f.nngp.mul_(self.scale**2), ntk=ntk)
+        return replace(f, nngp=f.nngp.mul_(self.scale**2), ntk=ntk, stream=self._stream(f.stream))
+
+    def _stream(self, stream: Stream | None) -> Stream | None:
+        return None if stream is None else stream.then(Scale(self.scale, self.w_grad, self.b_grad))
 
 
 @dataclass(frozen=True)
@@ -148,6 +163,11 @@ class Identity(Layer):
 
     def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
         return f
+
+
+def linear_state(before: State) -> State:
+    """After a linear map that treats positions or inputs differently: only Gaussians stay what they are."""
+    return before if before is State.GAUSSIAN else State.OTHER
 
 
 def _outer(f: Own | Cross, a: Tensor, b: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ntkwatch.infinite.field import Cross, Own, Saved, window_mean
-from ntkwatch.infinite.layers import Layer, Linear, Positions, assign, check_scales
+from ntkwatch.infinite.layers import Layer, Linear, Positions, State, assign, check_scales, linear_state
 
 Size = int | tuple[int, ...]
 Padding = str | int | tuple[int, ...]
@@ -83,6 +83,9 @@ class AvgPool(Layer):
     def pairs_in(self, pairs: bool) -> bool:
         return True
 
+    def state(self, before: State, notes: set[str]) -> State:
+        return linear_state(before)
+
     def _pool(self, t: Tensor, spatial: int, copies: int) -> Tensor:
         for d in range(spatial * copies):
             i = d % spatial
@@ -93,10 +96,10 @@ class AvgPool(Layer):
 
     def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
         mean = None if f.mean is None else self._pool(f.mean, f.spatial, 1)
-        return replace(f, cov=self._pool(f.cov, f.spatial, 2), mean=mean), ()
+        return replace(f, cov=self._pool(f.cov, f.spatial, 2), mean=mean, stream=None), ()
 
     def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
-        return f.map(lambda t: self._pool(t, f.spatial, 2))
+        return replace(f.map(lambda t: self._pool(t, f.spatial, 2)), stream=None)
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,15 @@ class GlobalAvgPool(Layer):
     def pairs_in(self, pairs: bool) -> bool:
         return True
 
+    def state(self, before: State, notes: set[str]) -> State:
+        return linear_state(before)
+
     def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
         mean = None if f.mean is None else _mean_over(f.mean, f.spatial)
-        return Own(_mean_over(f.cov, 2 * f.spatial), mean, 0, False, f.gaussian), ()
+        return Own(_mean_over(f.cov, 2 * f.spatial), mean, 0, False, samples=f.samples), ()
 
     def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
-        return replace(f.map(lambda t: _mean_over(t, 2 * f.spatial)), spatial=0, pairs=False)
+        return replace(f.map(lambda t: _mean_over(t, 2 * f.spatial)), spatial=0, pairs=False, stream=None)
 
 
 @dataclass(frozen=True)
@@ -128,15 +134,15 @@ class Flatten(Layer):
     def pairs_in(self, pairs: bool) -> bool:
         return False
 
-    def gaussian(self, before: bool) -> bool:
-        return False
+    def state(self, before: State, notes: set[str]) -> State:
+        return State.OTHER
 
     def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
         mean = None if f.mean is None else _mean_over(f.mean, f.spatial)
-        return Own(_mean_over(f.cov, f.spatial), mean, 0, False, f.gaussian and not f.spatial), ()
+        return Own(_mean_over(f.cov, f.spatial), mean, 0, False, samples=f.samples), ()
 
     def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
-        return replace(f.map(lambda t: _mean_over(t, f.spatial)), spatial=0, pairs=False)
+        return replace(f.map(lambda t: _mean_over(t, f.spatial)), spatial=0, pairs=False, stream=None)
 
 
 def _mean_over(t: Tensor, leading: int) -> Tensor:

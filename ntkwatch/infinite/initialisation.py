@@ -1,0 +1,83 @@
+"""Which initialisation a weight was drawn from: PyTorch keeps no record, so its second moment has to tell.
+
+A weight of N entries estimates its variance with a relative error of at most √(2/N) (normal; uniform is closer). A
+known scheme within four such errors explains it, and where several do, the one that explains the most weights of the
+network is taken; the scheme's variance is exact where the measured one carries the noise of this draw. What no scheme
+explains keeps its measured variance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+TORCH_DEFAULT = "PyTorch default, uniform of variance 1/(3 fan_in)"
+ERRORS = 4.0
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A parameter drawn entry by entry, with its fans."""
+
+    name: str
+    value: Tensor
+    fan_in: int
+    fan_out: int
+    bias: bool = False
+
+    @property
+    def measured(self) -> float:
+        return float(self.value.detach().double().square().mean())
+
+    def schemes(self) -> dict[str, float]:
+        """Name -> variance of one entry, for the schemes that can have drawn this parameter."""
+        if self.measured == 0:
+            return {"zero": 0.0}
+        known = {TORCH_DEFAULT: 1 / (3 * self.fan_in), "standard normal": 1.0}
+        if not self.bias:
+            known |= {
+                "Kaiming, 2/fan_in": 2 / self.fan_in,
+                "Kaiming, 2/fan_out": 2 / self.fan_out,
+                "LeCun, 1/fan_in": 1 / self.fan_in,
+                "1/fan_out": 1 / self.fan_out,
+                "Xavier, 2/(fan_in + fan_out)": 2 / (self.fan_in + self.fan_out),
+                "normal(0, 0.02)": 4e-4,
+            }
+        return {name: variance for name, variance in known.items() if self._may_be(name, variance)}
+
+    def _may_be(self, name: str, variance: float) -> bool:
+        if name == TORCH_DEFAULT and float(self.value.detach().abs().max()) > math.sqrt(3 * variance) * (1 + 1e-5):
+            return False
+        return abs(math.log(self.measured / variance)) <= ERRORS * math.sqrt(2 / self.value.numel())
+
+
+@dataclass(frozen=True)
+class Origin:
+    """variance: of one entry. scheme: where it comes from."""
+
+    variance: float
+    scheme: str
+
+
+def origins(weights: Iterable[Weights]) -> dict[str, Origin]:
+    """Parameter name -> its origin."""
+    candidates = {w.name: (w, w.schemes()) for w in weights}
+    votes = Counter(scheme for _, schemes in candidates.values() for scheme in schemes)
+    return {name: _decide(w, schemes, votes) for name, (w, schemes) in candidates.items()}
+
+
+def _decide(w: Weights, schemes: dict[str, float], votes: Counter[str]) -> Origin:
+    if not schemes:
+        return Origin(w.measured, "measured")
+    best = max(schemes, key=lambda s: (votes[s], -abs(math.log(w.measured / schemes[s])) if schemes[s] else 0.0))
+    return Origin(schemes[best], best)
+
+
+def uncentred(w: Weights) -> bool:
+    """Whether the mean cannot be sampling error: a constant bias, a trained or a non-negative weight."""
+    mean = float(w.value.detach().double().mean())
+    return w.measured > 0 and abs(mean) > 6 * math.sqrt(w.measured / w.value.numel()) and w.value.numel() > 36

@@ -1,0 +1,153 @@
+"""Modules and functions with parameters -> layers with their widths, gradients and initialisation."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+
+from ntkwatch.infinite.initialisation import Origin, Weights
+from ntkwatch.infinite.layers import Affine, Dense, Layer, LayerNorm
+from ntkwatch.infinite.windows import Conv
+
+Make = Callable[[dict[str, Origin]], Layer]  # layers wait until the initialisation of all weights is known
+
+
+class ConversionError(ValueError):
+    """What of a module has no infinite-width counterpart here, by name, and why."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """sources: the nodes it computes from (several: their sum). channels_first: of its output."""
+
+    sources: list[fx.Node]
+    layers: list[Make]
+    channels_first: bool
+
+
+class Reader(Protocol):
+    module: nn.Module
+    modules: dict[str, nn.Module]
+    names: dict[int, str]
+    steps: dict[fx.Node, Step]
+
+    def register(self, weights: Weights) -> str: ...
+
+
+def linear(reader: Reader, prefix: str, weight: Tensor, bias: Tensor | None, factor: float = 1.0) -> Make:
+    """Dense at this fan_in; factor multiplies the weight."""
+    fan_out, fan_in = weight.shape
+    w = reader.register(Weights(f"{prefix}weight", weight, fan_in, fan_out))
+    return _weights(reader, prefix, w, weight, bias, fan_in, Dense, {}, factor)
+
+
+def convolution(reader: Reader, name: str, m: nn.Conv1d | nn.Conv2d) -> Make:
+    if m.groups != 1 or any(d != 1 for d in m.dilation):
+        raise ConversionError(
+            f"{name} (Conv with groups={m.groups}, dilation={m.dilation}) cannot be converted: no rule."
+        )
+    if m.padding_mode not in ("zeros", "circular"):
+        raise ConversionError(f"{name} has padding_mode={m.padding_mode!r}; zeros and circular convert.")
+    window = math.prod(m.kernel_size)
+    w = reader.register(Weights(f"{name}.weight", m.weight, m.in_channels * window, m.out_channels * window))
+    padding = m.padding if isinstance(m.padding, str) else tuple(m.padding)
+    shape = {
+        "kernel_size": tuple(m.kernel_size),
+        "stride": tuple(m.stride),
+        "padding": padding,
+        "wrap": m.padding_mode == "circular",
+    }
+    return _weights(reader, f"{name}.", w, m.weight, m.bias, m.in_channels * window, Conv, shape, 1.0)
+
+
+def _weights(
+    reader: Reader,
+    prefix: str,
+    w: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    fan_in: int,
+    kind: Callable[..., Layer],
+    shape: dict[str, Any],
+    factor: float,
+) -> Make:
+    b = None if bias is None else reader.register(Weights(f"{prefix}bias", bias, fan_in, 1, bias=True))
+    gradients = {
+        "w_grad": fan_in * factor**2 * weight.requires_grad,
+        "b_grad": float(bias is not None and bias.requires_grad),
+    }
+
+    def make(origins: dict[str, Origin]) -> Layer:
+        w_std = abs(factor) * math.sqrt(fan_in * origins[w].variance)
+        b_std = 0.0 if b is None else math.sqrt(origins[b].variance)
+        return kind(**shape, w_std=w_std, b_std=b_std, **gradients)
+
+    return make
+
+
+def functional_linear(reader: Reader, node: fx.Node) -> Make:
+    weight, factor = _parameter(reader, node.args[1] if len(node.args) > 1 else node.kwargs.get("weight"))
+    other = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    bias = None if other is None else _parameter(reader, other)
+    if bias is not None and bias[1] != 1.0:
+        raise ConversionError(f"{node.name} has a bias with a multiplier, which has no rule.")
+    name = reader.names.get(id(weight), node.name)
+    prefix = name.removesuffix("weight")
+    return linear(reader, prefix, weight, None if bias is None else bias[0], factor)
+
+
+def _parameter(reader: Reader, node: Any) -> tuple[Tensor, float]:
+    """A parameter times a constant: NTK parametrizations divide weights by √fan_in."""
+    if isinstance(node, fx.Node) and node.op == "get_attr":
+        value: Any = reader.module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return value, 1.0
+    if isinstance(node, fx.Node) and node.target in (operator.mul, operator.truediv, torch.mul, torch.div):
+        a, b = node.args
+        if isinstance(b, int | float):
+            value, factor = _parameter(reader, a)
+            return value, factor / b if node.target in (operator.truediv, torch.div) else factor * b
+        if isinstance(a, int | float) and node.target in (operator.mul, torch.mul):
+            value, factor = _parameter(reader, b)
+            return value, factor * a
+    raise ConversionError(f"{node} is used as a weight but is not a parameter of the module times a constant.")
+
+
+def batch_norm(name: str, m: nn.BatchNorm1d | nn.BatchNorm2d) -> Make:
+    mean, variance = m.running_mean, m.running_var
+    if mean is None or variance is None or bool((mean != 0).any()) or bool((variance != variance[0]).any()):
+        raise ConversionError(
+            f"{name} ({type(m).__name__}) has statistics of batches, which depend on the data; convert before training "
+            "or after reset_running_stats()."
+        )
+    inner = 1 / math.sqrt(float(variance[0]) + m.eps)
+    return const(_affine(name, m.weight, m.bias, inner))
+
+
+def layer_norm(name: str, m: nn.LayerNorm) -> list[Make]:
+    if len(m.normalized_shape) != 1:
+        raise ConversionError(f"{name} (LayerNorm over {m.normalized_shape}) normalises positions, which has no rule.")
+    layers: list[Make] = [const(LayerNorm(m.eps))]
+    return [*layers, const(_affine(name, m.weight, m.bias, 1.0))] if m.elementwise_affine else layers
+
+
+def _affine(name: str, weight: Tensor | None, bias: Tensor | None, inner: float) -> Affine:
+    """weight·(inner·h) + bias with one trained weight and bias per channel."""
+    if weight is not None and bool((weight != weight[0]).any()):
+        raise ConversionError(f"{name}.weight is not constant, so it is not at initialisation.")
+    if bias is not None and bool((bias != 0).any()):
+        raise ConversionError(f"{name}.bias is not zero, so it is not at initialisation.")
+    w_grad = inner**2 if weight is not None and weight.requires_grad else 0.0
+    b_grad = 1.0 if bias is not None and bias.requires_grad else 0.0
+    return Affine(inner * (1.0 if weight is None else float(weight[0].detach())), w_grad, b_grad)
+
+
+def const(layer: Layer) -> Make:
+    return lambda origins: layer
