@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 TIMEOUT = 300.0  # seconds; ranks wait that long for one that measures, so it must be longer than the longest probe
-_MANAGERS = ("FSDPModule", "FullyShardedDataParallel")
 T = TypeVar("T")
 
 
@@ -124,17 +123,19 @@ def _on_cpu(value: Any) -> Any:
 
 def sharded(module: nn.Module) -> str | None:
     """Why the parameters of `module` live on several ranks (one clause, naming one), or None if they do not."""
-    for kind in {type(child) for child in module.modules()}:
-        if (manager := _known(kind, _MANAGERS)) is not None:
-            name = next(name for name, child in module.named_modules() if type(child) is kind)
-            return f"{name or type(module).__name__} is managed by {manager}"
-    if any(_known(type(parameter), ("DTensor",)) for parameter in module.parameters()):
-        name = next(name for name, p in module.named_parameters() if _known(type(p), ("DTensor",)))
-        return f"{name} is a DTensor"
+    for name, child in module.named_modules():
+        if (kind := spread(type(child))) is not None:
+            return f"{name or type(module).__name__} is managed by {kind}"
+    for name, parameter in module.named_parameters():
+        if spread(type(parameter)) is not None:
+            return f"{name} is a DTensor"
     return None
 
 
-def _known(kind: type, names: tuple[str, ...]) -> str | None:
-    """By name, since where these classes live has moved from one torch to the next."""
+def spread(kind: type) -> str | None:
+    """What spreads the parameters of a class of modules, or the values of a class of tensors, over ranks; or None.
+
+    Told by name, since where these classes live has moved from one torch to the next.
+    """
     bases = [base.__name__ for base in kind.__mro__]
-    return next((name for name in names if name in bases), None)
+    return next((name for name in ("FSDPModule", "FullyShardedDataParallel", "DTensor") if name in bases), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkwatch.distributed import sharded
+from ntkwatch.distributed import spread
 from ntkwatch.guard.values import Boxes, Undo, array, bits, generators_of, is_box, moved, plain, same, stateful
 
 _TORCH_OWNED = frozenset(vars(nn.Module()))
+_TORCH_BOXES = tuple(name for name, value in vars(nn.Module()).items() if is_box(value))  # parameters, hooks, …
+_ATOMS = frozenset({int, float, bool, str, type(None)})
 _WALK_DEPTH = 3  # containers in containers of a module's attributes that are looked into
 _WALK_ITEMS = 1000  # and how far: a list of every loss of a run is kept whole but not searched for tensors
 _STASH_BYTES = 16 << 20  # tensors in lists and dicts (metrics gather whole epochs) are copied up to here, then watched
@@ -27,14 +29,12 @@ class Modules:
     """All modules that can be reached, and what they hold, gathered in one walk; nothing changes before `guard`."""
 
     def __init__(self, roots: Sequence[nn.Module]) -> None:
-        reasons = [reason for root in roots if (reason := sharded(root)) is not None]
-        self.sharded = bool(reasons)  # then the attributes that torch owns are FSDP's to change
-        self.aloof = any("FullyShardedDataParallel" in reason for reason in reasons)  # FSDP1 keeps state in the others
+        self.roots = roots
         self.modules: list[nn.Module] = []
         self.leaves: dict[int, Tensor] = {}  # parameters and other leaves that collect a gradient: watched, not copied
         self.state: dict[int, Tensor] = {}  # buffers and tensors kept as attributes: copied
         self.stashed: dict[int, Tensor] = {}  # tensors kept in lists and dicts: copied up to a limit, the rest watched
-        self.boxes = Boxes()
+        self.boxes, self.owned = Boxes(), Boxes()  # of the user's; of torch's own
         self.undo: list[Undo] = []
         self.seen: set[int] = set()
         self.todo: list[nn.Module] = list(roots)
@@ -43,6 +43,9 @@ class Modules:
             if id(module) not in self.seen:
                 self.seen.add(id(module))
                 self._gather(module)
+        managers = {spread(kind) for kind in {*map(type, self.modules), *map(type, self.leaves.values())}} - {None}
+        self.sharded = bool(managers)  # then the attributes that torch owns are FSDP's to change
+        self.aloof = "FullyShardedDataParallel" in managers  # FSDP1 keeps state in the others too
 
     def _gather(self, module: nn.Module) -> None:
         self.modules.append(module)
@@ -51,6 +54,7 @@ class Modules:
             self.leaves.update((id(parameter), parameter) for parameter in module.parameters(recurse=False))
             self.state.update((id(buffer), buffer) for buffer in module.buffers(recurse=False))
             return
+        held = vars(module)
         self.todo.extend(child for child in module._modules.values() if child is not None)
         for parameter in module._parameters.values():
             if parameter is not None:
@@ -58,19 +62,12 @@ class Modules:
         for buffer in module._buffers.values():
             if buffer is not None:
                 self._tensor(buffer, self.state)
-        for generator in self._drawn_from(type(module).forward):
-            self._attribute(generator, 0)
-        for key, value in vars(module).items():
-            if key not in _TORCH_OWNED:
-                self._attribute(value, _WALK_DEPTH)
-            elif not self.sharded and is_box(value):
-                self.boxes.keep(value)
-
-    def _drawn_from(self, forward: object) -> Iterator[object]:
-        variables = getattr(forward, "__globals__", None)
-        if variables is not None and id(variables) not in self.seen:
-            self.seen.add(id(variables))
-            yield from generators_of(forward)
+        if id(forward := type(module).forward) not in self.seen:
+            self.seen.add(id(forward))
+            self.undo.extend(filter(None, map(stateful, generators_of(forward))))
+        self.owned.keep_all([held[name] for name in _TORCH_BOXES if name in held])
+        for key in held.keys() - _TORCH_OWNED:
+            self._attribute(held[key], _WALK_DEPTH)
 
     def _parameter(self, module: nn.Module, parameter: Tensor) -> None:
         if nn.parameter.is_lazy(parameter):
@@ -84,6 +81,8 @@ class Modules:
 
     def _attribute(self, value: object, depth: int) -> None:
         """Tensors, generators, containers and unregistered modules among a module's own attributes."""
+        if type(value) in _ATOMS:
+            return
         if isinstance(value, Tensor):
             self._tensor(value, self.state if depth == _WALK_DEPTH else self.stashed)
         elif isinstance(value, nn.Module):
@@ -97,7 +96,7 @@ class Modules:
         if not depth or id(box) in self.seen:
             return
         self.seen.add(id(box))
-        if is_box(box) and not self.aloof:
+        if is_box(box):
             self.boxes.keep(box)
         for item in islice(box.values() if isinstance(box, dict) else box, _WALK_ITEMS):
             self._attribute(item, depth - 1)
@@ -115,16 +114,16 @@ class Modules:
         for tensor in self.stashed.values():
             room -= tensor.numel() * tensor.element_size()
             (copied if room >= 0 else watched).append(tensor)
-        undo.append(_unmoved(watched, self.modules))
-        undo.append(self.boxes.restore)
-        undo.extend(self.undo)
+        undo.append(_unmoved(watched, self.roots))
+        undo.extend([*([] if self.aloof else [self.boxes.restore]), *self.undo])
         undo.extend(bits(copied))
         if not self.sharded:
+            undo.append(self.owned.restore)
             _guard_leaves([leaf for leaf in self.leaves.values() if plain(leaf)], undo)
         _guard_attributes(self.modules, undo, self.sharded, self.aloof)
 
 
-def _unmoved(tensors: list[Tensor], modules: list[nn.Module]) -> Undo:
+def _unmoved(tensors: list[Tensor], modules: Sequence[nn.Module]) -> Undo:
     """Complain of tensors that were changed in place though nothing kept a copy of them."""
     versions = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -97,10 +96,10 @@ def _set_anomaly(state: tuple[bool, bool]) -> None:
 
 def _force_eager(undo: list[Undo]) -> None:
     """Compiled functions run uncompiled, so that a probe's shapes make no new graphs."""
-    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        stack = ExitStack()
-        undo.append(stack.close)
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    if frames is not None and hasattr(frames, "_set_stance"):  # torch ≥ 2.6, and something has been compiled
+        _keep(undo, lambda: frames._stance, frames._set_stance)
+        torch.compiler.set_stance("force_eager")
 
 
 def _read_precision() -> _Precision:

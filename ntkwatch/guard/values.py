@@ -96,10 +96,11 @@ class Boxes:
         self.full: list[tuple[Any, Any]] = []
 
     def keep(self, box: Any) -> None:
-        if not box:
-            self.empty.append(box)
-        else:
-            self.full.append((box, dict(box) if isinstance(box, dict) else list(box)))
+        self.keep_all([box])
+
+    def keep_all(self, boxes: list[Any]) -> None:
+        self.empty += [box for box in boxes if not box]
+        self.full += [(box, dict(box) if isinstance(box, dict) else list(box)) for box in boxes if box]
 
     def restore(self) -> None:
         for box in self.empty:
