@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import fnmatch
 import inspect
 import sys
@@ -204,7 +205,7 @@ def leaves(batch: Any) -> list[Any]:
 
 
 def map_leaves(fn: Callable[[Any], Any], batch: Any) -> Any:
-    """`fn` of every leaf of nested mappings, tuples and lists, with the containers' types kept."""
+    """`fn` of every leaf of nested mappings, tuples, lists and dataclasses, with the containers' types kept."""
     if isinstance(batch, Mapping):
         items = {key: map_leaves(fn, value) for key, value in batch.items()}
         if type(batch) is dict or not isinstance(batch, MutableMapping):
@@ -216,6 +217,9 @@ def map_leaves(fn: Callable[[Any], Any], batch: Any) -> Any:
         return type(batch)(*(map_leaves(fn, item) for item in batch))
     if isinstance(batch, tuple | list) and not (batch and all(isinstance(item, str) for item in batch)):
         return type(batch)(map_leaves(fn, item) for item in batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = {f.name: map_leaves(fn, getattr(batch, f.name)) for f in dataclasses.fields(batch) if f.init}
+        return dataclasses.replace(batch, **fields)
     return fn(batch)
 
 

@@ -121,6 +121,8 @@ def _pool(loader: Any, size: int) -> Tensor:
 
 
 def _as_indices(values: Any, size: int) -> Tensor | None:
+    if isinstance(values, list) and not values:
+        return torch.empty(0, dtype=torch.long, device="cpu")
     try:
         found = torch.as_tensor(values, device="cpu").reshape(-1)
     except (TypeError, ValueError, RuntimeError):

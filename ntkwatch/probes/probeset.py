@@ -110,8 +110,8 @@ def content_hash(value: Any) -> str:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-        yield torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
+        yield torch.from_numpy(np.array(value))
     elif isinstance(value, Mapping):
         for key in sorted(value, key=str):
             yield from _leaves(value[key])
@@ -178,6 +178,8 @@ def given(data: Any, targets: Targets = None) -> ProbeSet:
         if targets is None:
             return data
         return ProbeSet.from_batch(data.batch, targets, data.source, data.how, data.indices)
+    if isinstance(data, tuple | list) and not data:
+        raise ValueError("probes= is empty; pass a tensor [n, …] or a batch")
     try:
         return ProbeSet.from_batch(data, targets)
     except ValueError as error:

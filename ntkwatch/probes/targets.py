@@ -36,7 +36,7 @@ def encode_targets(raw: Tensor | None, n_outputs: int) -> tuple[Tensor | None, s
 
 def _classes(y: Tensor, n_outputs: int) -> tuple[Tensor | None, str | None]:
     low, high = int(y.min()), int(y.max())
-    if n_outputs == 1 and {low, high} <= {-1, 1}:
+    if n_outputs == 1 and bool((y.abs() == 1).all()):
         return _checked(y.double()[:, None], y)
     if low < 0:
         return None, f"a class id is {low}; ids below 0 mark probes without a target"
