@@ -87,7 +87,7 @@ class Breaking:
 def break_logger(logger: Any, fault: Exception, after: int) -> list[Breaking]:
     """Replace the methods of a logger and of its writer by breaking ones."""
     broken = []
-    for owner in (logger, logger.experiment):
+    for owner in (logger, getattr(logger, "experiment", None)):
         for name in (*CALLS, *(SETUP if after == 0 else ())):
             if callable(method := getattr(owner, name, None)):
                 broken.append(Breaking(method, fault, after))
