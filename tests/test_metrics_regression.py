@@ -170,3 +170,19 @@ def test_after_kernel_gain_of_a_kernel_that_learnt_the_classes(outputs: int):
     assert gain > 0.3
     assert float(metrics.after_kernel_gain(before, before + y @ y.T, y, n_train=30)) == -gain
     assert float(metrics.after_kernel_gain(9 * before, before, y, n_train=30)) == 0, "growth alone is no gain"
+
+
+def test_after_kernel_gain_takes_its_ridge_from_each_kernels_own_trace():
+    label = torch.arange(200) % 3
+    y = torch.eye(3).double()[label]
+    j = torch.randn(2, 200, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    k, k0 = (a @ a.T + s * y @ y.T for a, s in zip(j, (3.0, 0.5), strict=True))
+
+    def accuracy(k: Tensor, ridge: float) -> float:
+        guess = metrics.kernel_regression(k[:60, :60], y[:60], k[60:, :60], ridge * float(k[:60, :60].trace()) / 60)
+        return float((guess.argmax(1) == label[60:]).double().mean())
+
+    gains = {ridge: accuracy(k, ridge) - accuracy(k0, ridge) for ridge in (1e-4, 0.3)}
+    assert len(set(gains.values())) == 2, "the ridge does not matter here: nothing tested"
+    for ridge, gain in gains.items():
+        assert float(metrics.after_kernel_gain(k, k0, y, 60, ridge)) == pytest.approx(gain, abs=1e-12)

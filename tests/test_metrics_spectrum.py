@@ -119,6 +119,11 @@ def test_a_kernel_of_float32_factors_needs_its_floor():
     assert metrics.condition_number(k, floor=floor) < 10, "the zero modes were taken for the smallest eigenvalue"
 
 
+def test_the_rounding_of_a_gram_is_symmetrised_not_half_ignored():
+    k, skew = gram(0, 5), 1e-6 * torch.triu(gram(1, 5), 1)
+    assert torch.allclose(metrics.eigenvalues(k + skew - skew.T), metrics.eigenvalues(k), rtol=1e-12)
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 2**31), st.integers(2, 9), st.integers(1, 9), st.floats(-100, 100))
 def test_spectral_metrics_are_invariant_and_ordered(seed: int, n: int, rank: int, exponent: float):

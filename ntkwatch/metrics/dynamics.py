@@ -158,11 +158,9 @@ def gauss_newton_spectrum(theta: Tensor, hess: Tensor, floor: float | None = Non
         raise ValueError(f"theta and hess must be [n, C, n, C] and [n, C, C]; got {got}; use reduction='full'")
     values, vectors = torch.linalg.eigh(finite(curvature, "the loss's Hessian"))
     bend = float(values.abs().max())
-    rounding = c * torch.finfo(hess.dtype).eps * bend
-    if values.min() < -rounding:
+    if values.min() < -c * torch.finfo(hess.dtype).eps * bend:
         raise Undefined("the loss's Hessian in the outputs is indefinite")
-    values = values.where(values > rounding, 0)  # the root would make 1e-8 of a rounding of 1e-16
-    root = (vectors * values.sqrt()[:, None]) @ vectors.mT
+    root = (vectors * values.clamp(min=0).sqrt()[:, None]) @ vectors.mT
     noise = floored(theta, floor)[1] * bend  # of Θ, not of the product: H may cancel the largest part of Θ
     return floored(torch.einsum("nab,nbmc,mcd->namd", root, kernel, root), noise)[0]
 
