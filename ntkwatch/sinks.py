@@ -20,8 +20,9 @@ from ntkwatch import figures
 from ntkwatch.record import Measurement
 
 PATIENCE = 3  # failures in a row, after which a logger is left out: one that times out would cost its timeout each time
-GROWTH = 2  # between the first and the last, pictures are drawn again when the step has grown by this factor …
-SHARE = 0.01  # … and drawing has taken no more than this share of wall time: a pair of pictures takes some .2 s
+GROWTH = 2  # before the last, pictures are drawn when the step has grown by this factor since the latest …
+SHARE = 0.01  # … and drawing takes no more than this share of wall time
+FIRST_PICTURES = 0.5  # seconds that they are expected to take, matplotlib's import included
 STEP_KEYS = ("trainer/global_step", "global_step")  # W&B's x axis under Lightning; the same under sync_tensorboard
 CHARTS = {  # title → metrics of one unit; what is not named here gets a chart of its own
     "kernel angle to init (rad)": ("kernel_angle",),
@@ -80,7 +81,7 @@ class Sinks:
         self.values |= m.as_flat()
         for outlet in self._outlets:
             outlet.attempt(f"log step {m.step}", partial(outlet.scalars, m))
-        if last or self._drawn is None or (m.step >= GROWTH * self._drawn and self._can_afford_pictures()):
+        if last or (m.step >= GROWTH * (self._drawn or 0) and self._can_afford_pictures()):
             self._draw(m, labels)
 
     def finish(self) -> None:
@@ -99,7 +100,8 @@ class Sinks:
         self._spectra[step] = eigenvalues.detach().cpu()
 
     def _can_afford_pictures(self) -> bool:
-        return self._drawing <= SHARE * (self._clock() - self._began)
+        expected = max(FIRST_PICTURES, 2 * self._drawing)
+        return expected <= SHARE * (self._clock() - self._began)
 
     def _draw(self, m: Measurement, labels: Tensor | None) -> None:
         """Each picture once, for all who take pictures; a fault in drawing is no logger's fault."""
