@@ -110,7 +110,7 @@ def run(faults: int, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
         print(f"\npromise 5: {tally.cells} faults fired, {len(tally.differ)} runs changed, {spoken} said in a warning")
     assert tally.faults() == ""
     assert tally.cells == faults
-    # The rest is met without a warning: by an engine's or the tangent's fallback, or as an undefined value with its reason.
+    # The rest is met without a warning: by a fallback of engine or tangent, or as an undefined value with its reason.
     assert spoken > 0.7 * faults, "faults are swallowed"
 
 
