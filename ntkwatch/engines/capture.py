@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from ntkwatch.engines.factors import Dense, Factor, Outer, add
+from ntkwatch.engines.factors import Dense, Factor, Outer, add, densify
 from ntkwatch.engines.graph import Graph, Layout, Scattered, digits, edges, find_layout, pull, walk
 from ntkwatch.engines.rules import Use, factor, operand_shape
 from ntkwatch.model import Network, UnsupportedModel, batch_size, inputs_of, take
@@ -275,7 +275,9 @@ def backward(
     """Output gradients [C, *shape] of the numbered nodes, as (output number, gradient): batched, or one by one."""
     nodes = [graph.nodes[number] for number in numbers]
     wanted = edges(graph, nodes)
+    import os
     try:
+        if os.environ.get("LOOP"): raise RuntimeError("x")
         grads: Sequence[Tensor | None] = torch.autograd.grad(
             [f], wanted, [cotangents], retain_graph=True, allow_unused=True, is_grads_batched=True
         )
@@ -357,13 +359,6 @@ def _last_two(node: Any) -> bool:
 
 def _changes_shape(node: Any) -> bool:
     return tuple(node._input_metadata[0].shape) != operand_shape(node, 0)
-
-
-def densify(found: Factor) -> Dense:
-    """[C, n, P] of any factor."""
-    if isinstance(found, Dense):
-        return found
-    return Dense(torch.stack([found.jacobian(slice(None), c) for c in range(found.outputs)]))
 
 
 def _pull_back(

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ntkwatch.engines.base import Reduction
-from ntkwatch.engines.factors import Dense, Factor, Outer, Rows
+from ntkwatch.engines.factors import Dense, Factor, Outer, Rows, aligned
 
-# Measured on two CPU cores by tests/bench: operations per second of matrix products, and bytes per second of traffic.
-FLOPS = {torch.float32: 1.6e11, torch.float64: 8e10}
-BANDWIDTH = 1.0e10
-_BLOCK = 1 << 25  # entries of one intermediate
+# Measured on one CPU core by tests/bench: operations per second of matrix products, and bytes per second of traffic. Only
+# their ratios decide, and they are the same on two cores.
+FLOPS = {torch.float32: 9e10, torch.float64: 4.5e10}
+BANDWIDTH = 6e9
+_SLAB = 1 << 21  # entries of a slab of J: it is cast and multiplied while it is still in cache
+_PAIRS = 1 << 23  # entries of a block of pairs of positions
+_STRETCH = 1 << 13  # terms of one product: no float32 sum grows longer
+_STRIPS = 4  # of a symmetric product, whose upper blocks are left out
 
 
 @dataclass(frozen=True)
@@ -23,167 +27,217 @@ class Cost:
 
     flops: float
     bytes: float
-    dtype: torch.dtype
-
-    @property
-    def seconds(self) -> float:
-        return self.flops / FLOPS[self.dtype] + self.bytes / BANDWIDTH
+    seconds: float
 
 
-def gram_cost(one: Outer | Rows, m: int, reduction: Reduction, dtype: torch.dtype) -> Cost:
+def _cost(made: float, factor: torch.dtype, multiplied: float, dtype: torch.dtype, moved: float) -> Cost:
+    seconds = made / FLOPS[factor] + multiplied / FLOPS[dtype] + moved / BANDWIDTH
+    return Cost(made + multiplied, moved, seconds)
+
+
+def gram_cost(one: Outer | Rows, n: int, m: int, reduction: Reduction, dtype: torch.dtype) -> Cost:
     """Products of inputs times products of output gradients, for n × m examples and all pairs of positions."""
-    n, s, c = one.n, one.positions, one.outputs
-    groups, p = (one.a.shape[1], one.a.shape[3]) if isinstance(one, Outer) else (1, 1)
-    pairs = n * m * s * s * groups
-    q = one.g.shape[-1]
+    s, c, groups = one.positions, one.outputs, one.groups
+    p, q = (one.a.shape[3] if isinstance(one, Outer) else 1), one.g.shape[-1]
+    pairs = float(n * m) * s * s * groups
     grams = {"trace": 1, "sum": 1, "blocks": c, "full": c * c}[reduction]
+    cast = (n + m) * s * groups * (p + c * q) * (one.dtype.itemsize + dtype.itemsize)
+    passes = 2 * (1 + grams) + (0 if s == 1 else 4 * grams)
     arithmetic = 2 * pairs * (p + q * (c if reduction == "trace" else grams))
-    size = dtype.itemsize
-    return Cost(arithmetic, pairs * size * (2 + 3 * grams) + size * 2 * c * (n + m) * s * q * groups, dtype)
+    return _cost(0, one.dtype, arithmetic, dtype, cast + pairs * passes * dtype.itemsize)
 
 
-def jacobian_cost(one: Factor, m: int, reduction: Reduction, dtype: torch.dtype, factor: torch.dtype) -> Cost:
-    """Per-example Jacobians of n and m examples, then their Gram."""
-    n, c = one.n, one.outputs
-    entries = one.entries  # type: ignore[attr-defined]
-    make = 2 * (n + m) * c * entries * one.positions if isinstance(one, Outer) else 0
+def jacobian_cost(one: Factor, n: int, m: int, reduction: Reduction, dtype: torch.dtype) -> Cost:
+    """Per-example Jacobians of n (and, if others, m) examples, then their Gram."""
+    c, entries = one.outputs, one.leading * one.trailing
+    rows = n if m == n else n + m
+    make = 2.0 * rows * c * entries * one.positions if isinstance(one, Outer) else 0.0
     pairs = {"trace": c, "blocks": c, "sum": 1, "full": c * c}[reduction]
-    ratio = FLOPS[dtype] / FLOPS.get(factor, FLOPS[torch.float32])
-    moved = (n + m) * c * entries * (2 * factor.itemsize + 2 * dtype.itemsize)
-    return Cost(make * ratio + 2 * n * m * pairs * entries, moved, dtype)
+    moved = 2.0 * rows * c * entries * (one.dtype.itemsize + dtype.itemsize)
+    return _cost(make, one.dtype, 2.0 * n * m * pairs * entries, dtype, moved)
 
 
-def choose(one: Factor, m: int, reduction: Reduction, dtype: torch.dtype) -> tuple[str, Cost]:
-    """ "gram" or "jacobian" and what it costs."""
-    factor = one.g.dtype if isinstance(one, Outer | Rows) else dtype
-    direct = jacobian_cost(one, m, reduction, dtype, factor)
+def choose(one: Factor, n: int, m: int, reduction: Reduction, dtype: torch.dtype) -> tuple[str, Cost]:
+    """ "gram" or "jacobian" and what it costs for n × m examples."""
+    direct = jacobian_cost(one, n, m, reduction, dtype)
     if isinstance(one, Outer | Rows):
-        gram = gram_cost(one, m, reduction, dtype)
+        gram = gram_cost(one, n, m, reduction, dtype)
         if gram.seconds < direct.seconds:
             return "gram", gram
     return "jacobian", direct
 
 
-def contract(one: Factor, two: Factor, reduction: Reduction, dtype: torch.dtype) -> Tensor:
-    """The kernel of two factors of one parameter: [n, m], [C, n, m] or [n, C, m, C]; "trace" means over C."""
-    if isinstance(one, Outer | Rows) and type(one) is type(two) and choose(one, two.n, reduction, dtype)[0] == "gram":
-        return _gram(one, two, reduction, dtype)
-    return _by_jacobian(one, two, reduction, dtype)
+@dataclass
+class Contractor:
+    """Contracts pairs of factors; products of gradients that a weight and its bias share are taken once."""
 
+    reduction: Reduction
+    dtype: torch.dtype
+    shared: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
-def _blocks(n: int, per_row: int) -> Iterator[slice]:
-    step = max(1, _BLOCK // max(per_row, 1))
-    for start in range(0, n, step):
-        yield slice(start, min(n, start + step))
+    def __call__(self, one: Factor, two: Factor) -> Tensor:
+        """[n, m], [C, n, m] or [n, C, m, C]; the mean over outputs for "trace"."""
+        k = self._sums(one, two)  # [n, m], [C, n, m] or [C, n, C, m]
+        if self.reduction == "full":
+            return k.permute(1, 0, 3, 2)
+        return k / one.outputs if self.reduction == "trace" else k
 
+    def _sums(self, one: Factor, two: Factor) -> Tensor:
+        if isinstance(one, Rows) and isinstance(two, Rows):
+            one, two = _compressed(one, two)
+        if isinstance(one, Dense) and isinstance(two, Dense):
+            return self._gradients(one.j, two.j)
+        if isinstance(one, Outer | Rows) and type(one) is type(two):
+            assert isinstance(two, Outer | Rows)
+            if choose(one, one.n, two.n, self.reduction, self.dtype)[0] == "gram":
+                single = one.positions == two.positions == one.groups == 1 and isinstance(one, Outer)
+                return self._gram_single(one, two) if single else self._gram(one, two)  # type: ignore[arg-type]
+        return self._by_jacobian(one, two)
 
-def _by_jacobian(one: Factor, two: Factor, reduction: Reduction, dtype: torch.dtype) -> Tensor:
-    entries, c = one.entries, one.outputs  # type: ignore[attr-defined]
-    n, m = one.n, two.n
-    k = torch.zeros(c, n, c, m, dtype=dtype) if reduction == "full" else torch.zeros(c, n, m, dtype=dtype)
-    k = k.to(_device(one))
-    held = c if reduction == "full" else 1
-    for rows in _blocks(n, entries * held):
-        for columns in _blocks(m, entries * held):
-            same = one is two and rows == columns
-            if one is two and columns.start > rows.start:
+    def _gradients(self, a: Tensor, b: Tensor) -> Tensor:
+        """Σ_q of products of two [C, n, q], reduced; the last is remembered."""
+        key = (a.data_ptr(), b.data_ptr(), *a.shape, *b.shape, *a.stride())
+        if key not in self.shared:
+            self.shared = {key: (a, b, self._pair(a, b))}  # a and b are held, so that no other takes their place
+        return self.shared[key][2]
+
+    def _pair(self, a: Tensor, b: Tensor) -> Tensor:
+        out = self._zeros(a.shape[0], a.shape[1], b.shape[1], a.device)
+        self._accumulate(out, a, b)
+        return out
+
+    def _zeros(self, c: int, n: int, m: int, device: torch.device) -> Tensor:
+        shape = {"full": (c, n, c, m), "blocks": (c, n, m)}.get(self.reduction, (n, m))
+        return torch.zeros(shape, dtype=self.dtype, device=device)
+
+    def _accumulate(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        """Adds the products of J slabs [C, n, w] and [C, m, w] to the kernel, a stretch at a time, in `dtype`."""
+        for start in range(0, a.shape[2], _STRETCH):
+            x = a[:, :, start : start + _STRETCH].to(self.dtype)
+            y = x if a is b else b[:, :, start : start + _STRETCH].to(self.dtype)
+            if self.reduction == "full":
+                _add_product(out.flatten(2).flatten(0, 1), x.flatten(0, 1), y.flatten(0, 1), a is b)
+            elif self.reduction == "blocks":
+                out.baddbmm_(x, y.transpose(1, 2))
+            else:
+                for u, v in zip(x, y, strict=True):
+                    out.addmm_(u, v.T)
+
+    def _by_jacobian(self, one: Factor, two: Factor) -> Tensor:
+        """Σ over slabs of J Jᵀ."""
+        one, two = aligned(one, two)
+        same, c = one is two, one.outputs
+        first = one.open()
+        second = first if same else two.open()
+        out = self._zeros(c, one.n, two.n, one.device)
+        held = c if self.reduction == "full" else 1
+        step = max(1, _SLAB // (max(one.n, two.n) * one.trailing * held))
+        for i in range(0, one.leading, step):
+            j = min(i + step, one.leading)
+            if self.reduction == "full":
+                a = torch.stack([first(k, i, j).flatten(1) for k in range(c)])
+                b = a if same else torch.stack([second(k, i, j).flatten(1) for k in range(c)])
+                self._accumulate(out, a, b)
                 continue
-            if reduction == "full":
-                a = torch.stack([one.jacobian(rows, i) for i in range(c)]).flatten(0, 1)
-                b = a if same else torch.stack([two.jacobian(columns, i) for i in range(c)]).flatten(0, 1)
-                part = _product(a, b, dtype).unflatten(0, (c, -1)).unflatten(2, (c, -1))
-                k[:, rows, :, columns] = part
-                if one is two and not same:
-                    k[:, columns, :, rows] = part.permute(2, 3, 0, 1)
-                continue
-            for i in range(c):
-                a = one.jacobian(rows, i)
-                part = _product(a, a if same else two.jacobian(columns, i), dtype)
-                k[i, rows, columns] = part
-                if one is two and not same:
-                    k[i, columns, rows] = part.T
-    return _finish(k, reduction)
+            for k in range(c):
+                a = first(k, i, j).flatten(1)[None]
+                b = a if same else second(k, i, j).flatten(1)[None]
+                self._accumulate(out[k : k + 1] if self.reduction == "blocks" else out, a, b)
+        return out
+
+    def _gram_single(self, one: Outer, two: Outer) -> Tensor:
+        """One position, one group: ⟨a, a'⟩ and ⟨g, g'⟩ are n × m."""
+        a = one.inputs()[:, 0, 0].to(self.dtype)
+        b = a if one is two else two.inputs()[:, 0, 0].to(self.dtype)
+        inputs = torch.zeros(len(a), len(b), dtype=self.dtype, device=a.device)
+        for start in range(0, a.shape[1], _STRETCH):
+            inputs.addmm_(a[:, start : start + _STRETCH], b[:, start : start + _STRETCH].T)
+        g = one.g[:, :, 0, 0]
+        products = self._gradients(g, g if one is two else two.g[:, :, 0, 0])
+        return products * (inputs[:, None] if self.reduction == "full" else inputs)
+
+    def _gram(self, one: Outer | Rows, two: Outer | Rows) -> Tensor:
+        """Σ_ss' ⟨a_s, a_s'⟩⟨g_s, g_s'⟩ summed over groups, in blocks of examples, lower blocks only where symmetric."""
+        n, m, c, s, t = one.n, two.n, one.outputs, one.positions, two.positions
+        same = one is two
+        out = self._zeros(c, n, m, one.device)
+        inputs1 = self._inputs(one)
+        inputs2 = inputs1 if same else self._inputs(two)
+        grams = c * c if self.reduction == "full" else 1
+        size = max(1, min(int((_PAIRS / (s * t * one.groups * grams)) ** 0.5), -(-n // _STRIPS) if same else n))
+        for rows in _blocks(n, size):
+            a, ga = inputs1[rows], self._positions(one, rows)
+            for columns in _blocks(m, size):
+                if same and columns.start > rows.start:
+                    break
+                diagonal = same and columns == rows
+                gb = ga if diagonal else self._positions(two, columns)
+                part = self._block(self._input_products(one, a, inputs2[columns]), ga, gb, s, t)
+                out[(..., rows, slice(None), columns) if self.reduction == "full" else (..., rows, columns)] = part
+                if same and not diagonal:
+                    if self.reduction == "full":
+                        out[:, columns, :, rows] = part.permute(2, 3, 0, 1)
+                    else:
+                        out[..., columns, rows] = part.transpose(-1, -2)
+        return out
+
+    def _inputs(self, one: Outer | Rows) -> Tensor:
+        """[n, G, S, p], or indices [n, S]."""
+        return one.inputs().to(self.dtype) if isinstance(one, Outer) else one.index
+
+    def _input_products(self, one: Outer | Rows, a: Tensor, b: Tensor) -> Tensor:
+        """[G, b·s, m·t]."""
+        if isinstance(one, Rows):
+            return (a.reshape(-1, 1) == b.reshape(1, -1)).to(self.dtype)[None]
+        x, y = (t.transpose(0, 1).flatten(1, 2) for t in (a, b))
+        return x @ y.transpose(-1, -2)
+
+    def _positions(self, one: Outer | Rows, rows: slice) -> Tensor:
+        """[C, G, b·s, q]; [1, G, b·s, C·q] where the sum over outputs is all that is wanted."""
+        g = one.g[:, rows] if isinstance(one, Outer) else one.g[:, rows, None]
+        g = g.to(self.dtype).permute(0, 2, 1, 3, 4).flatten(2, 3)
+        return g.permute(1, 2, 0, 3).flatten(2)[None] if self.reduction in ("trace", "sum") else g
+
+    def _block(self, inputs: Tensor, ga: Tensor, gb: Tensor, s: int, t: int) -> Tensor:
+        """[b, m], [C, b, m] or [C, b, C, m] of one block of pairs."""
+        if self.reduction != "full":
+            parts = [_sum_positions((x @ y.transpose(-1, -2)).mul_(inputs), s, t) for x, y in zip(ga, gb, strict=True)]
+            return parts[0] if self.reduction in ("trace", "sum") else torch.stack(parts)
+        groups, c = len(inputs), len(ga)
+        products = ga.transpose(0, 1).flatten(1, 2) @ gb.transpose(0, 1).flatten(1, 2).transpose(-1, -2)
+        products = products.reshape(groups, c, inputs.shape[1], c, inputs.shape[2]).mul_(inputs[:, None, :, None])
+        products = products.sum(0).reshape(c, -1, s, c, inputs.shape[2] // t, t)
+        return products.sum((2, 5))
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype, width: int = 1 << 14) -> Tensor:
-    """a bᵀ in `dtype`, cast and summed a stretch at a time: no float32 sum grows long, and the casts stay in cache."""
-    out = torch.zeros(a.shape[0], b.shape[0], dtype=dtype, device=a.device)
-    for start in range(0, a.shape[1], width):
-        x = a[:, start : start + width].to(dtype)
-        y = x if b is a else b[:, start : start + width].to(dtype)
-        out.addmm_(x, y.T)
-    return out
+def _sum_positions(products: Tensor, s: int, t: int) -> Tensor:
+    """[G, b·s, m·t] → [b, m]."""
+    total = products.sum(0)
+    return total.reshape(-1, s, total.shape[1] // t, t).sum((1, 3))
 
 
-def _gram(one: Outer | Rows, two: Outer | Rows, reduction: Reduction, dtype: torch.dtype) -> Tensor:
-    """Σ_ss' ⟨a_s, a_s'⟩⟨g_s, g_s'⟩ summed over groups."""
-    n, m, c, s = one.n, two.n, one.outputs, one.positions
-    groups = one.a.shape[1] if isinstance(one, Outer) else 1
-    t = two.positions
-    grams = {"trace": 1, "sum": 1, "blocks": 1, "full": c * c}[reduction]
-    k = torch.zeros(_shape(reduction, n, m, c), dtype=dtype, device=one.g.device)
-    for rows in _blocks(n, m * s * t * groups * grams):
-        inputs = _input_products(one, two, rows, dtype)  # [G, b·s, m·t]
-        a, b = _gradients(one, rows, dtype), _gradients(two, slice(None), dtype)  # [C, G, b·s, q]
-        if reduction in ("trace", "sum"):
-            joined = [x.permute(1, 2, 0, 3).flatten(2) for x in (a, b)]
-            products = joined[0] @ joined[1].transpose(-1, -2)
-            k[rows] = _positions(inputs, products, s, t)
-        elif reduction == "blocks":
-            for i in range(c):
-                k[i, rows] = _positions(inputs, a[i] @ b[i].transpose(-1, -2), s, t)
-        else:
-            products = a.transpose(0, 1).flatten(1, 2) @ b.transpose(0, 1).flatten(1, 2).transpose(-1, -2)
-            k[:, rows] = _full_positions(inputs, products, c, s, t)
-    return k / c if reduction == "trace" else (k.transpose(0, 1) if reduction == "full" else k)
+def _add_product(out: Tensor, a: Tensor, b: Tensor, symmetric: bool) -> None:
+    """out += a bᵀ; of a symmetric one the strips below the diagonal, mirrored."""
+    n = len(a)
+    if not symmetric or n < 64 * _STRIPS:
+        out.addmm_(a, b.T)
+        return
+    size = -(-n // _STRIPS)
+    for rows in _blocks(n, size):
+        part = a[rows] @ a[: rows.stop].T
+        out[rows, : rows.stop] += part
+        out[: rows.start, rows] += part[:, : rows.start].T
 
 
-def _shape(reduction: Reduction, n: int, m: int, c: int) -> tuple[int, ...]:
-    return {"trace": (n, m), "sum": (n, m), "blocks": (c, n, m), "full": (c, n, m, c)}[reduction]
+def _blocks(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, size):
+        yield slice(start, min(n, start + size))
 
 
-def _input_products(one: Outer | Rows, two: Outer | Rows, rows: slice, dtype: torch.dtype) -> Tensor:
-    if isinstance(one, Rows):
-        assert isinstance(two, Rows)
-        same = one.index[rows].reshape(-1, 1) == two.index.reshape(1, -1)
-        return same.to(dtype)[None]
-    assert isinstance(two, Outer)
-    a, b = (f.a(r).to(dtype).transpose(0, 1).flatten(1, 2) for f, r in ((one, rows), (two, slice(None))))
-    return a @ b.transpose(-1, -2)
-
-
-def _gradients(one: Outer | Rows, rows: slice, dtype: torch.dtype) -> Tensor:
-    g = one.g[:, rows] if isinstance(one, Outer) else one.g[:, rows, None]
-    return g.to(dtype).transpose(1, 2).flatten(2, 3)
-
-
-def _positions(inputs: Tensor, products: Tensor, s: int, t: int) -> Tensor:
-    """[G, b·s, m·t] twice → [b, m]."""
-    if s == t == 1 and len(inputs) == 1:
-        return inputs[0] * products[0]
-    return (inputs * products).sum(0).unflatten(0, (-1, s)).unflatten(2, (-1, t)).sum((1, 3))
-
-
-def _full_positions(inputs: Tensor, products: Tensor, c: int, s: int, t: int) -> Tensor:
-    """[G, b·s, m·t] and [G, c·b·s, c·m·t] → [c, b, m, c]."""
-    groups = len(inputs)
-    p = products.reshape(groups, c, -1, s, c, inputs.shape[2] // t, t)
-    i = inputs.reshape(groups, 1, -1, s, 1, inputs.shape[2] // t, t)
-    return (p * i).sum((0, 3, 6)).permute(0, 1, 3, 2)
-
-
-def _finish(k: Tensor, reduction: Reduction) -> Tensor:
-    """[C, n, m] or [C, n, C, m] → the reduction."""
-    if reduction == "full":
-        return k.permute(1, 0, 3, 2)
-    if reduction == "blocks":
-        return k
-    return k.mean(0) if reduction == "trace" else k[0]
-
-
-def _device(one: Factor) -> torch.device:
-    if isinstance(one, Outer | Rows):
-        return one.g.device
-    if isinstance(one, Dense):
-        return one.j.device
-    return _device(one.parts[0])  # type: ignore[attr-defined]
+def _compressed(one: Rows, two: Rows) -> tuple[Rows, Rows]:
+    """The same lookups in a table of only the rows that occur."""
+    used = torch.cat([one.index.flatten(), two.index.flatten()]).unique()
+    if len(used) >= one.table:
+        return one, two
+    first = Rows(torch.searchsorted(used, one.index), one.g, len(used))
+    return first, first if one is two else Rows(torch.searchsorted(used, two.index), two.g, len(used))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ntkwatch.engines.base import Kernel, Precision, Reduction, noise_floor, reduce, richest, work_dtype
 from ntkwatch.engines.capture import Captured, Separation, capture, separate_few
-from ntkwatch.engines.contract import contract
+from ntkwatch.engines.contract import Contractor
 from ntkwatch.engines.factors import Factor
 from ntkwatch.engines.functional import _COLUMNS, _assemble, _blocks, math_attention
 from ntkwatch.model import Network, batch_size, inputs_of
@@ -77,6 +77,7 @@ def _cell(
 ) -> dict[str, Tensor]:
     """One block of each parameter's kernel; zero where the outputs do not depend on the parameter."""
     found: dict[str, Tensor] = {}
+    contract = Contractor(reduction, dtype)
     for name in network.parameters:
         a: Factor | None = one.factors.get(name)
         b: Factor | None = two.factors.get(name)
@@ -85,6 +86,6 @@ def _cell(
             shape = {"full": (n, c, len(two.outputs), c), "blocks": (c, n, len(two.outputs))}.get(reduction)
             found[name] = torch.zeros(shape or (n, len(two.outputs)), dtype=dtype, device=one.outputs.device)
         else:
-            k = contract(a, b, reduction, dtype)
+            k = contract(a, b)
             found[name] = k / one.outputs.shape[1] if reduction == "sum" else k
     return found

@@ -182,8 +182,8 @@ def _convolution(use: Use) -> Factor | None:
         return Outer(Columns.of(_positions(x, groups)), windows, a_first=True)
     size = g.shape[4:]
 
-    def columns(rows: slice) -> Tensor:
-        t = _unfold(x[rows].flatten(0, 1), kernel, stride, padding, dilation, groups, size)
+    def columns() -> Tensor:
+        t = _unfold(x.flatten(0, 1), kernel, stride, padding, dilation, groups, size)
         return t.unflatten(0, (-1, x.shape[1])).transpose(1, 2).flatten(2, 3)
 
     g = _positions(g.flatten(0, 1), groups).unflatten(0, g.shape[:2])
@@ -221,8 +221,9 @@ def _unfold(
     batch, channels = x.shape[:2]
     view = x.as_strided((batch, channels, *size, *kernel), (*strides[:2], *steps, *taps), x.storage_offset())
     d = len(size)
-    view = view.unflatten(1, (groups, channels // groups)).movedim(2, 2 + d)
-    return view.reshape(batch, groups, _product(size), channels // groups * _product(kernel))
+    order = (0, 1, *range(2 + d, 2 + 2 * d), *range(2, 2 + d))  # positions last: whole rows are copied at once
+    entries = channels // groups * _product(kernel)
+    return view.permute(order).reshape(batch, groups, entries, _product(size)).transpose(2, 3)
 
 
 @rule(("ConvolutionBackward0", 2))
