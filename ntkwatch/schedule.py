@@ -175,9 +175,9 @@ class Schedule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The other half; time between the two sessions counts as neither spent nor elapsed."""
         for name in _STATE:
-            setattr(self, name, state[name.removeprefix("_")])
+            setattr(self, name, state.get(name.removeprefix("_"), getattr(self, name)))  # an older state may lack one
         self._costs = list(self._costs)
-        self._spent, self._elapsed = float(state["spent"]), float(state["elapsed"])
+        self._spent, self._elapsed = float(state.get("spent", 0.0)), float(state.get("elapsed", 0.0))
         self._since = self._probing_since = None
         self._pending = False
 

@@ -165,6 +165,30 @@ def test_without_classes_the_choice_is_uniform_and_says_so(name: str) -> None:
     assert len(READS) <= 41, f"{name}: {len(READS)} examples were loaded to choose 40"
 
 
+def test_labels_that_belong_to_other_examples_are_not_believed() -> None:
+    """A wrapper that reorders and passes attributes on shows the labels of what it wraps."""
+
+    class Reordered(Plain):
+        targets = (torch.arange(N) % 5).tolist()
+
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+    probes = choose(DataLoader(Reordered(lambda i: (X[order[i]], int(order[i] % 5)))), 40)
+    assert "candidates" in probes.how, probes.how
+    assert torch.bincount(probes.targets).tolist() == [8] * 5
+    coarse = with_attribute("targets", list(range(N)))  # fine classes outside, coarse ones inside: no contradiction
+    assert "dataset.targets" in choose(DataLoader(coarse), 40).how
+
+
+def test_a_collate_function_that_drops_examples() -> None:
+    def collate(items: list[Any]) -> Any:
+        return torch.utils.data.default_collate([item for item in items if item[1] > 0])
+
+    probes = choose(DataLoader(TensorDataset(X, Y), collate_fn=collate), 40)
+    assert 0 < len(probes) < 40
+    assert f"of which collate_fn made {len(probes)} rows" in probes.how
+    assert probes.indices is None, "rows and indices no longer match"
+
+
 def test_a_target_property_that_raises_is_passed_over() -> None:
     class Shy(Plain):
         @property

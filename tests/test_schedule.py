@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import time
 from collections.abc import Callable
@@ -257,6 +258,23 @@ def test_time_between_sessions_is_nobodys() -> None:
     resumed.start()
     clock.now += 1
     assert resumed.elapsed == 11
+
+
+def test_it_can_be_sent_to_another_process() -> None:
+    """ddp_spawn pickles callbacks."""
+    for every in ("log", 7, [3, 9]):
+        schedule = Schedule(every, None)
+        fired = [schedule.due(step) for step in range(5)]
+        other = pickle.loads(pickle.dumps(schedule))
+        assert [other.due(s) for s in range(20)] == [False] * 5 + [schedule.due(s) for s in range(5, 20)], every
+        assert fired[0]
+
+
+def test_a_state_that_lacks_something_is_taken_as_far_as_it_goes() -> None:
+    schedule = Schedule("log")
+    schedule.load_state_dict({"spent": 2.0, "seen": 8, "last_fired": 8, "first": 0})
+    assert schedule.spent == 2.0
+    assert [step for step in range(12) if schedule.due(step)] == [10, 11]
 
 
 def test_probing_counts_failures_nesting_and_the_running_probe() -> None:

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ntkwatch.guard.modules import GuardError, Modules
+from ntkwatch.guard.modules import Modules
 from ntkwatch.guard.objects import leave_objects
 from ntkwatch.guard.process import guard_flags, guard_generators
-from ntkwatch.guard.values import Undo, put_back
+from ntkwatch.guard.values import GuardError, Undo, put_back
 
 __all__ = ["GuardError", "leave_no_trace", "leave_objects"]
 

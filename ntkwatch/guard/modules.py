@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from functools import partial
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ntkwatch.distributed import spread
-from ntkwatch.guard.values import Boxes, Undo, array, bits, generators_of, is_box, moved, plain, same, stateful
+from ntkwatch.guard.values import (
+    Boxes,
+    GuardError,
+    Undo,
+    array,
+    bits,
+    generators_of,
+    is_box,
+    moved,
+    plain,
+    same,
+    stateful,
+)
 
 _TORCH_OWNED = frozenset(vars(nn.Module()))
 _TORCH_BOXES = tuple(name for name, value in vars(nn.Module()).items() if is_box(value))  # parameters, hooks, …
@@ -19,10 +33,6 @@ _ATOMS = frozenset({int, float, bool, str, type(None)})
 _WALK_DEPTH = 3  # containers in containers of a module's attributes that are looked into
 _WALK_ITEMS = 1000  # and how far: a list of every loss of a run is kept whole but not searched for tensors
 _STASH_BYTES = 16 << 20  # tensors in lists and dicts (metrics gather whole epochs) are copied up to here, then watched
-
-
-class GuardError(RuntimeError):
-    """A probe changed what cannot be put back, or a part of the run could not be saved."""
 
 
 class Modules:
@@ -89,6 +99,8 @@ class Modules:
             self.todo.append(value)
         elif is_box(value) or isinstance(value, tuple):
             self._box(value, depth)
+        elif (isinstance(value, SimpleNamespace) or is_dataclass(value)) and hasattr(value, "__dict__"):
+            self._box(vars(value), depth)
         elif (restore := stateful(value) or array(value)) is not None:
             self.undo.append(restore)
 
@@ -149,8 +161,17 @@ def _guard_leaves(leaves: list[Tensor], undo: list[Undo]) -> None:
             if box:
                 hooks.keep(box)
                 box.clear()
-        if leaf.grad is not None:
+        if leaf.grad is not None and _reassignable(leaf):
             leaf.grad = None
+
+
+def _reassignable(leaf: Tensor) -> bool:
+    """Whether torch would take the gradient back (not where its type was changed behind torch's back)."""
+    try:
+        leaf.grad = leaf.grad
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _restore_leaves(saved: list[tuple[Tensor, Tensor, int, bool, Tensor | None]]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils import parametrize
 
 from ntkwatch.guard.values import Boxes, Undo
 
@@ -40,7 +41,7 @@ def guard_flags(undo: list[Undo]) -> None:
     _keep(undo, torch.is_grad_enabled, torch._C._set_grad_enabled, True)
     for device in _AUTOCAST:
         _keep_autocast(undo, device)
-    _keep(undo, torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled)
+    _keep(undo, torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, False)  # or training reuses a cast
     _keep(undo, torch.get_default_dtype, torch.set_default_dtype)
     _keep(undo, _default_device, torch.set_default_device)
     _keep(undo, torch.get_num_threads, torch.set_num_threads)
@@ -54,6 +55,7 @@ def guard_flags(undo: list[Undo]) -> None:
             _keep(undo, getattr(cuda, f"{name}_sdp_enabled"), getattr(cuda, f"enable_{name}_sdp"))
     _keep(undo, _read_precision, _write_precision, _EXACT)
     _guard_global_hooks(undo)
+    _guard_parametrizations(undo)
     _force_eager(undo)
 
 
@@ -66,6 +68,13 @@ def _guard_global_hooks(undo: list[Undo]) -> None:
             boxes.keep(box)
             if "backward" in name:
                 box.clear()
+
+
+def _guard_parametrizations(undo: list[Undo]) -> None:
+    """Inside `parametrize.cached()` a probe would get training's weights, and training the probe's."""
+    undo.append(partial(setattr, parametrize, "_cache", parametrize._cache))
+    _keep(undo, lambda: parametrize._cache_enabled, partial(setattr, parametrize, "_cache_enabled"), 0)
+    parametrize._cache = {}
 
 
 def _keep_autocast(undo: list[Undo], device: str) -> None:

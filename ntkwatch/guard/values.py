@@ -17,8 +17,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Undo = Callable[[], None]  # idempotent: where a signal cuts one off, it runs again
 
+_LARGE = 100_000  # items; beyond it a list or dict is not copied, what was appended is taken off again
 _CONTAINERS = (dict, list, set, deque)
 GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
+
+
+class GuardError(RuntimeError):
+    """A probe changed what cannot be put back, or a part of the run could not be saved."""
 
 
 def plain(tensor: Tensor) -> bool:
@@ -88,19 +93,24 @@ def _set_version(tensor: Tensor, version: int) -> None:
 class Boxes:
     """The very items of dicts, lists, sets and deques, in their order.
 
-    Most of a module's boxes are empty dicts of hooks; these cost one reference each and no copy.
+    Most of a module's boxes are empty dicts of hooks; these cost one reference each and no copy. A list or dict of more
+    than 100,000 items is too dear to copy: only growth is undone.
     """
 
     def __init__(self) -> None:
         self.empty: list[Any] = []
         self.full: list[tuple[Any, Any]] = []
+        self.large: list[tuple[Any, int]] = []
 
     def keep(self, box: Any) -> None:
         self.keep_all([box])
 
     def keep_all(self, boxes: list[Any]) -> None:
         self.empty += [box for box in boxes if not box]
-        self.full += [(box, dict(box) if isinstance(box, dict) else list(box)) for box in boxes if box]
+        large = [box for box in boxes if len(box) > _LARGE and isinstance(box, list | dict)]
+        self.large += [(box, len(box)) for box in large]
+        copied = [box for box in boxes if box and not any(box is other for other in large)] if large else boxes
+        self.full += [(box, dict(box) if isinstance(box, dict) else list(box)) for box in copied if box]
 
     def restore(self) -> None:
         for box in self.empty:
@@ -114,6 +124,11 @@ class Boxes:
             elif len(box) != len(saved) or not all(map(operator.is_, box, saved)):
                 _base(box).clear(box)
                 (_base(box).update if isinstance(box, set) else _base(box).extend)(box, saved)
+        for box, size in self.large:
+            while len(box) > size:
+                (_base(box).popitem if isinstance(box, dict) else _base(box).pop)(box)
+            if len(box) < size:
+                raise GuardError(f"a probe took {size - len(box)} of {size} items out of a {type(box).__name__}")
 
 
 def _base(box: Any) -> Any:
@@ -122,10 +137,10 @@ def _base(box: Any) -> Any:
 
 
 def same(box: dict[Any, Any], saved: dict[Any, Any]) -> bool:
-    """The same keys in the same order with the very same values."""
+    """The very same keys in the same order with the very same values."""
     if len(box) != len(saved):
         return False
-    return all(map(operator.is_, box.values(), saved.values())) and all(map(operator.eq, box, saved))
+    return all(map(operator.is_, box.values(), saved.values())) and all(map(operator.is_, box, saved))
 
 
 def is_box(value: object) -> bool:

@@ -53,9 +53,16 @@ def choose(loader: Any, n: int = 64, seed: int = 0, source: str = "val", targets
             return _from_batches(loader, pool, n, seed, source, targets, which)
         indices, how = _indices(dataset, pool, n, seed)
         items = [_item(dataset, i, seed) for i in indices]
+        if not _as_seen(dataset, indices, items):  # a wrapper that reorders shows the labels of what it wraps
+            indices, how = _indices(dataset, pool, n, seed, trusted=False)
+            items = [_item(dataset, i, seed) for i in indices]
         _seed_process(seed, len(dataset))
         batch = (getattr(loader, "collate_fn", None) or default_collate)(items)
-        return ProbeSet.from_batch(batch, targets, source, f"{how}{which}, seed {seed}", indices)
+        kept = batch_size(inputs_of(batch))
+        if kept != len(indices):
+            how += f", of which collate_fn made {kept} rows"
+        rows = indices if kept == len(indices) else None
+        return ProbeSet.from_batch(batch, targets, source, f"{how}{which}, seed {seed}", rows)
 
 
 def is_streaming(loader: Any) -> bool:
@@ -162,11 +169,11 @@ def _from_batches(loader: Any, pool: Tensor, n: int, seed: int, source: str, tar
 # ── which examples ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _indices(dataset: Any, pool: Tensor, n: int, seed: int) -> tuple[list[int], str]:
+def _indices(dataset: Any, pool: Tensor, n: int, seed: int, trusted: bool = True) -> tuple[list[int], str]:
     generator = _generator(seed)
     if len(pool) <= n:
         return pool.tolist(), f"all {len(pool)} examples{_asked(len(pool), n)}"
-    seen = seen_labels(dataset)
+    seen = seen_labels(dataset) if trusted else None
     if seen is not None:
         classes, where = as_classes(seen[0][pool], len(pool)), seen[1]
         assert classes is not None
@@ -178,6 +185,16 @@ def _indices(dataset: Any, pool: Tensor, n: int, seed: int) -> tuple[list[int], 
         return candidates[:n], f"{n} of {len(pool)} examples, uniformly: no class labels are seen"
     chosen = [candidates[i] for i in balanced(classes, n, generator)]
     return chosen, _balance(n, len(pool), int(classes.max()) + 1, f"the labels of {len(classes)} candidates")
+
+
+def _as_seen(dataset: Any, indices: list[int], items: list[Any]) -> bool:
+    """Whether the labels that were seen from outside decide those of the examples, as far as these show theirs."""
+    seen = seen_labels(dataset)
+    inside = [label_of(item) for item in items]
+    if seen is None or any(label is None for label in inside):
+        return True
+    outside = seen[0][indices].tolist()
+    return len(set(zip(outside, inside, strict=True))) == len(set(outside))
 
 
 def _balance(n: int, size: int, classes: int, where: str) -> str:
@@ -220,7 +237,9 @@ def _seed_process(seed: int, index: int) -> None:
     number = (seed * 1_000_003 + index) % 2**32
     random.seed(number)
     np.random.seed(number)  # noqa: NPY002  what a dataset's own augmentation draws from
-    torch.default_generator.manual_seed(number)  # not torch.manual_seed: that would seed a GPU that has not started
+    torch.default_generator.manual_seed(number)  # not torch.manual_seed: that also seeds a GPU that has not started
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
 
 
 # ── joining batches ──────────────────────────────────────────────────────────────────────────────────────────────
