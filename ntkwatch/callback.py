@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,15 +18,17 @@ from ntkwatch.monitor import ENGINES, REDUCTIONS, Monitor, check_choice
 from ntkwatch.probes import ProbeSet
 from ntkwatch.record import Measurement, RecordError, load_run
 from ntkwatch.schedule import Schedule
-from ntkwatch.session import Session
+from ntkwatch.session import Session, stored_probes
 from ntkwatch.sinks import Sinks, publish
 from ntkwatch.trainer import (
     as_in_training,
     hyperparameters,
+    log,
     probe_loader,
     record_folder,
     show_columns,
     true_precision,
+    warn,
 )
 from ntkwatch.words import summarise
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING or "lightning.pytorch" not in sys.modules:
 else:  # the import name that the run already uses: a second copy of the package would cost seconds
     from lightning.pytorch import Callback
 
-log = logging.getLogger(f"{Callback.__module__.partition('.callbacks')[0]}.ntkwatch")  # Lightning's own handler
 PATIENCE = 3  # failures in a row before probing is switched off
 TRIAL = 4  # probes under fast_dev_run
 COLUMNS = {"ntk_angle": "kernel_angle", "ntk_rho": "taylor_ratio"}  # of the progress bar
@@ -123,7 +122,7 @@ class NTKWatch(Callback):
         self._probed_at: int | None = None
         self._carried: dict[str, Any] = {}
         self._values: dict[str, float] = {}  # the newest defined ones, on every rank
-        self._trial = False
+        self._begun = self._trial = False
         self._hide_columns: Callable[[], None] | None = None
 
     def _start_clocks(self) -> None:
@@ -164,9 +163,11 @@ class NTKWatch(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """K_0, before the first training step; the first batch calibrates BatchNorm and gives streamed probes."""
-        if self._off is None and self._probed_at is None:
-            self._grid.due(self._step)
-            self.schedule.due(self._step)
+        if self._off is None and not self._begun:
+            self._begun = True
+            if self._restored is None:
+                self._grid.due(self._step)
+                self.schedule.due(self._step)
             work = partial(self._begin, trainer, pl_module, batch)
             self._together(trainer, "the baseline probe", work, start=True)
 
@@ -244,17 +245,34 @@ class NTKWatch(Callback):
                 **at,
             )
 
-    def _begin(self, trainer: Any, pl_module: Any, batch: Any) -> Measurement:
-        if self._session is None:  # an iterable dataset: the first rows of the stream are the probes
+    def _begin(self, trainer: Any, pl_module: Any, batch: Any) -> Measurement | None:
+        """Continue the earlier record, or start one with the baseline."""
+        if self._session is None:
             stream = probing.from_stream([batch], self._count, source="train", targets=self._targets)
-            self._session = self._open(trainer, pl_module, stream)
+            self._session = self._open(trainer, pl_module, self._as_before(stream), streamed=True)
         with true_precision(trainer):
-            self._session.begin([trainer.precision_plugin.convert_input(batch)])
-        measurement = self._measure(trainer)
-        if not self._trial:
-            self.record = self._session.folder
-        self._say(self._session.monitor)
+            continued = self._continue(self._session)
+            if not continued:
+                self._session.begin([trainer.precision_plugin.convert_input(batch)])
+        measurement = None if continued else self._measure(trainer)
+        self.record = self._session.folder
+        for line in self._session.introduction():
+            log.info(f"NTKWatch: {line}")
         return measurement
+
+    def _continue(self, session: Session) -> bool:
+        if self._restored is None:
+            return False
+        try:
+            session.resume(self._restored["session"], self._restored["step"])
+        except RecordError as error:
+            warn(f"the earlier record cannot be continued ({error}); a new one starts at step {self._step}")
+            return False
+        return True
+
+    def _as_before(self, stream: ProbeSet) -> ProbeSet:
+        """The rows that the record of a resumed run was started on: a stream does not give them twice."""
+        return stream if self._restored is None else stored_probes(self._restored["session"], stream, self._targets)
 
     def _together(self, trainer: Any, what: str, work: Callable[[], Measurement | None], start: bool = False) -> None:
         """Rank 0 works, every rank learns how it went: the same values, the same error, the same switch-off."""
@@ -287,17 +305,17 @@ class NTKWatch(Callback):
         elif self._failures == PATIENCE:
             self._switch_off(f"{what} failed ({said}), the {PATIENCE}rd time in a row")
         else:
-            _warn(f"{what} failed ({said}); training goes on")
+            warn(f"{what} failed ({said}); training goes on")
 
     def _quietly(self, what: str, work: Callable[[], None]) -> None:
         try:
             work()
         except Exception as error:
-            _warn(f"{what} failed ({type(error).__name__}: {error}); training goes on")
+            warn(f"{what} failed ({type(error).__name__}: {error}); training goes on")
 
     def _switch_off(self, why: str) -> None:
         self._off = why
-        _warn(f"switched off: {why}")
+        warn(f"switched off: {why}")
 
     def _columns(self) -> dict[str, float | None]:
         metrics = self.last.metrics if self.last is not None else {}
@@ -309,18 +327,10 @@ class NTKWatch(Callback):
         return min(self._wanted.n, TRIAL) if self._trial else self._wanted.n
 
     def _prepare(self, trainer: Any, pl_module: Any) -> None:
-        """Rank 0: the session, where the probes can be had already; and the continued record of a resumed run."""
+        """Rank 0: the session, where the probes can be had before the first batch."""
         probes = self._choose(trainer, self._seed)
-        if probes is None:
-            return
-        self._session = self._open(trainer, pl_module, probes)
-        if self._restored is not None:
-            try:
-                self._session.resume(self._restored["session"], self._restored["step"])
-                self.record = self._session.folder
-            except RecordError as error:
-                _warn(f"the earlier record cannot be continued ({error}); a new one starts at step {self._step}")
-                self._restored = self._probed_at = None
+        if probes is not None:
+            self._session = self._open(trainer, pl_module, probes)
 
     def _choose(self, trainer: Any, seed: int) -> ProbeSet | None:
         if self._wanted.data is not None:
@@ -330,7 +340,7 @@ class NTKWatch(Callback):
             return None
         return probing.choose(loader, self._count, seed=seed, source=source, targets=self._targets)
 
-    def _open(self, trainer: Any, pl_module: Any, probes: ProbeSet) -> Session:
+    def _open(self, trainer: Any, pl_module: Any, probes: ProbeSet, streamed: bool = False) -> Session:
         loggers = trainer.loggers if self._loggers is None else self._loggers
         monitor = Monitor(
             pl_module, as_in_training(trainer, probes, self._seed), hparams=hyperparameters(trainer, self._hparams),
@@ -339,8 +349,9 @@ class NTKWatch(Callback):
         return Session(
             monitor,
             None if self._trial else record_folder(trainer),
-            Sinks([] if self._trial else loggers, _warn),
+            Sinks([] if self._trial else loggers, warn),
             save_kernels=self._save_kernels,
+            save_probes=probes if streamed else None,
             fresh=partial(self._fresh, trainer, pl_module) if self._resample else None,
             extra={
                 "optimizer": [type(optimizer).__name__ for optimizer in trainer.optimizers],
@@ -354,22 +365,3 @@ class NTKWatch(Callback):
         if probes is None:
             raise ValueError("resample=True needs a dataset that can be indexed; this loader only streams")
         return as_in_training(trainer, probes, self._seed)
-
-    def _say(self, monitor: Monitor) -> None:
-        assert monitor.choice is not None
-        log.info(f"NTKWatch: {len(monitor.probes)} probes from {monitor.probes.source}: {monitor.probes.how}")
-        log.info(f"NTKWatch: engine {monitor.choice.reason}")
-        if monitor.calibration:
-            log.info(f"NTKWatch: {monitor.calibration}")
-        limit = (
-            "no limit" if self._budget is None else f"at most {self._budget:.1%} of wall time beyond 5 s that are free"
-        )
-        log.info(f"NTKWatch: record {self.record}; probing takes {limit}")
-
-
-def _warn(message: str) -> None:
-    """One warning that cannot raise: under `-W error` it is logged instead."""
-    try:
-        warnings.warn(f"NTKWatch: {message}", stacklevel=2)
-    except Warning:
-        log.warning(f"NTKWatch: {message}")

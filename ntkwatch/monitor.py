@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +17,7 @@ from ntkwatch.engines import UnsupportedModel
 from ntkwatch.engines.auto import Choice, choose
 from ntkwatch.engines.base import Kernel, Reduction, reduce
 from ntkwatch.guard import leave_no_trace
+from ntkwatch.manifest import describe
 from ntkwatch.model import (
     Network,
     batch_size,
@@ -301,32 +299,7 @@ class Monitor:
 
     def manifest(self) -> dict[str, Any]:
         """Everything that a reader needs in order to know what the numbers mean; complete after `start`."""
-        probes = self.probes
-        return {
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "versions": _versions(),
-            "model": type(self.model).__name__,
-            "parameters": list(self.network.parameters),
-            "n_parameters": sum(p.numel() for p in self.network.parameters.values()),
-            "n_outputs": self.n_outputs,
-            "probes": {
-                "n": len(probes),
-                "source": probes.source,
-                "how": probes.how,
-                "indices": list(probes.indices) if probes.indices is not None else None,
-                "hash": probes.hash,
-                "targets_hash": probes.targets_hash,
-            },
-            "reduction": self.reduction,
-            "engine": self.choice.engine.name if self.choice else None,
-            "engine_reason": self.choice.reason if self.choice else None,
-            "mode": "eval",
-            "precision": "double",
-            "hparams": self.hparams,
-            "seed": self.seed,
-            "diagnostics": list(self.diagnostics),
-            "baseline": self.calibration,
-        }
+        return describe(self)
 
 
 def check_choice(name: str, got: str, allowed: Sequence[str]) -> None:
@@ -351,14 +324,4 @@ def _trace(kernel: Kernel) -> Tensor:
     """[n, n]: the trace reduction of the kernel, whatever was measured."""
     if kernel.reduction == "sum":
         return _on_cpu(torch.stack(list(kernel.layers.values())).sum(dim=0))
-    return _on_cpu(reduce(kernel.value, kernel.reduction, "trace"))
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("ntkwatch", "torch", "lightning", "pytorch-lightning"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return _on_cpu(reduce(kernel.value, cast(Reduction, kernel.reduction), "trace"))

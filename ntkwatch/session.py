@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ntkwatch.baseline import Baseline
+from ntkwatch.model import leaves, map_leaves
 from ntkwatch.monitor import Monitor
 from ntkwatch.probes import ProbeSet
 from ntkwatch.record import Measurement, RecordError, RecordWriter, load_run, load_tensors, save_tensors
@@ -18,6 +19,7 @@ from ntkwatch.sinks import Sinks
 
 STATE_LIMIT = 512 * 1024  # bytes: a larger kernel stays out of the user's checkpoints
 BASELINE_FILE = "baseline"
+PROBES_FILE = "probes"
 
 
 class Session:
@@ -28,6 +30,7 @@ class Session:
         folder: where the record goes; None writes nothing.
         sinks: loggers and dashboards.
         save_kernels: keep every kernel in the record, not only the baseline's.
+        save_probes: kept beside the record, where they cannot be found again: those of a stream, as they came.
         fresh: step -> ProbeSet, for resampled probes; None measures the monitor's own.
         extra: added to the manifest (optimizer, schedule, …).
     """
@@ -39,12 +42,14 @@ class Session:
         sinks: Sinks,
         *,
         save_kernels: bool = True,
+        save_probes: ProbeSet | None = None,
         fresh: Callable[[int], ProbeSet] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         self.monitor, self.folder, self.sinks = monitor, folder, sinks
         self.last: Measurement | None = None
-        self._save_kernels, self._fresh, self._extra = save_kernels, fresh, dict(extra or {})
+        self._save_kernels, self._save_probes = save_kernels, save_probes
+        self._fresh, self._extra = fresh, dict(extra or {})
         self._writer: RecordWriter | None = None
 
     @property
@@ -78,7 +83,21 @@ class Session:
             self._writer = RecordWriter.create(self.folder, manifest)
             sha256 = save_tensors(self.folder, BASELINE_FILE, baseline.tensors())
             self._writer.update_manifest(theta0={"file": BASELINE_FILE, "sha256": sha256}, baseline_step=baseline.step)
+            if self._save_probes is not None:
+                named = {f"{i:04d}": leaf for i, leaf in enumerate(_tensors(self._save_probes))}
+                self._writer.update_manifest(probes_sha256=save_tensors(self.folder, PROBES_FILE, named))
         self.sinks.start(manifest)
+
+    def introduction(self) -> list[str]:
+        """What a person should know once: probes, engine, BatchNorm's baseline, where the record is."""
+        monitor = self.monitor
+        lines = [
+            f"{len(monitor.probes)} probes from {monitor.probes.source}: {monitor.probes.how}",
+            f"engine {monitor.choice.reason if monitor.choice else 'not chosen yet'}",
+            monitor.calibration,
+            f"record {self.folder}" if self.folder is not None else None,
+        ]
+        return [line for line in lines if line is not None]
 
     def finish(self) -> None:
         """Flush and close what was opened."""
@@ -110,8 +129,9 @@ class Session:
             raise RecordError(f"the probes are not the ones that {folder} was measured on: the data has changed")
         tensors = load_tensors(folder, manifest["theta0"]["file"], manifest["theta0"]["sha256"])
         baseline = Baseline.from_tensors(manifest["baseline_step"], tensors)
-        self.monitor.restore(baseline, self._previous(state, folder))
+        previous = self._previous(state, folder)
         self._writer = RecordWriter.resume(folder, step)
+        self.monitor.restore(baseline, previous)
         self.folder = folder
         history = {earlier: run.eigenvalues(earlier) for earlier in run.steps if earlier <= step}
         self.sinks.start({**manifest, **self._extra}, history)
@@ -124,3 +144,22 @@ class Session:
         if kernel is None:
             kernel = load_run(folder).kernel(step)
         return int(step), torch.as_tensor(kernel)
+
+
+def _tensors(probes: ProbeSet) -> list[Tensor]:
+    return [leaf for leaf in leaves(probes.batch) if isinstance(leaf, Tensor)]
+
+
+def stored_probes(state: Mapping[str, Any], like: ProbeSet, targets: Any = None) -> ProbeSet:
+    """The probes that the state's record keeps, in the form of `like`; `like` itself where it keeps none."""
+    folder = Path(state["record"])
+    try:
+        sha256 = load_run(folder).manifest.get("probes_sha256")
+        stored = load_tensors(folder, PROBES_FILE, sha256) if sha256 else {}
+    except RecordError:
+        return like
+    if len(stored) != len(_tensors(like)):
+        return like
+    in_order = iter([stored[name] for name in sorted(stored)])
+    batch = map_leaves(lambda leaf: next(in_order) if isinstance(leaf, Tensor) else leaf, like.batch)
+    return ProbeSet.from_batch(batch, targets=targets, source=like.source, how=like.how)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +18,19 @@ from ntkwatch.guard import leave_no_trace
 from ntkwatch.probes import ProbeSet
 from ntkwatch.record import safe_name
 
+# A child of the logger that Lightning has a handler for, under the import name in use.
+log = logging.getLogger(
+    f"{'lightning.pytorch' if 'lightning.pytorch' in sys.modules else 'pytorch_lightning'}.ntkwatch"
+)
 TRUE_PRECISION = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+
+def warn(message: str) -> None:
+    """One warning that cannot raise: under `-W error` it is logged instead."""
+    try:
+        warnings.warn(f"NTKWatch: {message}", stacklevel=2)
+    except Warning:
+        log.warning(f"NTKWatch: {message}")
 
 
 def probe_loader(trainer: Any, split: str | None) -> tuple[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ntkwatch"
 FLOORS = {
     4: {"callback", "trainer", "cli", "demo"},
-    3: {"session", "monitor", "baseline", "diagnostics"},
+    3: {"session", "monitor", "manifest", "baseline", "diagnostics"},
     2: {"engines"},
     1: {"model", "guard", "probes", "sinks", "compare", "report", "words"},
     0: {"schedule", "metrics", "infinite", "distributed", "record", "figures", "slopes"},

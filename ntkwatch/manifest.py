@@ -1,0 +1,53 @@
+"""The manifest of a run: what a reader must know about model, probes and engine to understand the numbers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ntkwatch.monitor import Monitor
+
+DISTRIBUTIONS = ("ntkwatch", "torch", "lightning", "pytorch-lightning")
+
+
+def describe(monitor: Monitor) -> dict[str, Any]:
+    """Primitives only, for the record and the loggers; complete once the monitor has chosen its engine."""
+    probes, choice, network = monitor.probes, monitor.choice, monitor.network
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "model": type(monitor.model).__name__,
+        "parameters": list(network.parameters),
+        "n_parameters": sum(p.numel() for p in network.parameters.values()),
+        "n_outputs": monitor.n_outputs,
+        "probes": {
+            "n": len(probes),
+            "source": probes.source,
+            "how": probes.how,
+            "indices": list(probes.indices) if probes.indices is not None else None,
+            "hash": probes.hash,
+            "targets_hash": probes.targets_hash,
+        },
+        "reduction": monitor.reduction,
+        "engine": choice.engine.name if choice is not None else None,
+        "engine_reason": choice.reason if choice is not None else None,
+        "mode": "eval",
+        "precision": "double",
+        "hparams": monitor.hparams,
+        "seed": monitor.seed,
+        "diagnostics": list(monitor.diagnostics),
+        "baseline": monitor.calibration,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
