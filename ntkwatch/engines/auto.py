@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ntkwatch.engines.base import Engine
-from ntkwatch.engines.capture import check_uncoupled, few
 from ntkwatch.engines.functional import Functional, is_out_of_memory, math_attention
 from ntkwatch.engines.layerwise import Layerwise
+from ntkwatch.engines.separation import check_uncoupled, few
 from ntkwatch.model import Network, UnsupportedModel, batch_size, inputs_of, take
 
 _CHECKED_OUTPUTS = 8

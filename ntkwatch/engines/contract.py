@@ -15,7 +15,7 @@ from ntkwatch.engines.factors import Dense, Factor, Outer, Rows, aligned
 # their ratios decide, and they are the same on two cores.
 FLOPS = {torch.float32: 9e10, torch.float64: 4.5e10}
 BANDWIDTH = 6e9
-_SLAB = 1 << 21  # entries of a slab of J: it is cast and multiplied while it is still in cache
+_SLAB = 1 << 19  # entries of a slab of J: it is cast and multiplied while it is still in cache
 _PAIRS = 1 << 23  # entries of a block of pairs of positions
 _STRETCH = 1 << 13  # terms of one product: no float32 sum grows longer
 _STRIPS = 4  # of a symmetric product, whose upper blocks are left out

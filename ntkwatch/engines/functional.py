@@ -6,6 +6,7 @@ import contextlib
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.func import jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntkwatch.engines.base import Kernel, Precision, Reduction, noise_floor, reduce, richest, work_dtype
+from ntkwatch.engines.blocks import assemble, blocks
 from ntkwatch.model import (
     Network,
     UnsupportedModel,
@@ -23,7 +25,6 @@ from ntkwatch.model import (
     is_per_example,
     leaves,
     map_leaves,
-    take,
 )
 
 _BLOCK_BYTES = 1 << 30  # Jacobians of one pair of blocks, when chunk_size is not given
@@ -53,16 +54,19 @@ class Functional:
             outputs = network.outputs(x1, state).detach()
         chunk = chunk_size or self.chunk(parameters, outputs.shape[1])
         rich = richest(reduction, layers)
-        blocks1 = _blocks(x1, chunk)
-        rows: list[dict[str, Tensor]] = []
-        for i, block1 in enumerate(blocks1):
-            j1 = self._jacobian(network, block1, parameters, state)
-            row: list[dict[str, Tensor]] = []
-            for k, block2 in enumerate(blocks1[: i + 1] if x2 is None else _blocks(x2, chunk)):
-                j2 = j1 if x2 is None and k == i else self._jacobian(network, block2, parameters, state)
-                row.append({name: contract(j1[name], j2[name], rich, dtype) for name in parameters})
-            rows.append({name: torch.cat([cell[name] for cell in row], _COLUMNS[rich]) for name in parameters})
-        theta = {name: _assemble([row[name] for row in rows], rich, x2 is None) for name in parameters}
+        blocks1 = blocks(x1, chunk)
+        blocks2 = blocks1 if x2 is None else blocks(x2, chunk)
+
+        @lru_cache(maxsize=2)
+        def jacobian(first: bool, i: int) -> dict[str, Tensor]:
+            return self._jacobian(network, (blocks1 if first else blocks2)[i], parameters, state)
+
+        def cell(i: int, j: int) -> dict[str, Tensor]:
+            j1, j2 = jacobian(True, i), jacobian(x2 is None, j)
+            return {name: contract(j1[name], j2[name], rich, dtype) for name in parameters}
+
+        sizes = [[batch_size(inputs_of(b)) for b in each] for each in (blocks1, blocks2)]
+        theta = assemble(sizes[0], None if x2 is None else sizes[1], cell, rich)
         total = torch.stack(list(theta.values())).sum(0)
         kept = {} if layers is None else {name: reduce(t, rich, layers) for name, t in theta.items()}
         floor = noise_floor(outputs.dtype, precision, max(p.numel() for p in parameters.values()))
@@ -101,10 +105,6 @@ class Functional:
             ) from error
 
 
-_COLUMNS: dict[str, int] = {"trace": 1, "sum": 1, "blocks": 2, "full": 2}
-_ROWS: dict[str, int] = {"trace": 0, "sum": 0, "blocks": 1, "full": 0}
-
-
 def trained_at(network: Network, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The trained parameters, at `state` where it names them."""
     return {name: (state or {}).get(name, p).detach() for name, p in network.parameters.items()}
@@ -123,43 +123,18 @@ def contract(j1: Tensor, j2: Tensor, reduction: Reduction, dtype: torch.dtype) -
     return a.flatten(1) @ b.flatten(1).T / n_outputs
 
 
-def _blocks(x: Any, chunk: int) -> list[Any]:
-    n = batch_size(inputs_of(x))
-    return [x] if chunk >= n else [take(x, slice(i, i + chunk)) for i in range(0, n, chunk)]
-
-
-def _assemble(rows: list[Tensor], reduction: str, symmetric: bool) -> Tensor:
-    """Rows of blocks → kernel; of a symmetric one only the lower half was computed."""
-    if not symmetric:
-        return torch.cat(rows, _ROWS[reduction])
-    n = rows[-1].shape[_COLUMNS[reduction]]
-    shape = list(rows[-1].shape)
-    shape[_ROWS[reduction]] = n
-    whole, start = rows[-1].new_zeros(shape), 0
-    for row in rows:
-        size = row.shape[_ROWS[reduction]]
-        part = whole.narrow(_ROWS[reduction], start, size)
-        part.narrow(_COLUMNS[reduction], 0, row.shape[_COLUMNS[reduction]]).copy_(row)
-        whole.narrow(_COLUMNS[reduction], start, size).narrow(
-            _ROWS[reduction], 0, row.shape[_COLUMNS[reduction]]
-        ).copy_(transpose(row, reduction))
-        start += size
-    return whole
-
-
-def transpose(kernel: Tensor, reduction: str) -> Tensor:
-    """The kernel with the two sides exchanged."""
-    return kernel.permute(2, 3, 0, 1) if reduction == "full" else kernel.transpose(-1, -2)
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without torch's warnings about batching rules: an operation that has none is right, only slower."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*(performance drop|experimental feature).*")
+        yield
 
 
 @contextlib.contextmanager
 def math_attention() -> Iterator[None]:
-    """Attention by its formula: the fused kernels have no batching rule and fall back to a slow loop.
-
-    Operations that do fall back are right, only slower: torch's warning about it would be noise in a person's run.
-    """
-    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(performance drop|experimental feature).*")
+    """Attention by its formula: the fused kernels have no batching rule and no forward mode."""
+    with sdpa_kernel(SDPBackend.MATH), quiet():
         yield
 
 

@@ -18,6 +18,21 @@ from torch.autograd.graph import GradientEdge, Node
 _ROUTING = ("Index", "Gather", "Scatter", "Masked", "Sort", "Topk", "Take", "Nonzero", "Where", "Put", "Unique")
 
 
+# Nodes that only rearrange entries: always crossed, so that a weight is met where it is multiplied.
+_REARRANGE = (
+    "TBackward0",
+    "TransposeBackward0",
+    "ViewBackward0",
+    "UnsafeViewBackward0",
+    "ReshapeAliasBackward0",
+    "UnsqueezeBackward0",
+    "SqueezeBackward0",
+    "SqueezeBackward1",
+    "AliasBackward0",
+    "PermuteBackward0",
+)
+
+
 @dataclass(frozen=True)
 class Graph:
     """Nodes from the output down, consumers before what they consume, in an order set by the structure alone."""
@@ -187,3 +202,21 @@ def pull(node: Node, grads: Sequence[Tensor | None], k: int, shape: tuple[int, .
         result = result.sum(list(range(extra)))
     summed = [d for d, size in enumerate(shape) if size == 1 and result.shape[d] != 1]
     return (result.sum(summed, keepdim=True) if summed else result).reshape(shape)
+
+
+def rearranges(node: Node) -> bool:
+    """Whether a node only moves entries about."""
+    return node.name() in _REARRANGE
+
+
+def reaches(node: Node, leaf: Node) -> bool:
+    """Whether a path leads from a node down to a leaf."""
+    seen, stack = {node}, [node]
+    while stack:
+        here = stack.pop()
+        if here is leaf:
+            return True
+        new = [child for child, _ in here.next_functions if child is not None and child not in seen]
+        seen.update(new)
+        stack.extend(new)
+    return False

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ntkwatch.engines.base import Kernel, Precision, Reduction, noise_floor, reduce, richest, work_dtype
-from ntkwatch.engines.capture import Captured, Separation, capture, separate_few
+from ntkwatch.engines.blocks import assemble, blocks
+from ntkwatch.engines.capture import Capture, Found
 from ntkwatch.engines.contract import Contractor
-from ntkwatch.engines.factors import Factor
-from ntkwatch.engines.functional import _COLUMNS, _assemble, _blocks, math_attention
+from ntkwatch.engines.functional import quiet
+from ntkwatch.engines.separation import Separation, separate_few
 from ntkwatch.model import Network, batch_size, inputs_of
 
 
@@ -39,53 +40,96 @@ class Layerwise:
     ) -> Kernel:
         """See `Engine.kernel`. Raises UnsupportedModel where examples are coupled, naming where."""
         rich = richest(reduction, layers)
-        recipe = self.recipe(network, x1, state)
-
-        def captured(block: Any) -> Captured:
-            with math_attention():
-                return capture(network, block, state, summed=rich == "sum", recipe=recipe)
-
-        chunk = chunk_size or batch_size(inputs_of(x1))
-        blocks1 = _blocks(x1, chunk)
-        blocks2 = blocks1 if x2 is None else _blocks(x2, chunk_size or batch_size(inputs_of(x2)))
-        rows: list[dict[str, Tensor]] = []
-        outputs: list[Tensor] = []
-        for i, block in enumerate(blocks1):
-            one = captured(block)
-            outputs.append(one.outputs)
-            row = []
-            for k, other in enumerate(blocks2[: i + 1] if x2 is None else blocks2):
-                two = one if x2 is None and k == i else captured(other)
-                row.append(_cell(network, one, two, rich, work_dtype(one.outputs.dtype, precision)))
-            rows.append({name: torch.cat([cell[name] for cell in row], _COLUMNS[rich]) for name in row[0]})
-        theta = {name: _assemble([row[name] for row in rows], rich, x2 is None) for name in rows[0]}
-        total = torch.stack(list(theta.values())).sum(0)
+        with quiet():
+            run = _Run(network, state, rich, precision, self.recipe(network, x1, state))
+            chunk = chunk_size or batch_size(inputs_of(x1))
+            blocks1 = blocks(x1, chunk)
+            blocks2 = None if x2 is None else blocks(x2, chunk_size or batch_size(inputs_of(x2)))
+            theta = run.kernels(blocks1, blocks2)
+        total = _total(theta)
         kept = {} if layers is None else {name: reduce(t, rich, layers) for name, t in theta.items()}
-        floor = noise_floor(outputs[0].dtype, precision, max(p.numel() for p in network.parameters.values()))
-        return Kernel(reduce(total, rich, reduction), kept, torch.cat(outputs), reduction, self.name, precision, floor)
+        outputs = torch.cat([run.outputs[i] for i in range(len(blocks1))])
+        floor = noise_floor(outputs.dtype, precision, max(p.numel() for p in network.parameters.values()))
+        return Kernel(reduce(total, rich, reduction), kept, outputs, reduction, self.name, precision, floor)
 
     def recipe(self, network: Network, x: Any, state: Mapping[str, Tensor] | None) -> Separation | None:
-        """The layouts of this network's gradients, read once from a few probes."""
+        """Where this network's examples come apart, read once from a few probes."""
         if network not in self._recipes:
-            with math_attention():
-                self._recipes[network] = separate_few(network, x, state)
+            self._recipes[network] = separate_few(network, x, state)
         return self._recipes[network]
 
 
-def _cell(
-    network: Network, one: Captured, two: Captured, reduction: Reduction, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """One block of each parameter's kernel; zero where the outputs do not depend on the parameter."""
-    found: dict[str, Tensor] = {}
-    contract = Contractor(reduction, dtype)
-    for name in network.parameters:
-        a: Factor | None = one.factors.get(name)
-        b: Factor | None = two.factors.get(name)
-        if a is None or b is None:
-            n, c = one.outputs.shape
-            shape = {"full": (n, c, len(two.outputs), c), "blocks": (c, n, len(two.outputs))}.get(reduction)
-            found[name] = torch.zeros(shape or (n, len(two.outputs)), dtype=dtype, device=one.outputs.device)
-        else:
-            k = contract(a, b)
-            found[name] = k / one.outputs.shape[1] if reduction == "sum" else k
-    return found
+def _total(theta: Mapping[str, Tensor]) -> Tensor:
+    parts = list(theta.values())
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+class _Run:
+    """One kernel: the same network, state and reduction over all blocks."""
+
+    def __init__(
+        self,
+        network: Network,
+        state: Mapping[str, Tensor] | None,
+        reduction: Reduction,
+        precision: Precision,
+        recipe: Separation | None,
+    ) -> None:
+        self.network, self.state, self.reduction = network, state, reduction
+        self.precision, self.recipe = precision, recipe
+        self.outputs: dict[int, Tensor] = {}
+
+    def kernels(self, blocks1: list[Any], blocks2: list[Any] | None) -> dict[str, Tensor]:
+        """{parameter: kernel} over all blocks."""
+        sizes1 = [batch_size(inputs_of(b)) for b in blocks1]
+        sizes2 = None if blocks2 is None else [batch_size(inputs_of(b)) for b in blocks2]
+        others = blocks1 if blocks2 is None else blocks2
+
+        def cell(i: int, j: int) -> dict[str, Tensor]:
+            one = self._capture(blocks1[i])
+            self.outputs[i] = one.outputs
+            two = one if blocks2 is None and i == j else self._capture(others[j])
+            return self._contract(one, two)
+
+        return assemble(sizes1, sizes2, cell, self.reduction)
+
+    def _capture(self, block: Any) -> Capture:
+        return Capture(self.network, block, self.state, summed=self.reduction == "sum", recipe=self.recipe)
+
+    def _contract(self, one: Capture, two: Capture) -> dict[str, Tensor]:
+        """One block of each parameter's kernel; zero where the outputs do not depend on the parameter."""
+        contract = Contractor(self.reduction, work_dtype(one.outputs.dtype, self.precision))
+        n, c = one.outputs.shape
+        m = len(two.outputs)
+        shape = {"full": (n, c, m, c), "blocks": (c, n, m)}.get(self.reduction, (n, m))
+        found: dict[str, Tensor] = {}
+        for a, b in _pairs(one, two):
+            k = contract(a.factor, b.factor)
+            found[a.name] = k / c if self.reduction == "sum" else k
+        zeros = torch.zeros(shape, dtype=contract.dtype, device=one.outputs.device)
+        return {name: found.get(name, zeros) for name in self.network.parameters}
+
+
+def _pairs(one: Capture, two: Capture) -> Any:
+    """The factors of two captures, parameter by parameter; one at a time where both give them in one order."""
+    if one is two:
+        for found in one:
+            yield found, found
+        return
+    waiting: tuple[dict[str, Found], dict[str, Found]] = ({}, {})
+    streams = (iter(one), iter(two))
+    live = [True, True]
+    while any(live):
+        for side in (0, 1):
+            found = next(streams[side], None)
+            if found is None:
+                live[side] = False
+                continue
+            other = waiting[1 - side].pop(found.name, None)
+            if other is None:
+                waiting[side][found.name] = found
+            else:
+                yield (found, other) if side == 0 else (other, found)

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 from models import MODELS
 
-from ntkwatch.engines.capture import _rearranges, edges
-from ntkwatch.engines.graph import walk
+from ntkwatch.engines.graph import edges, rearranges, walk
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import Network
@@ -50,7 +49,7 @@ def floor(module: nn.Module, x: Tensor) -> None:
     f = module(x)
     graph = walk(f, parameters)
     above = {n: None for leaf in graph.leaves.values() for n, _ in graph.consumers[leaf]}
-    above = {n: None for m in above for n in ([c for c, _ in graph.consumers[m]] if _rearranges(m) else [m])}
+    above = {n: None for m in above for n in ([c for c, _ in graph.consumers[m]] if rearranges(m) else [m])}
     wanted = edges(graph, list(above))
     for c in range(f.shape[1]):
         torch.autograd.grad([f[:, c].sum()], wanted, retain_graph=True)
