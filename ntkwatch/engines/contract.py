@@ -13,7 +13,7 @@ from ntkwatch.engines.factors import Dense, Factor, Outer, Rows, aligned
 
 # Measured on one CPU core by tests/bench: operations per second of matrix products, and bytes per second of traffic. Only
 # their ratios decide, and they are the same on two cores.
-FLOPS = {torch.float32: 9e10, torch.float64: 4.5e10}
+FLOPS = {torch.float32: 9e10, torch.float64: 4.5e10, torch.bfloat16: 9e10, torch.float16: 9e10}  # halves: as float32
 BANDWIDTH = 6e9
 _SLAB = 1 << 19  # entries of a slab of J: it is cast and multiplied while it is still in cache
 _PAIRS = 1 << 23  # entries of a block of pairs of positions
