@@ -14,22 +14,13 @@ from torch import Tensor
 from ntkwatch import probes as probing
 from ntkwatch.diagnostics import select
 from ntkwatch.distributed import Ranks, sharded
-from ntkwatch.monitor import ENGINES, REDUCTIONS, Monitor, check_choice
-from ntkwatch.probes import ProbeSet
+from ntkwatch.monitor import ENGINES, REDUCTIONS, check_choice
+from ntkwatch.opening import Opening, Settings
 from ntkwatch.record import Measurement, RecordError, load_run
 from ntkwatch.schedule import Schedule
-from ntkwatch.session import Session, stored_probes
-from ntkwatch.sinks import Sinks, publish
-from ntkwatch.trainer import (
-    as_in_training,
-    hyperparameters,
-    log,
-    probe_loader,
-    record_folder,
-    show_columns,
-    true_precision,
-    warn,
-)
+from ntkwatch.session import Session
+from ntkwatch.sinks import publish
+from ntkwatch.trainer import log, show_columns, true_precision, warn
 from ntkwatch.words import summarise
 
 if TYPE_CHECKING or "lightning.pytorch" not in sys.modules:
@@ -38,7 +29,6 @@ else:  # the import name that the run already uses: a second copy of the package
     from lightning.pytorch import Callback
 
 PATIENCE = 3  # failures in a row before probing is switched off
-TRIAL = 4  # probes under fast_dev_run
 COLUMNS = {"ntk_angle": "kernel_angle", "ntk_rho": "taylor_ratio"}  # of the progress bar
 
 
@@ -96,17 +86,18 @@ class NTKWatch(Callback):
         check_choice("engine", engine, ENGINES)
         check_choice("on_error", on_error, ("warn", "raise"))
         select(diagnostics)
-        self._wanted = probing.resolve(probes)
-        if resample and self._wanted.data is not None:
+        wanted = probing.resolve(probes)
+        if resample and wanted.data is not None:
             raise ValueError("resample=True draws fresh probes each time: pass a number, 'val' or 'train' as probes=")
-        self._monitor_args: dict[str, Any] = {
+        monitor = {
             "outputs": outputs, "loss": loss, "reduction": reduction, "engine": engine,
             "diagnostics": diagnostics, "seed": seed,
         }  # fmt: skip
-        self._targets, self._seed, self._resample = targets, seed, resample
-        self._explicit = self._wanted.data is not None or outputs is not None or targets is not None
-        self._every, self._budget, self._save_kernels = every, budget, save_kernels
-        self._on_error, self._loggers, self._hparams = on_error, loggers, dict(hparams or {})
+        self._settings = Settings(
+            wanted, targets, every, budget, resample, save_kernels, loggers, dict(hparams or {}), seed, monitor
+        )
+        self._explicit = wanted.data is not None or outputs is not None or targets is not None
+        self._on_error = on_error
         self._start_clocks()
         self.record: Path | None = None
         self.last: Measurement | None = None
@@ -122,13 +113,13 @@ class NTKWatch(Callback):
         self._probed_at: int | None = None
         self._carried: dict[str, Any] = {}
         self._values: dict[str, float] = {}  # the newest defined ones, on every rank
-        self._begun = self._trial = False
+        self._begun = self._continued = self._trial = False
         self._hide_columns: Callable[[], None] | None = None
 
     def _start_clocks(self) -> None:
-        self.schedule = Schedule(self._every, self._budget)
+        self.schedule = Schedule(self._settings.every, self._settings.budget)
         # Every rank walks the whole grid; whether the budget lets a step fire is rank 0's to say.
-        self._grid = Schedule(self._every, None)
+        self._grid = Schedule(self._settings.every, None)
 
     # ── Lightning's hooks ─────────────────────────────────────────────────────────────────────────────────────────
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -159,17 +150,18 @@ class NTKWatch(Callback):
         for clock in (self.schedule, self._grid):
             clock.start()
         self._hide_columns = show_columns(trainer, self._columns)
-        self._together(trainer, "the look at model and probes", partial(self._prepare, trainer, pl_module), start=True)
+        self._together(trainer, "the look at model and probes", partial(self._open, trainer, pl_module), start=True)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """K_0, before the first training step; the first batch calibrates BatchNorm and gives streamed probes."""
-        if self._off is None and not self._begun:
-            self._begun = True
-            if self._restored is None:
-                self._grid.due(self._step)
-                self.schedule.due(self._step)
-            work = partial(self._begin, trainer, pl_module, batch)
-            self._together(trainer, "the baseline probe", work, start=True)
+        if self._off is not None or self._begun:
+            return
+        self._begun = True
+        self._together(trainer, "settling the baseline", partial(self._begin, trainer, pl_module, batch), start=True)
+        self._continued = self._ranks.broadcast(self._continued)
+        if self._off is None and not self._continued:
+            self._grid.due(self._step)
+            self._together(trainer, "the baseline probe", partial(self._baseline, trainer), start=True)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count optimizer-stepping batches; measure where the schedule says so."""
@@ -245,19 +237,29 @@ class NTKWatch(Callback):
                 **at,
             )
 
-    def _begin(self, trainer: Any, pl_module: Any, batch: Any) -> Measurement | None:
-        """Continue the earlier record, or start one with the baseline."""
+    def _opening(self, trainer: Any, pl_module: Any) -> Opening:
+        return Opening(self._settings, trainer, pl_module, trial=self._trial)
+
+    def _open(self, trainer: Any, pl_module: Any) -> None:
+        self._session = self._opening(trainer, pl_module).before_training()
+
+    def _begin(self, trainer: Any, pl_module: Any, batch: Any) -> None:
+        """What is done once: engine, BatchNorm's statistics, or the record of a resumed run."""
         if self._session is None:
-            stream = probing.from_stream([batch], self._count, source="train", targets=self._targets)
-            self._session = self._open(trainer, pl_module, self._as_before(stream), streamed=True)
+            self._session = self._opening(trainer, pl_module).from_stream(batch, (self._restored or {}).get("session"))
         with true_precision(trainer):
-            continued = self._continue(self._session)
-            if not continued:
+            self._continued = self._continue(self._session)
+            if not self._continued:
                 self._session.begin([trainer.precision_plugin.convert_input(batch)])
-        measurement = None if continued else self._measure(trainer)
-        self.record = self._session.folder
         for line in self._session.introduction():
             log.info(f"NTKWatch: {line}")
+        self.record = self._session.folder if self._continued else None
+
+    def _baseline(self, trainer: Any) -> Measurement:
+        assert self._session is not None
+        self.schedule.due(self._step)
+        measurement = self._measure(trainer)
+        self.record = self._session.folder
         return measurement
 
     def _continue(self, session: Session) -> bool:
@@ -269,10 +271,6 @@ class NTKWatch(Callback):
             warn(f"the earlier record cannot be continued ({error}); a new one starts at step {self._step}")
             return False
         return True
-
-    def _as_before(self, stream: ProbeSet) -> ProbeSet:
-        """The rows that the record of a resumed run was started on: a stream does not give them twice."""
-        return stream if self._restored is None else stored_probes(self._restored["session"], stream, self._targets)
 
     def _together(self, trainer: Any, what: str, work: Callable[[], Measurement | None], start: bool = False) -> None:
         """Rank 0 works, every rank learns how it went: the same values, the same error, the same switch-off."""
@@ -320,48 +318,3 @@ class NTKWatch(Callback):
     def _columns(self) -> dict[str, float | None]:
         metrics = self.last.metrics if self.last is not None else {}
         return {column: metrics.get(name) for column, name in COLUMNS.items()}
-
-    # ── before the first probe ────────────────────────────────────────────────────────────────────────────────────
-    @property
-    def _count(self) -> int:
-        return min(self._wanted.n, TRIAL) if self._trial else self._wanted.n
-
-    def _prepare(self, trainer: Any, pl_module: Any) -> None:
-        """Rank 0: the session, where the probes can be had before the first batch."""
-        probes = self._choose(trainer, self._seed)
-        if probes is not None:
-            self._session = self._open(trainer, pl_module, probes)
-
-    def _choose(self, trainer: Any, seed: int) -> ProbeSet | None:
-        if self._wanted.data is not None:
-            return probing.given(self._wanted.data, self._targets)
-        source, loader = probe_loader(trainer, self._wanted.split)
-        if probing.is_streaming(loader):
-            return None
-        return probing.choose(loader, self._count, seed=seed, source=source, targets=self._targets)
-
-    def _open(self, trainer: Any, pl_module: Any, probes: ProbeSet, streamed: bool = False) -> Session:
-        loggers = trainer.loggers if self._loggers is None else self._loggers
-        monitor = Monitor(
-            pl_module, as_in_training(trainer, probes, self._seed), hparams=hyperparameters(trainer, self._hparams),
-            **self._monitor_args,
-        )  # fmt: skip
-        return Session(
-            monitor,
-            None if self._trial else record_folder(trainer),
-            Sinks([] if self._trial else loggers, warn),
-            save_kernels=self._save_kernels,
-            save_probes=probes if streamed else None,
-            fresh=partial(self._fresh, trainer, pl_module) if self._resample else None,
-            extra={
-                "optimizer": [type(optimizer).__name__ for optimizer in trainer.optimizers],
-                "every": self._every if isinstance(self._every, (str, int)) else repr(self._every),
-                "budget": self._budget,
-            },
-        )
-
-    def _fresh(self, trainer: Any, pl_module: Any, step: int) -> ProbeSet:
-        probes = self._choose(trainer, self._seed + 1_000_003 * (step + 1))
-        if probes is None:
-            raise ValueError("resample=True needs a dataset that can be indexed; this loader only streams")
-        return as_in_training(trainer, probes, self._seed)

@@ -72,7 +72,7 @@ def train(width: int, seed: int, root: Path, steps: int) -> NTKWatch:
     """One watched run; returns its callback."""
     pl.seed_everything(seed, verbose=False)
     training, validation = digits()
-    watch = NTKWatch()
+    watch = NTKWatch(hparams={"seed": seed})
     trainer = pl.Trainer(
         max_steps=steps, logger=TensorBoardLogger(root, name=f"width{width}", version=f"seed{seed}"), callbacks=[watch],
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,10 @@ class Session:
         return [line for line in lines if line is not None]
 
     def finish(self) -> None:
-        """Flush and close what was opened."""
+        """Leave everything on disk, and say in the record that the run is over."""
         self.sinks.finish()
+        if self._writer is not None:
+            self._writer.update_manifest(finished=datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     # ── resume ────────────────────────────────────────────────────────────────────────────────────────────────────
     def state(self) -> dict[str, Any]:
@@ -131,6 +134,7 @@ class Session:
         baseline = Baseline.from_tensors(manifest["baseline_step"], tensors)
         previous = self._previous(state, folder)
         self._writer = RecordWriter.resume(folder, step)
+        self._writer.update_manifest(finished=None)
         self.monitor.restore(baseline, previous)
         self.folder = folder
         history = {earlier: run.eigenvalues(earlier) for earlier in run.steps if earlier <= step}

@@ -154,8 +154,11 @@ def test_an_empty_loader_harms_nobody(tmp_path: Path) -> None:
 
 
 class Stream(IterableDataset):
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
     def __iter__(self) -> Any:
-        return iter(rows(48))
+        return iter(rows(48, self.seed))
 
 
 def test_an_iterable_dataset_gives_its_first_rows(tmp_path: Path) -> None:
@@ -227,6 +230,34 @@ def test_resume_continues_the_same_record(tmp_path: Path) -> None:
     assert one.steps == other.steps == [0, 3, 6, 9, 12]
     columns = [c for c in one.metrics.columns if c != "overhead"]
     pd.testing.assert_frame_equal(one.metrics[columns], other.metrics[columns], check_exact=True)
+
+
+def test_a_resumed_stream_is_watched_on_the_rows_it_started_with(tmp_path: Path) -> None:
+    """The stream goes on elsewhere after a resume; the record keeps the rows that it began with."""
+    settings: dict[str, Any] = {"probes": 12, "budget": None, "every": 1}
+    half = NTKWatch(**settings)
+    run = trainer(tmp_path / "half", half, max_steps=2)
+    run.fit(Classifier(), DataLoader(Stream(), 16))
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    rest = NTKWatch(**settings)
+    run = trainer(tmp_path / "rest", rest, max_steps=4)
+    run.fit(Classifier(), DataLoader(Stream(seed=7), 16), ckpt_path=tmp_path / "half.ckpt")
+    assert rest.record == half.record
+    assert steps(rest) == [0, 1, 2, 3, 4]
+
+
+def test_a_lost_record_is_said_and_a_new_one_started(tmp_path: Path) -> None:
+    import shutil
+
+    half = NTKWatch(probes=12, budget=None, every=1)
+    run = trainer(tmp_path / "half", half, max_steps=2)
+    run.fit(Classifier(), *loaders())
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    shutil.rmtree(half.record)
+    rest = NTKWatch(probes=12, budget=None, every=1)
+    with pytest.warns(UserWarning, match="cannot be continued.*a new one starts at step 2"):
+        trainer(tmp_path / "rest", rest, max_steps=4).fit(Classifier(), *loaders(), ckpt_path=tmp_path / "half.ckpt")
+    assert steps(rest) == [2, 3, 4]
 
 
 # ── trouble ───────────────────────────────────────────────────────────────────────────────────────────────────────────

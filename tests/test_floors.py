@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "ntkwatch"
 FLOORS = {
-    4: {"callback", "trainer", "cli", "demo"},
+    4: {"callback", "opening", "trainer", "cli", "demo"},
     3: {"session", "monitor", "manifest", "baseline", "diagnostics"},
     2: {"engines"},
     1: {"model", "guard", "probes", "sinks", "compare", "report", "words"},

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import subprocess
@@ -208,12 +209,15 @@ def seconds_theirs(name: str) -> tuple[float, float]:
 
 def seconds_ours(name: str) -> tuple[float, float]:
     """Wall and CPU seconds on one thread."""
+    return _timed(*speed_cases()[name])
+
+
+def _timed(shape: tuple[int, ...], layers: list) -> tuple[float, float]:
     import numpy as np
     import torch
 
     from ntkwatch import infinite
 
-    shape, layers = speed_cases()[name]
     x = torch.as_tensor(np.random.RandomState(0).randn(*shape))
     x = x.movedim(-1, 1) if x.ndim == 4 else x
     torch.set_num_threads(1)
@@ -273,7 +277,25 @@ def speed(python: str, rounds: int = 3) -> None:
         pairs = [(seconds_ours(name), ask(python, {"speed": name})) for _ in range(rounds)]
         for i, kind in enumerate(("wall", "CPU")):
             mine, other = (min(p[j][i] for p in pairs) for j in (0, 1))
-            print(f"{name}: {kind} seconds, ours on one thread {mine:.2f}, neural-tangents {other:.2f}: {other / mine:.1f}x")
+            print(f"{name}: {kind} s, one thread of ours {mine:.2f}, neural-tangents {other:.2f}: {other / mine:.1f}x")
+
+
+def growth() -> None:
+    """Exponents of our CPU seconds, which the layout of the computation predicts."""
+    block = [["conv", [3, 3], [1, 1], "same", 1.4, 0.1], ["relu"]] * 4
+    layer = [["dense", 1.4, 0.1], ["relu"]]
+    pool, flat = [*block, ["globalavgpool"], ["dense", 1.0, 0.0]], [*block, ["flatten"], ["dense", 1.0, 0.0]]
+    cases: list[tuple[str, int, list[tuple[int, tuple[int, ...], list]]]] = [
+        ("dense, rows", 2, [(n, (n, 64), [*layer * 5, ["dense", 1.0, 0.0]]) for n in (1000, 2000, 4000)]),
+        ("dense, depth", 1, [(d, (1500, 64), [*layer * d, ["dense", 1.0, 0.0]]) for d in (5, 10, 20)]),
+        ("pooling, positions", 2, [(s * s, (24, s, s, 1), pool) for s in (6, 8, 12)]),
+        ("pooling, rows", 2, [(n, (n, 8, 8, 1), pool) for n in (16, 32, 64)]),
+        ("flatten, positions", 1, [(s * s, (160, s, s, 1), flat) for s in (8, 12, 16)]),
+    ]
+    for name, expected, points in cases:
+        seconds = [min(_timed(shape, layers)[1] for _ in range(3)) for _, shape, layers in points]
+        slope = math.log(seconds[-1] / seconds[0]) / math.log(points[-1][0] / points[0][0])
+        print(f"growth with {name}: exponent {slope:.2f} (expected {expected})")
 
 
 def main() -> int:
@@ -290,6 +312,7 @@ def main() -> int:
     worst = compare(python, args.freeze)
     if args.speed:
         speed(python)
+        growth()
     return 0 if worst <= 1e-6 else 1
 
 

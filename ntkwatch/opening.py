@@ -1,0 +1,95 @@
+"""Opening a session: from a Trainer and the user's settings to probes, monitor, record and sinks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ntkwatch import probes as probing
+from ntkwatch.monitor import Monitor
+from ntkwatch.probes import ProbeSet
+from ntkwatch.session import Session, stored_probes
+from ntkwatch.sinks import Sinks
+from ntkwatch.trainer import as_in_training, hyperparameters, probe_loader, record_folder, warn
+
+TRIAL = 4  # probes under fast_dev_run
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user passed to `NTKWatch`, checked; `monitor` holds what goes to the Monitor as it is."""
+
+    wanted: probing.Wanted
+    targets: Tensor | Callable[[Any], Tensor] | None
+    every: str | int | Sequence[int] | Callable[[int], bool]
+    budget: float | None
+    resample: bool
+    save_kernels: bool
+    loggers: Sequence[Any] | None
+    hparams: Mapping[str, Any]
+    seed: int
+    monitor: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """One fit, about to be watched. trial: under `fast_dev_run`, few probes and nothing written."""
+
+    settings: Settings
+    trainer: Any
+    pl_module: Any
+    trial: bool
+
+    @property
+    def _n(self) -> int:
+        return min(self.settings.wanted.n, TRIAL) if self.trial else self.settings.wanted.n
+
+    def before_training(self) -> Session | None:
+        """The session, if the probes can be had already; None where the data only streams."""
+        probes = self._choose(self.settings.seed)
+        return self._open(probes) if probes is not None else None
+
+    def from_stream(self, batch: Any, state: Mapping[str, Any] | None) -> Session:
+        """The session on the first rows of the stream, or on the rows that the record of a resumed run keeps."""
+        targets = self.settings.targets
+        probes = probing.from_stream([batch], self._n, source="train", targets=targets)
+        return self._open(probes if state is None else stored_probes(state, probes, targets), streamed=True)
+
+    def _choose(self, seed: int) -> ProbeSet | None:
+        settings = self.settings
+        if settings.wanted.data is not None:
+            return probing.given(settings.wanted.data, settings.targets)
+        source, loader = probe_loader(self.trainer, settings.wanted.split)
+        if probing.is_streaming(loader):
+            return None
+        return probing.choose(loader, self._n, seed=seed, source=source, targets=settings.targets)
+
+    def _open(self, probes: ProbeSet, streamed: bool = False) -> Session:
+        settings, trainer = self.settings, self.trainer
+        hparams = hyperparameters(trainer, settings.hparams)
+        monitor = Monitor(
+            self.pl_module, as_in_training(trainer, probes, settings.seed), hparams=hparams, **settings.monitor
+        )
+        loggers = trainer.loggers if settings.loggers is None else settings.loggers
+        return Session(
+            monitor,
+            None if self.trial else record_folder(trainer),
+            Sinks([] if self.trial else loggers, warn),
+            save_kernels=settings.save_kernels,
+            save_probes=probes if streamed else None,
+            fresh=self._fresh if settings.resample else None,
+            extra={
+                "optimizer": [type(optimizer).__name__ for optimizer in trainer.optimizers],
+                "every": settings.every if isinstance(settings.every, (str, int)) else repr(settings.every),
+                "budget": settings.budget,
+            },
+        )
+
+    def _fresh(self, step: int) -> ProbeSet:
+        probes = self._choose(self.settings.seed + 1_000_003 * (step + 1))
+        if probes is None:
+            raise ValueError("resample=True needs a dataset that can be indexed; this loader only streams")
+        return as_in_training(self.trainer, probes, self.settings.seed)
