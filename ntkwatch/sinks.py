@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from ntkwatch.record import Measurement
 
 PATIENCE = 3  # failures in a row, after which a logger is left out: one that times out would cost its timeout each time
 GROWTH = 2  # before the last, pictures are drawn when the step has grown by this factor since the latest …
-SHARE = 0.01  # … and drawing takes no more than this share of wall time
+SHARE = 0.01  # … and drawing takes no more than this share of wall time; the kernel of the first step waits with them
 FIRST_PICTURES = 0.5  # seconds that they are expected to take, matplotlib's import included
 STEP_KEYS = ("trainer/global_step", "global_step")  # W&B's x axis under Lightning; the same under sync_tensorboard
 CHARTS = {  # title → metrics of one unit; what is not named here gets a chart of its own
@@ -41,14 +42,11 @@ CHARTS = {  # title → metrics of one unit; what is not named here gets a chart
 }
 
 
-class Logger(Protocol):
-    """All that is asked of a logger; ``save``, ``experiment`` and ``log_image`` are used where they are there."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+Picture = tuple[str, int, np.ndarray]  # tag, step, [height, width, 3] uint8
 
 
 class Sinks:
-    """All loggers of one run.
+    """All loggers of one run: anything with ``log_metrics(metrics, step)``; more is used where it is there.
 
     Call ``start`` once, ``write`` for each measurement, ``finish`` at the end. None of them raises because of a logger:
     ``warn`` gets one sentence for each logger that fails. ``values`` are for ``publish``.
@@ -62,6 +60,7 @@ class Sinks:
         self._outlets = [_Outlet(logger, warn) for logger in loggers if not _answers_anything(logger)]
         self._spectra: dict[int, Tensor] = {}
         self._drawn: int | None = None
+        self._first: tuple[Measurement, Tensor | None] | None = None
         self._newest: tuple[Measurement, Tensor | None] | None = None
         self._draws = True
         self.values: dict[str, float] = {}
@@ -77,6 +76,8 @@ class Sinks:
     def write(self, m: Measurement, labels: Tensor | None = None, last: bool = False) -> None:
         """Log one measurement; pictures now and then. ``labels``: the probes' raw targets, to sort the kernel by."""
         self._newest = (m, labels)
+        if not self._spectra:  # its picture waits until there is time for one: an early import of matplotlib would hurt
+            self._first = (replace(m, kernel=_trace(m.kernel), layers={}), labels)
         self._remember(m.step, m.eigenvalues)
         self.values |= m.as_flat()
         for outlet in self._outlets:
@@ -111,16 +112,22 @@ class Sinks:
             return
         started = self._clock()
         try:
-            pictures = _pictures(self._spectra, m, labels)
+            pictures = self._pictures(m, labels)
         except Exception as error:
             self._draws = False
-            self._warn(
-                f"the kernel's pictures could not be drawn ({_words(error)}): the values are logged without them."
-            )
+            self._warn(f"no pictures of the kernel could be drawn ({_words(error)}): the values are logged without.")
             return
         for outlet in takers:
-            outlet.attempt("take pictures", partial(outlet.pictures, m, pictures))
+            outlet.attempt("take pictures", partial(outlet.pictures, pictures))
         self._drawing += self._clock() - started
+
+    def _pictures(self, m: Measurement, labels: Tensor | None) -> list[Picture]:
+        """(tag, step, pixels), by ascending step, as TensorBoard wants them."""
+        pictures = [("ntk/kernel", m.step, _kernel(m, labels)), ("ntk/spectra", m.step, _spectra(self._spectra, m))]
+        first, self._first = self._first, None
+        if first is not None and first[0].step < m.step:
+            pictures.insert(0, ("ntk/kernel", first[0].step, _kernel(*first)))
+        return pictures
 
 
 def publish(values: Mapping[str, float], callback_metrics: MutableMapping[str, Any]) -> None:
@@ -184,12 +191,12 @@ class _Outlet:
             self._events(m)
         self.save()
 
-    def pictures(self, m: Measurement, pictures: Mapping[str, np.ndarray]) -> None:
-        for tag, pixels in pictures.items():
+    def pictures(self, pictures: Sequence[Picture]) -> None:
+        for tag, step, pixels in pictures:
             if self._writer is not None:
-                self._writer.add_image(self._tag(tag), pixels, m.step, dataformats="HWC")
+                self._writer.add_image(self._tag(tag), pixels, step, dataformats="HWC")
             else:
-                self._logger.log_image(tag, [pixels], step=m.step)
+                self._logger.log_image(tag, [pixels], step=step)
         self.save()
 
     def save(self) -> None:
@@ -264,12 +271,14 @@ def _about(manifest: Mapping[str, Any]) -> str:
     return "\n".join(["| ntkwatch | |", "|---|---|", *lines])
 
 
-def _pictures(spectra: Mapping[int, Tensor], m: Measurement, labels: Tensor | None) -> dict[str, np.ndarray]:
-    reduction = str(m.context.get("reduction", "trace"))
+def _spectra(spectra: Mapping[int, Tensor], m: Measurement) -> np.ndarray:
     floor = m.context.get("noise_floor")
-    spectrum = figures.spectra(spectra, noise_floor=float(floor) if isinstance(floor, int | float) else None)
-    kernel = figures.kernel_heatmap(_trace(m.kernel), _classes(labels), caption=f"step {m.step}, reduction {reduction}")
-    return {"ntk/spectra": figures.rgb(spectrum), "ntk/kernel": figures.rgb(kernel)}
+    return figures.rgb(figures.spectra(spectra, noise_floor=float(floor) if isinstance(floor, int | float) else None))
+
+
+def _kernel(m: Measurement, labels: Tensor | None) -> np.ndarray:
+    caption = f"step {m.step}, reduction {m.context.get('reduction', 'trace')}"
+    return figures.rgb(figures.kernel_heatmap(_trace(m.kernel), _classes(labels), caption=caption))
 
 
 def _trace(kernel: Tensor) -> Tensor:

@@ -109,13 +109,26 @@ def test_tensorboard_holds_every_number_at_its_step_before_the_run_ends(
     assert sum(map(len, curves.values())) > 50
 
 
+class Slow:
+    """A logger and a clock: every point takes 10 s."""
+
+    now = 0.0
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        self.now += 10
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def test_tensorboard_holds_pictures_histograms_a_layout_and_what_it_is_about(pl: ModuleType, tmp_path: Path) -> None:
     logger = pl.loggers.TensorBoardLogger(str(tmp_path))
-    feed([logger], clock=lambda: 0.0)
+    slow = Slow()
+    feed([logger, slow], clock=slow)
     found = events(logger.log_dir)
-    for tag in ("ntk/spectra", "ntk/kernel"):
+    for tag, steps in {"ntk/spectra": [2, 5, 13], "ntk/kernel": [0, 2, 5, 13]}.items():
         pictures = found.Images(tag)
-        assert [picture.step for picture in pictures] == [0, 1, 2, 5, 13], "whenever the step has doubled, and the last"
+        assert [picture.step for picture in pictures] == steps
         assert all(picture.encoded_image_string.startswith(b"\x89PNG") and picture.width > 500 for picture in pictures)
     for event, (step, m) in zip(found.Histograms("ntk/log10_eigenvalues"), MEASURED.items(), strict=True):
         logs = m.eigenvalues.log10()
@@ -192,9 +205,9 @@ def test_wandb_holds_every_number_at_its_step(pl: ModuleType, prefix: str, wandb
     assert curves == expected(front)
     axes = {r["metric"].get("glob_name"): r["metric"].get("step_metric") for r in records if r["type"] == "metric"}
     assert axes[f"{front}ntk/*"] == axes[f"{front}ntk_layers/*"] == "trainer/global_step"
-    for name in ("spectra", "kernel"):
+    for name, number in {"spectra": 1, "kernel": 2}.items():
         pictures = [p for p in tmp_path.rglob(f"*{name}_*.png") if p.read_bytes().startswith(b"\x89PNG")]
-        assert len(pictures) >= 2, name
+        assert len(pictures) == number, f"{name}: the last step's, and the kernel of the first"
 
 
 def test_wandb_that_syncs_tensorboard_gets_its_own_step(wandb: ModuleType, tmp_path: Path) -> None:
@@ -404,7 +417,8 @@ def test_a_logger_that_fails_is_named_once_and_the_others_get_everything(
     where: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8 places × 5 errors = 40 cells."""
-    monkeypatch.setattr(sinks, "_pictures", no_pictures)
+    monkeypatch.setattr(sinks, "_kernel", no_picture)
+    monkeypatch.setattr(sinks, "_spectra", no_picture)
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise ERRORS[error]()
@@ -470,10 +484,10 @@ def test_a_picture_that_cannot_be_drawn_is_no_loggers_fault(tmp_path: Path, monk
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise ImportError("no matplotlib")
 
-    monkeypatch.setattr("ntkwatch.figures.spectra", fail)
+    monkeypatch.setattr("ntkwatch.figures.kernel_heatmap", fail)
     logger = lightning_logger("TensorBoardLogger", tmp_path)
     (warning,) = feed_quietly([logger])
-    assert "pictures could not be drawn (ImportError: no matplotlib)" in warning
+    assert "no pictures of the kernel could be drawn (ImportError: no matplotlib)" in warning
     assert len(events(logger.log_dir).Scalars("ntk/kernel_angle")) == len(STEPS)
 
 
@@ -502,8 +516,8 @@ def test_other_ranks_write_no_file(pl: ModuleType, tmp_path: Path, monkeypatch: 
 
 
 # ── pictures now and then ─────────────────────────────────────────────────────────────────────────────────────────────
-def no_pictures(*args: Any) -> dict[str, np.ndarray]:
-    return {"ntk/kernel": np.zeros((2, 2, 3), np.uint8)}
+def no_picture(*args: Any) -> np.ndarray:
+    return np.zeros((2, 2, 3), np.uint8)
 
 
 class Gallery:
@@ -519,6 +533,7 @@ class Gallery:
     def add_text(self, *args: Any) -> None: ...
 
     def add_image(self, tag: str, pixels: np.ndarray, step: int, dataformats: str) -> None:
+        assert step >= max(self.drawn, default=0), "TensorBoard drops what comes after a larger step"
         assert (pixels.dtype, pixels.ndim, dataformats) == (np.uint8, 3, "HWC")
         if tag == "ntk/kernel":
             self.drawn.append(step)
@@ -529,15 +544,17 @@ class Gallery:
     ("pace", "cost", "last", "drawn"),
     [
         (100.0, 0.2, True, [0, 1, 2, 4, 8, 16, 20]),  # slow steps: whenever the step has doubled
-        (0.001, 0.2, True, [0, 20]),  # a short run: the first and the last
-        (0.001, 0.0, False, [0, 1, 2, 4, 8, 16, 20]),  # nobody said which is the last: finish draws it
-        (3.0, 0.2, True, [0, 6, 13, 20]),  # one more as soon as that is within a percent of the time
+        (10.0, 0.2, True, [0, 4, 8, 16, 20]),  # the first kernel comes late, with the first that there is time for
+        (3.0, 0.2, True, [0, 16, 20]),
+        (0.001, 0.2, True, [0, 20]),  # a short run: the first and the last, at its end
+        (0.001, 0.0, False, [0, 20]),  # nobody said which is the last: finish draws it
     ],
 )
 def test_pictures_are_drawn_first_last_and_as_time_allows(
     pace: float, cost: float, last: bool, drawn: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sinks, "_pictures", no_pictures)
+    monkeypatch.setattr(sinks, "_kernel", no_picture)
+    monkeypatch.setattr(sinks, "_spectra", no_picture)
     clock = [0.0]
     gallery = Gallery(clock, cost)
     fed = Sinks([gallery], pytest.fail, clock=lambda: clock[0])
