@@ -253,6 +253,12 @@ def test_left_over_temporary_files_are_swept_on_resume(record: Path) -> None:
     assert not list(record.rglob(".*.tmp"))
 
 
+def test_files_have_the_permissions_of_any_other_file(record: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    wanted = (tmp_path / "plain").stat().st_mode
+    assert {path.stat().st_mode for path in record.rglob("*") if path.is_file()} == {wanted}
+
+
 # ── a line cut short, a disk that is full ─────────────────────────────────────────────────────────────────────────────
 def test_a_last_line_cut_at_any_byte_is_passed_over_and_then_mended(record: Path) -> None:
     index = record / "metrics.jsonl"
@@ -565,6 +571,10 @@ def test_runs_are_found_in_the_order_given_each_once_numbers_as_numbers(record: 
     folders = [tmp_path / f"version_{number}" / "ntkwatch" for number in (0, 1, 2, 10)]
     assert find_runs([tmp_path]) == folders
     assert find_runs([tmp_path / "version_2", tmp_path]) == [folders[2], folders[0], folders[1], folders[3]]
+    for number in (7, 8):  # where a logger has no folder of its own: <save_dir>/ntkwatch/<id>/
+        shutil.copytree(record, tmp_path / "wandb" / "ntkwatch" / f"id{number}")
+    assert [folder.name for folder in find_runs([tmp_path / "wandb"])] == ["id7", "id8"]
+    shutil.rmtree(tmp_path / "wandb")
     with pytest.raises(RecordError, match=r"holds 4 records .*, …\); pass one of them"):
         load_run(tmp_path)
 
