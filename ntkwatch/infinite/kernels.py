@@ -13,7 +13,7 @@ from ntkwatch.infinite.field import Cross, Own, Saved, join, take
 from ntkwatch.infinite.layers import Layer, Positions, State
 from ntkwatch.infinite.windows import AvgPool, Conv
 
-BLOCK_ENTRIES = {"cpu": 2**16, "other": 2**25}  # kernel entries at work at a time: the cache, and the device's memory
+BLOCK_ENTRIES = {"cpu": 2**17, "other": 2**25}  # kernel entries at work at a time: the cache, and the device's memory
 
 
 @dataclass(frozen=True)
