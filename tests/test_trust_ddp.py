@@ -92,23 +92,20 @@ def test_the_callback_can_be_sent_to_a_spawned_process(every: Any) -> None:
     assert due[0] == due[1] != []
 
 
+def assert_ranks_differ(folder: Path) -> None:
+    """Were both ranks alike, a monitor that mixed them up would not show."""
+    ranks = [seen(folder / UNWATCHED, rank)[0] for rank in (0, 1)]
+    batches = [[m["batch and outputs"] for hook, m in rank.moments if hook == "on_train_batch_end"] for rank in ranks]
+    assert len(batches[0]) == len(batches[1]) > 0
+    assert set(batches[0]).isdisjoint(batches[1]), "the ranks must see different data"
+    weights = [{k: v for k, v in r.final.items() if k.startswith("weights/") and "norm" not in k} for r in ranks]
+    assert weights[0] == weights[1], "DDP keeps the weights of both ranks equal"
+
+
 def test_a_sample_of_ddp_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run([("ddp", "accumulation 3", WATCHERS[:2]), ("ddp_spawn", "plain", WATCHERS[:1])], tmp_path, capsys)
-
-
-def test_the_ranks_see_different_data(tmp_path: Path) -> None:
-    """Were both ranks alike, a monitor that mixed them up would not show."""
-    assert launch("ddp", "plain", tmp_path, []) is None
-    (first, _), (second, _) = seen(tmp_path / UNWATCHED, 0), seen(tmp_path / UNWATCHED, 1)
-    batches = [
-        [m["batch and outputs"] for hook, m in o.moments if hook == "on_train_batch_end"] for o in (first, second)
-    ]
-    assert len(batches[0]) == len(batches[1]) > 0
-    assert set(batches[0]).isdisjoint(batches[1])
-    weights = [
-        {k: v for k, v in o.final.items() if k.startswith("weights/") and "norm" not in k} for o in (first, second)
-    ]
-    assert weights[0] == weights[1], "DDP keeps the weights of both ranks equal"
+    assert_ranks_differ(tmp_path / "0")
+    assert_ranks_differ(tmp_path / "1")
 
 
 @pytest.mark.soak

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -30,8 +32,14 @@ def watch(watcher: str) -> tuple[Any, Any]:
     return callback, lambda: None if callback.last is not None and real_kernel(callback.last.kernel) else "no kernel"
 
 
-@pytest.mark.parametrize("watcher", WATCHERS)
-@pytest.mark.parametrize("job", EXOTICS, ids=lambda job: job.name)
+def every_pair() -> Iterator[Any]:
+    """Each job under each watcher; every second pair in the soak alone."""
+    for (i, job), (j, watcher) in itertools.product(enumerate(EXOTICS), enumerate(WATCHERS)):
+        marks = [pytest.mark.soak] if (i + j) % 2 else []
+        yield pytest.param(job, watcher, id=f"{job.name}-{watcher}", marks=marks)
+
+
+@pytest.mark.parametrize(("job", "watcher"), every_pair())
 def test_training_is_unchanged(job: Job, watcher: str) -> None:
     if (job.name, watcher) == ("iterable dataset", "NTKWatch, resampling"):
         pytest.skip("refused at on_train_start: a stream has no fresh probes to draw")
