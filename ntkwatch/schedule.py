@@ -200,6 +200,8 @@ def _grid(every: Every) -> _Grid:
     if callable(every):
         wanted = every
         return _Grid(lambda a, b: _ALWAYS if any(wanted(step) for step in range(a + 1, b + 1)) else None)
+    if isinstance(every, Iterator):
+        raise ValueError(f"every={every!r} can be read only once: use list(...) of it")
     if isinstance(every, Iterable):
         return _listed(sorted({_step(step, every, 0) for step in every}))
     n = _step(every, every, 1)

@@ -919,6 +919,34 @@ def test_fsdp_keeps_what_it_manages(tmp_path: Any) -> None:
         assert run(mesh, True) == run(mesh, False)
 
 
+def test_the_older_fsdp_keeps_its_attributes() -> None:
+    """It writes its state into the attributes of modules; of these only the mode is touched and put back."""
+
+    class FullyShardedDataParallel(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module, self.state, self.handles = module, "idle", [1]
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.state, self.started = "ready", True
+            self.handles.append(2)
+            return self.module(x)
+
+    net = FullyShardedDataParallel(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
+    net.module[1].eval()
+    net._compiled_call_impl = compiled = net._call_impl
+    before = bits(net.module[1].running_mean)
+    with leave_no_trace(net):
+        assert not net.training
+        net.module[1].train()
+        net(X)
+    assert (net.state, net.started, net.handles) == ("ready", True, [1, 2])
+    assert net.training
+    assert not net.module[1].training
+    assert net._compiled_call_impl == compiled
+    assert bits(net.module[1].running_mean) == before
+
+
 # ── cost ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import re
@@ -326,6 +327,7 @@ BAD = {
     "None": (None, 0.02, "every=None"),
     "a list of floats": ([1, 2.5], 0.02, "2.5 is no step"),
     "a negative step": ([1, -2], 0.02, "-2 is no step"),
+    "an endless iterator": (itertools.count(), 0.02, "every=count(0) can be read only once"),
     "a dict of words": ({"a": 1}, 0.02, "'a' is no step"),
     "budget in per cent": ("log", 2, "budget=2"),
     "negative budget": ("log", -0.1, "budget=-0.1"),

@@ -99,8 +99,8 @@ class Modules:
             self.todo.append(value)
         elif is_box(value) or isinstance(value, tuple):
             self._box(value, depth)
-        elif (isinstance(value, SimpleNamespace) or is_dataclass(value)) and hasattr(value, "__dict__"):
-            self._box(vars(value), depth)
+        elif isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
+            self._box(getattr(value, "__dict__", {}), depth)
         elif (restore := stateful(value) or array(value)) is not None:
             self.undo.append(restore)
 
@@ -131,7 +131,7 @@ class Modules:
         undo.extend(bits(copied))
         if not self.sharded:
             undo.append(self.owned.restore)
-            _guard_leaves([leaf for leaf in self.leaves.values() if plain(leaf)], undo)
+            _guard_leaves([leaf for leaf in self.leaves.values() if leaf.is_leaf and plain(leaf)], undo)
         _guard_attributes(self.modules, undo, self.sharded, self.aloof)
 
 
@@ -189,7 +189,11 @@ def _guard_attributes(modules: list[nn.Module], undo: list[Undo], sharded: bool,
     saved = [(m, type(m), _users(m, aloof) if sharded else dict(vars(m))) for m in others]
     undo.append(partial(_restore_attributes, saved, sharded, aloof))
     for module in others:
-        _silence(module, sharded)
+        vars(module)["training"] = (
+            False  # not `.eval()`: users override it (frozen BatchNorm, LoRA that merges weights)
+        )
+        if not aloof:
+            _silence(module, sharded)
     for module in modules:
         if isinstance(module, torch.jit.ScriptModule):
             undo.append(partial(setattr, module, "training", module.training))
@@ -198,7 +202,6 @@ def _guard_attributes(modules: list[nn.Module], undo: list[Undo], sharded: bool,
 
 def _silence(module: nn.Module, sharded: bool) -> None:
     held = vars(module)
-    held["training"] = False  # not `.eval()`: users override it (frozen BatchNorm, LoRA layers that merge weights)
     if held.get("_compiled_call_impl") is not None:
         held["_compiled_call_impl"] = None
     if not sharded:  # emptied in place: whoever removes a hook meanwhile holds the same dict
