@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import trust_ddp
-from trust_ddp import DDP_JOBS, LAUNCHERS, UNWATCHED, WATCHERS
+from trust_ddp import DDP_JOBS, LAUNCHERS, NAIVE, UNWATCHED, WATCHERS
 from trust_harness import Tally
 from trust_observe import Observation
 
@@ -58,10 +58,16 @@ def compare(tally: Tally, name: str, folder: Path, watcher: str) -> None:
     tally.unrecorded += [f"{name}: {missing}"] if missing else []
 
 
+def assert_naive_is_caught(folder: Path) -> None:
+    for rank in (0, 1):
+        before, after = seen(folder / UNWATCHED, rank)[0], seen(folder / NAIVE, rank)[0]
+        assert before.reached_the_weights(after), f"{folder}: on rank {rank} a naive probe went unseen"
+
+
 def sweep(runs: Sequence[tuple[str, str, Sequence[str]]], folder: Path) -> Tally:
     tally = Tally()
     for i, (launcher, job, watchers) in enumerate(runs):
-        failure = launch(launcher, job, folder / str(i), watchers)
+        failure = launch(launcher, job, folder / str(i), [*watchers, NAIVE])
         for watcher in watchers:
             name = f"{launcher} × {job} × {watcher}"
             if failure is None:
@@ -104,8 +110,9 @@ def assert_ranks_differ(folder: Path) -> None:
 
 def test_a_sample_of_ddp_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run([("ddp", "accumulation 3", WATCHERS[:2]), ("ddp_spawn", "plain", WATCHERS[:1])], tmp_path, capsys)
-    assert_ranks_differ(tmp_path / "0")
-    assert_ranks_differ(tmp_path / "1")
+    for i in ("0", "1"):
+        assert_ranks_differ(tmp_path / i)
+        assert_naive_is_caught(tmp_path / i)
 
 
 @pytest.mark.soak

@@ -15,6 +15,7 @@ from typing import Any
 import pytorch_lightning as pl
 from trust_configs import QUIET, Job, task, with_workers
 from trust_harness import Driver, MonitorProbe, final_state, quieten, real_kernel, seed_all
+from trust_mutants import backward
 from trust_observe import Closing, Observation, Opening
 
 DDP_JOBS = [
@@ -25,6 +26,7 @@ DDP_JOBS = [
 ]
 LAUNCHERS = ["ddp", "ddp_spawn"]
 UNWATCHED = "unwatched"
+NAIVE = "naive"  # a probe that leaves its gradients: the harness must see it on both ranks
 WATCHERS = ["NTKWatch", "on_train_batch_start", "on_after_backward"]
 
 
@@ -44,9 +46,9 @@ class Report(pl.Callback):
 
 def why_missing(watcher: Any, rank: int) -> str | None:
     """Why this rank counts as not recorded: every rank's Monitor must measure, NTKWatch writes on rank 0 alone."""
-    if isinstance(watcher, Driver):
+    if isinstance(watcher, Driver) and isinstance(watcher.measure, MonitorProbe):
         return watcher.measure.missing()
-    if watcher is None or rank != 0:
+    if rank != 0 or watcher is None or isinstance(watcher, Driver):
         return None
     from ntkwatch import load_run
 
@@ -61,6 +63,8 @@ def watch(name: str) -> list[Any]:
     """The watching callbacks: none, NTKWatch, or a Monitor in the hook of that name."""
     if name == UNWATCHED:
         return []
+    if name == NAIVE:
+        return [Driver("on_after_backward", backward)]
     if name == "NTKWatch":
         from ntkwatch import NTKWatch
 
