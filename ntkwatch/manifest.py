@@ -7,8 +7,12 @@ import platform
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
+    from ntkwatch.engines.base import Kernel
     from ntkwatch.monitor import Monitor
+    from ntkwatch.probes import ProbeSet
 
 DISTRIBUTIONS = ("ntkwatch", "torch", "lightning", "pytorch-lightning")
 
@@ -41,6 +45,30 @@ def describe(monitor: Monitor) -> dict[str, Any]:
         "diagnostics": list(monitor.diagnostics),
         "baseline": monitor.calibration,
     }
+
+
+def context(
+    monitor: Monitor, kernel: Kernel, floor: float | None, probes: ProbeSet | None
+) -> dict[str, str | int | float | bool | None]:
+    """What one measurement's numbers are numbers of."""
+    return {
+        "reduction": kernel.reduction,
+        "engine": kernel.engine,
+        "mode": "eval",
+        "precision": kernel.precision,
+        "dtype": str(kernel.outputs.dtype).removeprefix("torch."),
+        "noise_floor": floor,
+        "probe_hash": (probes or monitor.probes).hash,
+        "statistics": "none" if not monitor.statistics else "calibrated" if monitor.calibration else "baseline",
+    }
+
+
+def not_finite(monitor: Monitor, kernel: Kernel) -> tuple[dict[str, float | None], dict[str, str]]:
+    """(values, reasons) of a probe whose kernel is not finite: nothing is defined, and why."""
+    bad = int((~torch.isfinite(kernel.outputs)).any(dim=1).sum())
+    what = f"the outputs are not finite on {bad} of {len(kernel.outputs)} probes" if bad else "its gradients overflow"
+    names = [name for name in monitor.diagnostics if not name.startswith("statistics_") or monitor.statistics]
+    return dict.fromkeys(names), dict.fromkeys(names, f"the kernel is not finite: {what}")
 
 
 def _versions() -> dict[str, str]:

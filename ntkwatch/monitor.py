@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ntkwatch import diagnostics as table
+from ntkwatch import metrics
 from ntkwatch.baseline import NO_THETA_0, Baseline, parameter_distances
-from ntkwatch.diagnostics import View, evaluate, layer_metrics, select
-from ntkwatch.engines import UnsupportedModel
+from ntkwatch.checks import ENGINES, REDUCTIONS, check_choice, count_outputs, to_measure
+from ntkwatch.derived import Derived, on_cpu
+from ntkwatch.diagnostics import View
 from ntkwatch.engines.auto import Choice, choose
-from ntkwatch.engines.base import Kernel, Reduction, reduce
+from ntkwatch.engines.base import Kernel, Reduction
 from ntkwatch.guard import leave_no_trace
-from ntkwatch.manifest import describe
+from ntkwatch.instruments import Instruments
+from ntkwatch.losses import LossAt, loss_of
+from ntkwatch.manifest import context, describe, not_finite
 from ntkwatch.model import (
     Network,
     batch_size,
@@ -27,12 +33,17 @@ from ntkwatch.model import (
     to_device,
     untracked_statistics,
 )
+from ntkwatch.optimizers import read_rule
 from ntkwatch.probes import ProbeSet, encode_targets
 from ntkwatch.record import Measurement, RecordWriter
 
-REDUCTIONS = ("trace", "blocks", "full", "sum")
-ENGINES = ("auto", "functional", "layerwise")
-FULL_LIMIT = 1e9  # bytes of one [nC, nC] float64 kernel
+__all__ = ["ENGINES", "REDUCTIONS", "Monitor", "check_choice"]
+
+
+class Forecast(Protocol):
+    """What a monitor asks of a `LinearForecast`: the linearised network's outputs [n, C] on a batch."""
+
+    def outputs(self, batch: Any) -> Tensor: ...
 
 
 class Monitor:
@@ -77,57 +88,30 @@ class Monitor:
     ) -> None:
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("engine", engine, ENGINES)
-        self.diagnostics = select(diagnostics)
-        self.model, self.loss, self.engine, self.seed = model, loss, engine, seed
+        self.diagnostics = table.select(diagnostics)
+        self.model, self.engine, self.seed = model, engine, seed
         self.reduction: Reduction = reduction  # type: ignore[assignment]  # checked above
         self.hparams = dict(hparams or {})
         self.network = Network(model, outputs)
         self.probes = _probe_set(probes, targets)
-        self.n_outputs = self._check_outputs()
+        self.n_outputs = count_outputs(self.network, self._batch(self.probes), len(self.probes), reduction)
+        self.loss = loss_of(self.network.module, loss)
+        self._measured, self._left_out = to_measure(
+            self.reduction, table.reduction(self.diagnostics), len(self.probes), self.n_outputs
+        )
         self.targets, self.targets_reason = encode_targets(self.probes.targets, self.n_outputs)
         self.choice: Choice | None = None
         self.baseline: Baseline | None = None
         self.calibration: str | None = None
-        self._statistics: dict[str, Tensor] = {}
+        self.statistics: dict[str, Tensor] = {}
         self.previous: tuple[int, Tensor] | None = None
+        self.path_length: float | None = 0.0  # Σ angle over successive probes; None where an earlier part is not known
+        self.forecast: Forecast | None = None
         self._folder = Path(record) if record is not None else None
         self._writer: RecordWriter | None = None
         self._clock: tuple[float, float] | None = None
 
     # ── the baseline ──────────────────────────────────────────────────────────────────────────────────────────────
-    def _check_outputs(self) -> int:
-        with leave_no_trace(self.model), torch.no_grad():
-            outputs = self._outputs_on_probes()
-        bad = int((~torch.isfinite(outputs)).any(dim=1).sum())
-        if bad:
-            raise ValueError(
-                f"the model's outputs are not finite on {bad} of {len(outputs)} probes: "
-                "look for NaN in the probe inputs or the weights"
-            )
-        n, n_outputs = outputs.shape
-        if n != len(self.probes):
-            raise UnsupportedModel(
-                f"the model gave {n} rows of outputs for {len(self.probes)} probes: pass outputs=, "
-                "a callable (model, batch) -> [n, C]"
-            )
-        if self.reduction == "full" and (n * n_outputs) ** 2 * 8 > FULL_LIMIT:
-            raise ValueError(
-                f"the full kernel of {n} probes x {n_outputs} outputs takes {(n * n_outputs) ** 2 * 8 / 1e9:.1f} GB "
-                "(limit 1 GB): use fewer probes or reduction='trace'"
-            )
-        return n_outputs
-
-    def _outputs_on_probes(self) -> Tensor:
-        try:
-            return self.network.outputs(self._batch(self.probes))
-        except UnsupportedModel:
-            raise
-        except Exception as error:
-            raise ValueError(
-                f"the model failed on the probes ({type(error).__name__}: {error}): "
-                "give probes= in the form of the loader's batches, or outputs=, a callable (model, batch) -> [n, C]"
-            ) from error
-
     def start(self, batches: Sequence[Any] = ()) -> None:
         """Choose the engine and settle the baseline's BatchNorm statistics; `measure` does it when nobody has.
 
@@ -137,21 +121,24 @@ class Monitor:
             batch = self._batch(self.probes)
             if untracked_statistics(self.model):
                 seen = [batch, *(to_device(other, self.network.device) for other in batches)]
-                self._statistics = calibrated_statistics(self.network, seen)
+                self.statistics = calibrated_statistics(self.network, seen)
                 rows = sum(batch_size(inputs_of(other)) for other in seen)
                 self.calibration = (
                     f"BatchNorm has tracked no batch yet: the baseline uses statistics calibrated on {rows} rows "
                     "(the probes and the first training batch)"
                 )
             else:
-                self._statistics = {k: v.detach().clone() for k, v in running_statistics(self.model).items()}
+                self.statistics = {k: v.detach().clone() for k, v in running_statistics(self.model).items()}
             self.choice = choose(self.network, batch, self.engine)
 
-    def restore(self, baseline: Baseline, previous: tuple[int, Tensor] | None) -> None:
-        """Continue an earlier run: its baseline and the last kernel it measured."""
+    def restore(
+        self, baseline: Baseline, previous: tuple[int, Tensor] | None, path_length: float | None = None
+    ) -> None:
+        """Continue an earlier run: its baseline, the last kernel it measured, and the path's length up to there."""
         with self._probe():
             self.choice = choose(self.network, self._batch(self.probes), self.engine)
-        self.baseline, self._statistics, self.previous = baseline, dict(baseline.statistics), previous
+        self.baseline, self.statistics, self.previous = baseline, dict(baseline.statistics), previous
+        self.path_length = path_length
 
     # ── a probe ───────────────────────────────────────────────────────────────────────────────────────────────────
     def measure(
@@ -172,16 +159,17 @@ class Monitor:
         if self.choice is None:
             self.start()
         with self._probe():
-            kernel, view = self._look(step, probes)
+            kernel, view = self._look(step, probes, optimizer)
             finite = bool(torch.isfinite(view.kernel).all())
             if self.baseline is None:
                 if not finite:
                     raise ValueError("the kernel at the baseline is not finite: look at the model's gradients")
-                self.baseline = Baseline.keep(step, self.network, view.kernel, dict(view.layers), self._statistics)
-            values, reasons = evaluate(self.diagnostics, view) if finite else self._not_finite(kernel)
-            by_layer = layer_metrics(view) if finite else {}
+                self.baseline = Baseline.keep(step, self.network, view.kernel, dict(view.layers), self.statistics)
+            values, reasons = table.evaluate(self.diagnostics, view) if finite else not_finite(self, kernel)
+            by_layer = table.layer_metrics(view, self.diagnostics) if finite else {}
         if probes is None and finite:
             self.previous = (step, view.kernel)
+            self.path_length = None if isinstance(view.path_length, str) else view.path_length
         measurement = Measurement(
             step=step,
             metrics=values,
@@ -194,54 +182,99 @@ class Monitor:
             global_step=global_step,
             epoch=epoch,
             outputs=kernel.outputs.detach().cpu(),
-            context=self._context(kernel, view.floor if finite else None, probes),
+            context=context(self, kernel, view.floor if finite else None, probes),
         )
         return self._with_overhead(measurement, began)
 
-    def _look(self, step: int, probes: ProbeSet | None) -> tuple[Kernel, View]:
+    def _look(self, step: int, probes: ProbeSet | None, optimizer: torch.optim.Optimizer | None) -> tuple[Kernel, View]:
         """One kernel now, and what it is compared with."""
         batch = self._batch(probes or self.probes)
-        kernel = self._kernel(batch, self._statistics or None)
-        value = _on_cpu(kernel.value)
-        layers = {name: _on_cpu(layer) for name, layer in kernel.layers.items()}
         base = self.baseline
+        rich = self._kernel(batch, self.statistics or None, self._measured)
+        derived = Derived(rich, self.reduction, self._left_out)
+        kernel = derived.own
+        value = on_cpu(kernel.value)
+        layers = {name: on_cpu(layer) for name, layer in kernel.layers.items()}
         start, start_layers = value, layers
         if base is not None and probes is None:
             start, start_layers = base.kernel, base.layers
         elif base is not None:
             start, start_layers = self._baseline_on(batch)
-        live = self._kernel(batch, None) if self._statistics else None
-        targets: Tensor | None = self.targets
-        reason = self.targets_reason
-        if probes is not None:
-            targets, reason = encode_targets(probes.targets, self.n_outputs)
+        live = self._kernel(batch, None) if self.statistics else None
+        previous = self._compared(probes)
         view = View(
             step=step,
             kernel=value,
             kernel_0=start,
-            trace=_trace(kernel),
+            trace=derived.trace,
             layers=layers,
             layers_0=start_layers,
             outputs=kernel.outputs.detach().cpu(),
             relative_floor=kernel.noise_floor,
-            previous=self._compared(probes),
-            targets=targets if targets is not None else (reason or "there are no targets"),
+            previous=previous,
+            targets=self._targets(probes),
             motion=base.motion(self.network, batch, kernel.outputs) if base else "no motion yet: this is the baseline",
             parameter_distances=parameter_distances(self.network, base),
-            statistics_kernel=_on_cpu(live.value) if live is not None else None,
+            statistics_kernel=on_cpu(live.value) if live is not None else None,
             statistics_outputs=live.outputs.detach().cpu() if live is not None else None,
             seed=self.seed,
+            theta=derived.full,
+            blocks=derived.blocks,
+            path_length=self._path(value, previous),
+            loss=self._loss_at(kernel.outputs, probes),
+            optimizer=read_rule(optimizer, self.network.parameters),
+            f_lazy=self._f_lazy(batch),
+            instruments=self._instruments(batch),
+            start_step=base.step if base is not None else step,
         )
         return kernel, view
+
+    def _targets(self, probes: ProbeSet | None) -> Tensor | str:
+        targets, reason = self.targets, self.targets_reason
+        if probes is not None:
+            targets, reason = encode_targets(probes.targets, self.n_outputs)
+        return targets if targets is not None else (reason or "there are no targets")
+
+    def _loss_at(self, outputs: Tensor, probes: ProbeSet | None) -> LossAt | str:
+        raw = (probes or self.probes).targets
+        if isinstance(self.loss, str):
+            return self.loss
+        return LossAt(self.loss, outputs.detach().double(), raw) if raw is not None else "the batch holds no targets"
+
+    def _path(self, value: Tensor, previous: tuple[int, Tensor] | str) -> float | str:
+        if isinstance(previous, str):
+            return 0.0 if self.baseline is None else previous
+        if self.path_length is None:
+            return "the path before this process was not followed"
+        angle = float(metrics.kernel_angle(value, previous[1]))
+        return self.path_length + angle if math.isfinite(angle) else "a kernel is zero or not finite"
+
+    def _f_lazy(self, batch: Any) -> Tensor | str:
+        if self.forecast is None:
+            return "the forecast needs every training batch: set monitor.forecast = LinearForecast(...) and step it"
+        return self.forecast.outputs(batch)
+
+    def _instruments(self, batch: Any) -> Instruments:
+        assert self.choice is not None
+        base = self.baseline
+
+        def start() -> Mapping[str, Tensor] | None:
+            if base is not None:
+                return base.state(self.network.device)
+            return {name: p.detach() for name, p in {**self.network.parameters, **self.statistics}.items()}
+
+        return Instruments(self.network, batch, self.choice.engine, self.statistics, start)
 
     def _compared(self, probes: ProbeSet | None) -> tuple[int, Tensor] | str:
         if probes is not None:
             return "resample=True: kernels on different inputs are not compared"
         return self.previous or "first probe: there is no earlier kernel to compare with"
 
-    def _kernel(self, batch: Any, state: Mapping[str, Tensor] | None) -> Kernel:
+    def _kernel(self, batch: Any, state: Mapping[str, Tensor] | None, reduction: Reduction | None = None) -> Kernel:
         assert self.choice is not None
-        return self.choice.engine.kernel(self.network, batch, reduction=self.reduction, layers="trace", state=state)
+        return self.choice.engine.kernel(
+            self.network, batch, reduction=reduction or self.reduction, layers="trace", state=state
+        )
 
     def _baseline_on(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.baseline is not None
@@ -249,15 +282,7 @@ class Monitor:
         if state is None:
             raise ValueError(f"fresh probes need θ_0, but {NO_THETA_0}: use resample=False")
         kernel = self._kernel(batch, state)
-        return _on_cpu(kernel.value), {name: _on_cpu(layer) for name, layer in kernel.layers.items()}
-
-    def _not_finite(self, kernel: Kernel) -> tuple[dict[str, float | None], dict[str, str]]:
-        bad = int((~torch.isfinite(kernel.outputs)).any(dim=1).sum())
-        what = (
-            f"the outputs are not finite on {bad} of {len(kernel.outputs)} probes" if bad else "its gradients overflow"
-        )
-        names = [name for name in self.diagnostics if not name.startswith("statistics_") or self._statistics]
-        return dict.fromkeys(names), dict.fromkeys(names, f"the kernel is not finite: {what}")
+        return on_cpu(kernel.value), {name: on_cpu(layer) for name, layer in kernel.layers.items()}
 
     # ── small things ──────────────────────────────────────────────────────────────────────────────────────────────
     @contextmanager
@@ -270,20 +295,6 @@ class Monitor:
 
     def _batch(self, probes: ProbeSet) -> Any:
         return to_device(probes.batch, self.network.device)
-
-    def _context(
-        self, kernel: Kernel, floor: float | None, probes: ProbeSet | None
-    ) -> dict[str, str | int | float | bool | None]:
-        return {
-            "reduction": kernel.reduction,
-            "engine": kernel.engine,
-            "mode": "eval",
-            "precision": kernel.precision,
-            "dtype": str(kernel.outputs.dtype).removeprefix("torch."),
-            "noise_floor": floor,
-            "probe_hash": (probes or self.probes).hash,
-            "statistics": "none" if not self._statistics else "calibrated" if self.calibration else "baseline",
-        }
 
     def _with_overhead(self, measurement: Measurement, began: float) -> Measurement:
         """Share of wall time spent in `measure` since its first call, and the record where one is kept."""
@@ -302,26 +313,9 @@ class Monitor:
         return describe(self)
 
 
-def check_choice(name: str, got: str, allowed: Sequence[str]) -> None:
-    """Raises ValueError naming the argument, what it got and what it takes."""
-    if got not in allowed:
-        raise ValueError(f"{name}={got!r} is unknown: use one of {', '.join(map(repr, allowed))}")
-
-
 def _probe_set(probes: Any, targets: Tensor | Callable[[Any], Tensor] | None) -> ProbeSet:
     if isinstance(probes, ProbeSet) and targets is None:
         return probes
     batch = probes.batch if isinstance(probes, ProbeSet) else probes
     given = targets(batch) if callable(targets) else targets
     return ProbeSet.from_batch(batch, targets=given)
-
-
-def _on_cpu(kernel: Tensor) -> Tensor:
-    return kernel.detach().double().cpu()
-
-
-def _trace(kernel: Kernel) -> Tensor:
-    """[n, n]: the trace reduction of the kernel, whatever was measured."""
-    if kernel.reduction == "sum":
-        return _on_cpu(torch.stack(list(kernel.layers.values())).sum(dim=0))
-    return _on_cpu(reduce(kernel.value, cast(Reduction, kernel.reduction), "trace"))

@@ -13,9 +13,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ntkwatch"
 FLOORS = {
     4: {"callback", "opening", "trainer", "cli", "demo"},
-    3: {"session", "monitor", "manifest", "baseline", "diagnostics"},
+    3: {"session", "monitor", "manifest", "baseline", "diagnostics", "instruments", "checks", "derived", "forecast"},
     2: {"engines"},
-    1: {"model", "guard", "probes", "sinks", "compare", "report", "words"},
+    1: {"model", "guard", "probes", "sinks", "compare", "report", "words", "losses", "optimizers"},
     0: {"schedule", "metrics", "infinite", "distributed", "record", "figures", "slopes"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

@@ -1,0 +1,86 @@
+"""What one probe has seen → the numbers it reports: a table of named functions that can be asked.
+
+A diagnostic is a function of a `View`. It returns a number, or raises `Undefined` with the reason, which a NaN from
+`ntkwatch.metrics` is turned into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from ntkwatch.diagnostics.alignment import ALIGNMENT, MORE_ALIGNMENT
+from ntkwatch.diagnostics.diagnostic import Diagnostic
+from ntkwatch.diagnostics.errors import ERRORS
+from ntkwatch.diagnostics.generalisation import GENERALISATION
+from ntkwatch.diagnostics.layers import defined, layer_metrics
+from ntkwatch.diagnostics.laziness import LAZINESS, MORE_LAZINESS
+from ntkwatch.diagnostics.motion import MOTION
+from ntkwatch.diagnostics.optimisation import OPTIMISATION
+from ntkwatch.diagnostics.spectrum import MORE_SPECTRUM, SPECTRUM
+from ntkwatch.diagnostics.view import Motion, View
+
+__all__ = ["DIAGNOSTICS", "Diagnostic", "Motion", "View", "costs", "evaluate", "layer_metrics", "reduction", "select"]
+
+DIAGNOSTICS: dict[str, Diagnostic] = {
+    **{name: diagnostic for name, diagnostic in MOTION.items() if diagnostic.default},
+    **ALIGNMENT,
+    **SPECTRUM,
+    **LAZINESS,
+    **{name: diagnostic for name, diagnostic in MOTION.items() if not diagnostic.default},
+    **MORE_SPECTRUM,
+    **MORE_ALIGNMENT,
+    **MORE_LAZINESS,
+    **OPTIMISATION,
+    **GENERALISATION,
+    **ERRORS,
+}
+DERIVED_FROM = ("any", "blocks", "full")  # each holds what the ones before it do
+
+
+def select(diagnostics: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of the preset "default" or "full", or of the list given, in the table's order.
+
+    Raises ValueError naming what is unknown.
+    """
+    if diagnostics == "full":
+        return tuple(DIAGNOSTICS)
+    if diagnostics == "default":
+        return tuple(name for name, diagnostic in DIAGNOSTICS.items() if diagnostic.default)
+    wanted = [diagnostics] if isinstance(diagnostics, str) else list(diagnostics)
+    unknown = [name for name in wanted if name not in DIAGNOSTICS]
+    if unknown:
+        raise ValueError(
+            f"unknown diagnostics {unknown}: use 'default', 'full', or a list of names out of {', '.join(DIAGNOSTICS)}"
+        )
+    return tuple(name for name in DIAGNOSTICS if name in wanted)
+
+
+def reduction(names: Sequence[str]) -> str:
+    """The richest reduction that these diagnostics need: "any", "blocks" or "full"."""
+    needed = [DERIVED_FROM.index(DIAGNOSTICS[name].reduction) for name in names]
+    return DERIVED_FROM[max(needed, default=0)]
+
+
+def costs(names: Sequence[str]) -> dict[str, list[str]]:
+    """What these diagnostics cost beyond one kernel -> the names that ask for it; in the table's order."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        diagnostic = DIAGNOSTICS[name]
+        kernel = f"a kernel reduced to {diagnostic.reduction!r}" if diagnostic.reduction != "any" else ""
+        for cost in filter(None, (kernel, diagnostic.cost)):
+            found.setdefault(cost, []).append(name)
+    return found
+
+
+def evaluate(names: Sequence[str], view: View) -> tuple[dict[str, float | None], dict[str, str]]:
+    """(values, reasons): every name that exists for this model; an undefined one is None and has a reason."""
+    values: dict[str, float | None] = {}
+    reasons: dict[str, str] = {}
+    for name in names:
+        diagnostic = DIAGNOSTICS[name]
+        if diagnostic.when(view):
+            values[name], reason = defined(partial(diagnostic.compute, view))
+            if reason is not None:
+                reasons[name] = reason
+    return values, reasons

@@ -1,0 +1,219 @@
+"""How far the network left its linearisation, how its weights moved, and a self-test of the kernel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ntkwatch import metrics
+from ntkwatch.diagnostics.diagnostic import Compute, Diagnostic
+from ntkwatch.diagnostics.view import Motion, View, ask, known
+from ntkwatch.metrics.undefined import Undefined
+
+LARGEST = 2**24  # entries of a weight: above, its singular values cost more than the probe
+
+
+def moved(view: View) -> Motion:
+    """The motion since the baseline; raises `Undefined` below the resolution of the outputs."""
+    motion = known(view.motion)
+    resolution = 100 * torch.finfo(view.outputs.dtype).eps * float(view.outputs.double().norm())
+    if float(motion.delta_f.norm()) <= resolution:
+        raise Undefined("no motion yet: the outputs have not moved beyond rounding since the baseline")
+    return motion
+
+
+def taylor_ratio(view: View) -> Tensor:
+    """‖Δf − J_0Δθ‖ / (‖Δf‖ + ‖J_0Δθ‖), undefined while nothing has moved."""
+    motion = moved(view)
+    return ask("taylor_ratio", motion.delta_f, motion.j0_delta_theta)
+
+
+def linearization_error(view: View) -> Tensor:
+    """‖Δf − J_0Δθ‖/‖Δf‖, the raw form of taylor_ratio."""
+    motion = moved(view)
+    return ask("linearization_error", motion.delta_f, motion.j0_delta_theta)
+
+
+def parameter_distance(view: View) -> float:
+    """‖θ_t − θ_0‖ / ‖θ_0‖ over all trained parameters."""
+    return parameter_ratio(view, view.layers)
+
+
+def parameter_ratio(view: View, names: Mapping[str, object] | Sequence[str]) -> float:
+    """‖Δθ‖/‖θ_0‖ over the parameters named."""
+    distances = known(view.parameter_distances)
+    gone = math.hypot(*(distances[name][0] for name in names))
+    start = math.hypot(*(distances[name][1] for name in names))
+    if start == 0:
+        raise Undefined("the parameters started at zero")
+    return gone / start
+
+
+def statistics_shift(view: View) -> float:
+    """What BatchNorm's running statistics alone changed in the outputs.
+
+    Formula: ‖f(θ_t, s_t) − f(θ_t, s_0)‖/‖f(θ_t, s_0)‖, s the running statistics, s_0 the baseline's
+    Range: [0, ∞); undefined where the outputs are zero; absent in models without running statistics
+    Source: the definition
+    Pitfalls: taylor_ratio, kernel_angle and the rest are at s_0 and leave this out
+    """
+    assert view.statistics_outputs is not None
+    frozen = view.outputs.double()
+    if float(frozen.norm()) == 0:
+        raise Undefined("the outputs are zero")
+    return float((view.statistics_outputs.double() - frozen).norm() / frozen.norm())
+
+
+def statistics_angle(view: View) -> Tensor:
+    """What BatchNorm's running statistics alone changed in the kernel.
+
+    Formula: angle(K(θ_t, s_t), K(θ_t, s_0)), s the running statistics, s_0 the baseline's
+    Range: [0, π/2] radians; absent in models without running statistics
+    Source: the arccos of Fort et al. 2020's similarity
+    Pitfalls: costs a second kernel at every probe
+    """
+    assert view.statistics_kernel is not None
+    return ask("kernel_angle", view.statistics_kernel, view.kernel)
+
+
+def has_statistics(view: View) -> bool:
+    """Whether the model normalises by running statistics."""
+    return view.statistics_outputs is not None
+
+
+# ── weights, by layer and over layers ─────────────────────────────────────────────────────────────────────────────────
+def spectral_updates(view: View) -> dict[str, float]:
+    """Parameter name -> ‖ΔW‖₂/‖W_0‖₂ of every trained matrix that did not start at zero."""
+    return view.ask_model().once(
+        "spectral_update", lambda: {n: _spectral(w, w0) for n, (w, w0) in view.ask_model().weights().items()}
+    )
+
+
+def _spectral(w: Tensor, w0: Tensor) -> float:
+    return float(metrics.spectral_update(w, w0)) if w.numel() <= LARGEST else math.nan
+
+
+def feature_correlations(view: View) -> dict[str, float]:
+    """Linear module -> cos(WᵀW, mean GᵀG)."""
+    return _correlations(view, centred=False)
+
+
+def update_correlations(view: View) -> dict[str, float]:
+    """Linear module -> cos(ΔWᵀΔW, mean GᵀG)."""
+    return _correlations(view, centred=True)
+
+
+def _correlations(view: View, centred: bool) -> dict[str, float]:
+    model = view.ask_model()
+
+    def compute() -> dict[str, float]:
+        weights, found = model.weights(), {}
+        for name, gradients in model.input_gradients.items():
+            w, w0 = weights[f"{name}.weight" if name else "weight"]
+            if not centred and gradients.shape[1:] == w.shape and bool(torch.isclose(gradients, w).all()):
+                continue  # the readout: its gradients are its weights
+            found[name] = float(metrics.neural_feature_correlation(w, gradients, w0 if centred else None))
+        return found
+
+    return model.once(f"neural_feature_correlation {centred}", compute)
+
+
+def _over_layers(of: Callable[[View], Mapping[str, float]], pick: str, doc: str) -> Compute:
+    def compute(view: View) -> float:
+        values = [v for v in of(view).values() if math.isfinite(v)]
+        if not values:
+            raise Undefined("no layer has a defined value")
+        return max(values) if pick == "max" else sum(values) / len(values)
+
+    compute.__doc__ = doc
+    return compute
+
+
+SPECTRAL_DOC = """Size of the weights' updates in the norm that decides how far features move: {pick} over layers.
+
+Formula: {pick} over trained matrices W of ‖W − W_0‖₂/‖W_0‖₂; by module under ntk_layers/<module>/spectral_update
+Range: [0, ∞); undefined where θ_0 was not kept or every matrix started at zero
+Source: Yang, Simon & Bernstein 2023
+Pitfalls: width laws (flat in muP, n^(−1/2) in NTP) hold at matched training
+"""
+CORRELATION_DOC = """Whether the weights of Linear layers point where the function's gradients do: {pick} over layers.
+
+Formula: {pick} over Linear layers of cos({w}ᵀ{w}, (1/N) Σ_n G_nᵀG_n), G = ∂f/∂(input of the layer); by module under
+    ntk_layers/<module>/; positions count as further examples
+Range: [0, 1]; undefined without a Linear layer or where its factors are zero
+Source: Radhakrishnan et al. 2024; Beaglehole et al. 2024
+Pitfalls: counterexamples are known: a correlation, not a law; convolutions and the readout (1 by construction) are
+    left out
+"""
+
+
+# ── the self-test ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def _step_errors(view: View) -> dict[str, float]:
+    """One-step errors at η ("whole") and η/2 ("half") on the baseline, and the rounding of the second."""
+    if view.step != view.start_step:
+        raise Undefined("a self-test of the baseline: see the first probe")
+    loss, theta, model = known(view.loss), known(view.theta), view.ask_model()
+
+    def errors() -> dict[str, float]:
+        (df, lr), (df_2, lr_2) = model.one_step(loss), model.one_step(loss, 0.5)
+        return {
+            "whole": float(ask("one_step_error", df, theta, loss.gradient, lr)),
+            "half": float(ask("one_step_error", df_2, theta, loss.gradient, lr_2)),
+            "noise": torch.finfo(view.outputs.dtype).eps * float(view.outputs.double().norm() / df_2.norm()),
+        }
+
+    return model.once("one_step", errors)
+
+
+def one_step_error(view: View) -> float:
+    """Self-test at the first probe: a gradient step of 1e-3·‖θ‖ against what Θ predicts for it."""
+    return _step_errors(view)["whole"]
+
+
+def one_step_halving(view: View) -> float:
+    """Self-test at the first probe: how the one-step error falls when the step is halved; ½ where all is right.
+
+    Formula: one_step_error(η/2)/one_step_error(η), η = 1e-3·‖θ‖/‖∇𝓛‖
+    Range: [0, ∞), ½ for a smooth model and about ½ with kinks; 1 where the kernel is wrong (mode, tied or frozen
+        parameters, dropout); undefined where both errors are rounding (a linear model) and after the first probe
+    Source: Jacot et al. 2018 (df/dt = −Θ∇_f𝓛)
+    Pitfalls: at few probes a single kink can move it
+    """
+    errors = _step_errors(view)
+    if errors["half"] <= 10 * errors["noise"]:
+        raise Undefined(f"the one-step error is rounding ({errors['half']:.1e}): nothing is left to halve")
+    return errors["half"] / errors["whole"]
+
+
+BACKWARD = "C backward passes"
+LAZINESS: dict[str, Diagnostic] = {
+    "taylor_ratio": Diagnostic(taylor_ratio, default=True),
+    "parameter_distance": Diagnostic(parameter_distance, default=True),
+    "statistics_shift": Diagnostic(statistics_shift, default=True, when=has_statistics),
+    "statistics_angle": Diagnostic(statistics_angle, default=True, when=has_statistics),
+}
+MORE_LAZINESS: dict[str, Diagnostic] = {
+    "linearization_error": Diagnostic(linearization_error),
+    **{
+        f"spectral_update_{pick}": Diagnostic(
+            _over_layers(spectral_updates, pick, SPECTRAL_DOC.format(pick=pick)), cost="singular values of the weights"
+        )
+        for pick in ("mean", "max")
+    },
+    **{
+        f"neural_feature_correlation_{pick}": Diagnostic(
+            _over_layers(feature_correlations, pick, CORRELATION_DOC.format(pick=pick, w="W")), cost=BACKWARD
+        )
+        for pick in ("mean", "max")
+    },
+    "neural_feature_correlation_update": Diagnostic(
+        _over_layers(update_correlations, "mean", CORRELATION_DOC.format(pick="mean", w="(W − W_0)")), cost=BACKWARD
+    ),
+    "one_step_error": Diagnostic(one_step_error, reduction="full", needs=("loss",), cost="one gradient step on a copy"),
+    "one_step_halving": Diagnostic(
+        one_step_halving, reduction="full", needs=("loss",), cost="one gradient step on a copy"
+    ),
+}

@@ -1,0 +1,96 @@
+"""The user's loss as a function of the outputs: its value, gradient and curvature on the probes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from ntkwatch.metrics.undefined import Undefined
+
+LossFn = Callable[[Tensor, Tensor], Tensor]
+NO_LOSS = "no loss is known: pass loss=, a callable (outputs, targets) -> mean loss, or define ntk_loss on the module"
+
+
+def loss_of(module: nn.Module, given: LossFn | None) -> LossFn | str:
+    """`given`, else the module's own `ntk_loss`, else why there is none: a loss is never guessed."""
+    own = getattr(module, "ntk_loss", None)
+    return given or (own if callable(own) else NO_LOSS)
+
+
+@dataclass(frozen=True)
+class LossAt:
+    """The reduced loss 𝓛 at outputs [n, C] and targets as they come from the batch, computed in float64.
+
+    What the loss cannot do raises `Undefined` with the reason: it fails, is no scalar, or couples examples.
+    """
+
+    function: LossFn
+    outputs: Tensor
+    targets: Tensor
+
+    @cached_property
+    def value(self) -> float:
+        """𝓛, the mean that the user's loss returns."""
+        with torch.no_grad():
+            return float(self.at(self.outputs))
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """∂𝓛/∂f [n, C], 1/n included; float64 on the CPU."""
+        return self._gradient(self._leaf()).detach().cpu()
+
+    @cached_property
+    def hessian(self) -> Tensor:
+        """∂²𝓛/∂f² [n, C, C], an example's own block each, 1/n included; float64 on the CPU."""
+        f = self._leaf()
+        gradient = self._gradient(f, create_graph=True)
+        blocks = torch.zeros(*f.shape, f.shape[1], dtype=f.dtype, device=f.device)
+        if gradient.requires_grad:  # a loss linear in the outputs has no second derivative
+            columns = [torch.autograd.grad(g.sum(), f, retain_graph=True)[0] for g in gradient.T]
+            blocks = torch.stack(columns, dim=1)
+            self._check_separate(f, gradient, blocks)
+        if not bool(torch.isfinite(blocks).all()):
+            raise Undefined("the loss's Hessian is not finite")
+        return ((blocks + blocks.mT) / 2).detach().cpu()
+
+    def at(self, outputs: Tensor) -> Tensor:
+        """𝓛 of other outputs [n, C] for the same targets, 0-d."""
+        targets = self.targets.to(outputs.device)
+        if targets.is_floating_point():
+            targets = targets.to(outputs.dtype)
+            targets = targets[:, None] if targets.ndim == 1 and outputs.shape[1] == 1 else targets
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".*target size.*different.*")
+                loss = self.function(outputs, targets)
+        except Exception as error:
+            raise Undefined(f"the loss failed on the probes ({type(error).__name__}: {error})") from error
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+            raise Undefined("the loss is not one number: it must return a mean over the examples")
+        return loss.reshape(())
+
+    def _leaf(self) -> Tensor:
+        return self.outputs.detach().double().requires_grad_()
+
+    def _gradient(self, f: Tensor, create_graph: bool = False) -> Tensor:
+        with torch.enable_grad():
+            loss = self.at(f)
+            if not loss.requires_grad:
+                raise Undefined("the loss does not depend on the outputs")
+            found = torch.autograd.grad(loss, f, create_graph=create_graph, allow_unused=True)[0]
+        if found is None:
+            raise Undefined("the loss does not depend on the outputs")
+        return found
+
+    def _check_separate(self, f: Tensor, gradient: Tensor, blocks: Tensor) -> None:
+        """A mean over examples has no curvature between two of them: one random product tells."""
+        w = torch.randn(f.shape, dtype=f.dtype, generator=torch.Generator().manual_seed(0)).to(f.device)
+        product = torch.autograd.grad((gradient * w).sum(), f, retain_graph=True)[0]
+        own = torch.einsum("ncd,nc->nd", blocks, w)
+        if (product - own).norm() > 1e-8 * own.norm():
+            raise Undefined("the loss couples examples: its curvature is not one block for each")
