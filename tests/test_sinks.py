@@ -318,11 +318,18 @@ def trained(pl: ModuleType, root: Path, logger: Any, config: str, watch: bool = 
 
 
 CONFIGS = ("plain", "accumulation", "two optimizers", "resume")
+SLOW = {("WandbLogger", "plain"), ("WandbLogger", "two optimizers")}  # seconds each: with the soak
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("kind", ["TensorBoardLogger", "CSVLogger", "WandbLogger"])
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        pytest.param(kind, config, marks=pytest.mark.soak if (kind, config) in SLOW else ())
+        for kind in ("TensorBoardLogger", "CSVLogger", "WandbLogger")
+        for config in CONFIGS
+    ],
+)
 def test_no_point_is_lost_in_a_trainer_ours_or_the_users(
     kind: str, config: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
