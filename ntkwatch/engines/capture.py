@@ -1,11 +1,12 @@
 """One forward pass and C backward passes to the activations → a per-example factor for every trained parameter.
 
-The backward pass runs a segment of the graph at a time, from the output down, and each parameter's factor is handed on as
-soon as it is complete: no more than a segment's gradients are ever held.
+The backward pass runs for some outputs at a time and a segment of the graph at a time, from the output down, and each
+parameter's factor is handed on as soon as it is complete: no more than a segment's gradients are ever held.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from ntkwatch.engines.separation import Separation, leaves_at, outputs_at, separ
 from ntkwatch.model import Network, UnsupportedModel
 
 _SEGMENT_BYTES = 1 << 25  # gradients captured before the pass pauses to use them
+_GROUP_BYTES = 1 << 25  # gradients captured for a group of outputs: memory that the next group takes over
 
 
 @dataclass(frozen=True)
@@ -66,20 +68,28 @@ class Capture:
         self.recipe = recipe
         self.cotangents = _cotangents(f, summed)
 
-    def __iter__(self) -> Iterator[Found]:
-        """Every parameter that the outputs depend on, once."""
+    def groups(self) -> list[slice]:
+        """Outputs in groups whose gradients fit in a moderate amount of memory."""
+        numbers = {number for number, _, _ in self.recipe.boundary}
+        each = sum(_node_bytes(self.graph, number) for number in numbers)
+        outputs = len(self.cotangents)
+        size = min(outputs, max(1, _GROUP_BYTES // max(each, 1)))
+        size = -(-outputs // -(-outputs // size))  # of equal size, nearly
+        return [slice(i, min(i + size, outputs)) for i in range(0, outputs, size)]
+
+    def factors(self, outputs: slice = slice(None)) -> Iterator[Found]:
+        """Every parameter that the outputs depend on, once, for some of the outputs."""
         collector = _Collector(self.graph, self.recipe, self.n)
-        for grads in self._segments():
+        for grads in self._segments(self.cotangents[outputs]):
             for number, filled in grads.items():
                 collector.take(number, filled)
             yield from collector.complete()
         yield from collector.rest()
 
-    def _segments(self) -> Iterator[dict[int, tuple[Tensor | None, ...]]]:
+    def _segments(self, cotangents: Tensor) -> Iterator[dict[int, tuple[Tensor | None, ...]]]:
         """Output gradients [C, *shape] of the boundary nodes, a segment of the graph at a time."""
         graph, wanted = self.graph, sorted({number for number, _, _ in self.recipe.boundary})
         start: Tensor | GradientEdge = self._edge
-        cotangents = self.cotangents
         cuts = _cuts(graph, set(wanted))
         while wanted:
             taken, cut = _segment(graph, wanted, cuts, len(cotangents))
@@ -127,9 +137,8 @@ def _segment(graph: Graph, wanted: Sequence[int], cuts: Sequence[int], outputs: 
     """The next wanted nodes up to the first cut at which enough gradients have been captured, and that cut."""
     held, taken = 0, []
     for i, number in enumerate(wanted):
-        node: Any = graph.nodes[number]
         taken.append(number)
-        held += sum(outputs * _bytes(node._input_metadata[used]) for used in graph.outputs_used[node])
+        held += outputs * _node_bytes(graph, number)
         after = wanted[i + 1] if i + 1 < len(wanted) else None
         if after is None:
             break
@@ -139,11 +148,11 @@ def _segment(graph: Graph, wanted: Sequence[int], cuts: Sequence[int], outputs: 
     return taken, None
 
 
-def _bytes(metadata: Any) -> int:
-    total = metadata.dtype.itemsize
-    for size in metadata.shape:
-        total *= int(size)
-    return int(total)
+def _node_bytes(graph: Graph, number: int) -> int:
+    """Of the gradients of a node's outputs, for one output of the model."""
+    node: Any = graph.nodes[number]
+    given = [node._input_metadata[used] for used in graph.outputs_used[node]]
+    return sum(int(m.dtype.itemsize) * math.prod(int(size) for size in m.shape) for m in given)
 
 
 def _backward(

@@ -11,11 +11,13 @@ from torch import Tensor
 from ntkwatch.engines.base import Reduction
 from ntkwatch.engines.factors import Dense, Factor, Outer, Rows, aligned
 
-# Measured on one CPU core by tests/bench: operations per second of matrix products, and bytes per second of traffic. Only
-# their ratios decide, and they are the same on two cores.
+# Measured on one CPU core by tests/bench: operations per second of matrix products, and bytes per second of traffic.
+# Only their ratios decide, and they are the same on two cores.
 FLOPS = {torch.float32: 9e10, torch.float64: 4.5e10, torch.bfloat16: 9e10, torch.float16: 9e10}  # halves: as float32
 BANDWIDTH = 6e9
-_SLAB = 1 << 19  # entries of a slab of J: it is cast and multiplied while it is still in cache
+_SLAB = 1 << 20  # entries of a slab of J: it is cast and multiplied while it is still in cache
+_SLAB_ROWS = 64  # … but of no fewer rows, below which matrix products slow down
+_SLAB_MOST = 1 << 25
 _PAIRS = 1 << 23  # entries of a block of pairs of positions
 _STRETCH = 1 << 13  # terms of one product: no float32 sum grows longer
 _STRIPS = 4  # of a symmetric product, whose upper blocks are left out
@@ -76,11 +78,9 @@ class Contractor:
     shared: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
     def __call__(self, one: Factor, two: Factor) -> Tensor:
-        """[n, m], [C, n, m] or [n, C, m, C]; the mean over outputs for "trace"."""
+        """[n, m] (for "trace" the sum over outputs, not yet the mean), [C, n, m] or [n, C, m, C]."""
         k = self._sums(one, two)  # [n, m], [C, n, m] or [C, n, C, m]
-        if self.reduction == "full":
-            return k.permute(1, 0, 3, 2)
-        return k / one.outputs if self.reduction == "trace" else k
+        return k.permute(1, 0, 3, 2) if self.reduction == "full" else k
 
     def _sums(self, one: Factor, two: Factor) -> Tensor:
         if isinstance(one, Rows) and isinstance(two, Rows):
@@ -131,7 +131,8 @@ class Contractor:
         second = first if same else two.open()
         out = self._zeros(c, one.n, two.n, one.device)
         held = c if self.reduction == "full" else 1
-        step = max(1, _SLAB // (max(one.n, two.n) * one.trailing * held))
+        row = max(one.n, two.n) * one.trailing * held
+        step = max(1, _SLAB // row, min(_SLAB_ROWS, _SLAB_MOST // row))
         for i in range(0, one.leading, step):
             j = min(i + step, one.leading)
             if self.reduction == "full":

@@ -1,7 +1,7 @@
 """Per-example Jacobians in the form they come in: outer products, rows of a table, or dense.
 
-A parameter's entries are seen as [leading, trailing] in their own order; `open` gives J a slab of leading rows at a time,
-so that no more than a slab ever has to exist.
+A parameter's entries are seen as [leading, trailing] in their own order; `open` gives J a slab of leading rows at a
+time, so that no more than a slab ever has to exist.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -105,31 +105,37 @@ class _Run:
         n, c = one.outputs.shape
         m = len(two.outputs)
         shape = {"full": (n, c, m, c), "blocks": (c, n, m)}.get(self.reduction, (n, m))
-        found: dict[str, Tensor] = {}
-        for a, b in _pairs(one, two):
-            k = contract(a.factor, b.factor)
-            found[a.name] = k / c if self.reduction == "sum" else k
-        zeros = torch.zeros(shape, dtype=contract.dtype, device=one.outputs.device)
-        return {name: found.get(name, zeros) for name in self.network.parameters}
+        found = {
+            name: torch.zeros(shape, dtype=contract.dtype, device=one.outputs.device)
+            for name in self.network.parameters
+        }
+        for outputs in [slice(None)] if self.reduction == "full" else one.groups():
+            for a, b in _pairs(one, two, outputs):
+                k = contract(a.factor, b.factor)
+                if self.reduction == "blocks":
+                    found[a.name][outputs] = k
+                else:
+                    found[a.name] += k
+        return {name: k / c if self.reduction in ("trace", "sum") else k for name, k in found.items()}
 
 
-def _pairs(one: Capture, two: Capture) -> Any:
+def _pairs(one: Capture, two: Capture, outputs: slice) -> Iterator[tuple[Found, Found]]:
     """The factors of two captures, parameter by parameter; one at a time where both give them in one order."""
     if one is two:
-        for found in one:
+        for found in one.factors(outputs):
             yield found, found
         return
     waiting: tuple[dict[str, Found], dict[str, Found]] = ({}, {})
-    streams = (iter(one), iter(two))
+    streams = (one.factors(outputs), two.factors(outputs))
     live = [True, True]
     while any(live):
         for side in (0, 1):
-            found = next(streams[side], None)
-            if found is None:
+            new = next(streams[side], None)
+            if new is None:
                 live[side] = False
                 continue
-            other = waiting[1 - side].pop(found.name, None)
+            other = waiting[1 - side].pop(new.name, None)
             if other is None:
-                waiting[side][found.name] = found
+                waiting[side][new.name] = new
             else:
-                yield (found, other) if side == 0 else (other, found)
+                yield (new, other) if side == 0 else (other, new)
