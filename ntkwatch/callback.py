@@ -253,13 +253,13 @@ class NTKWatch(Callback):
                 self._session.begin([trainer.precision_plugin.convert_input(batch)])
         for line in self._session.introduction():
             log.info(f"NTKWatch: {line}")
-        self.record = self._session.folder if self._continued else None
+        self.record = self._session.record
 
     def _baseline(self, trainer: Any) -> Measurement:
         assert self._session is not None
         self.schedule.due(self._step)
         measurement = self._measure(trainer)
-        self.record = self._session.folder
+        self.record = self._session.record
         return measurement
 
     def _continue(self, session: Session) -> bool:

@@ -78,6 +78,7 @@ class Opening:
             monitor,
             None if self.trial else record_folder(trainer),
             Sinks([] if self.trial else loggers, warn),
+            warn=warn,
             save_kernels=settings.save_kernels,
             save_probes=probes if streamed else None,
             fresh=self._fresh if settings.resample else None,

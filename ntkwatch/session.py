@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ class Session:
         monitor: measures.
         folder: where the record goes; None writes nothing.
         sinks: loggers and dashboards.
+        warn: told, in one sentence, what could not be written.
         save_kernels: keep every kernel in the record, not only the baseline's.
         save_probes: kept beside the record, where they cannot be found again: those of a stream, as they came.
         fresh: step -> ProbeSet, for resampled probes; None measures the monitor's own.
@@ -42,6 +45,7 @@ class Session:
         folder: Path | None,
         sinks: Sinks,
         *,
+        warn: Callable[[str], None] = warnings.warn,
         save_kernels: bool = True,
         save_probes: ProbeSet | None = None,
         fresh: Callable[[int], ProbeSet] | None = None,
@@ -49,6 +53,7 @@ class Session:
     ) -> None:
         self.monitor, self.folder, self.sinks = monitor, folder, sinks
         self.last: Measurement | None = None
+        self._warn = warn
         self._save_kernels, self._save_probes = save_kernels, save_probes
         self._fresh, self._extra = fresh, dict(extra or {})
         self._writer: RecordWriter | None = None
@@ -57,6 +62,11 @@ class Session:
     def begun(self) -> bool:
         """Whether there is a baseline to compare with."""
         return self.monitor.baseline is not None
+
+    @property
+    def record(self) -> Path | None:
+        """Where the record is; None while, or where, there is none."""
+        return self.folder if self._writer is not None else None
 
     def begin(self, batches: Sequence[Any] = ()) -> None:
         """Settle engine and BatchNorm baseline before the first probe; batches: training batches for calibration."""
@@ -69,25 +79,34 @@ class Session:
         measured = self.monitor.measure(step, probes=probes, **at)
         measurement = replace(measured, metrics={**measured.metrics, "overhead": overhead()})
         if first:
-            self._open()
-        if self._writer is not None:
-            self._writer.append(measurement, save_kernels=self._save_kernels or first)
+            manifest = {**self.monitor.manifest(), **self._extra}
+            self.sinks.start(manifest)
+            self._on_disk("the record cannot be written", partial(self._open, manifest))
         self.sinks.write(measurement, labels=(probes or self.monitor.probes).targets, last=last)
+        if self._writer is not None:
+            keep = self._save_kernels or first
+            self._on_disk(f"step {step} is not in the record", partial(self._writer.append, measurement, keep))
         self.last = measurement
         return measurement
 
-    def _open(self) -> None:
-        manifest = {**self.monitor.manifest(), **self._extra}
-        if self.folder is not None:
-            baseline = self.monitor.baseline
-            assert baseline is not None
-            self._writer = RecordWriter.create(self.folder, manifest)
-            sha256 = save_tensors(self.folder, BASELINE_FILE, baseline.tensors())
-            self._writer.update_manifest(theta0={"file": BASELINE_FILE, "sha256": sha256}, baseline_step=baseline.step)
-            if self._save_probes is not None:
-                named = {f"{i:04d}": leaf for i, leaf in enumerate(_tensors(self._save_probes))}
-                self._writer.update_manifest(probes_sha256=save_tensors(self.folder, PROBES_FILE, named))
-        self.sinks.start(manifest)
+    def _on_disk(self, otherwise: str, work: Callable[[], None]) -> None:
+        """A full or missing disk costs the record, never the loggers or the run."""
+        try:
+            work()
+        except OSError as error:
+            self._warn(f"{otherwise} ({type(error).__name__}: {error})")
+
+    def _open(self, manifest: Mapping[str, Any]) -> None:
+        baseline = self.monitor.baseline
+        if self.folder is None or baseline is None:
+            return
+        writer = RecordWriter.create(self.folder, manifest)
+        sha256 = save_tensors(self.folder, BASELINE_FILE, baseline.tensors())
+        writer.update_manifest(theta0={"file": BASELINE_FILE, "sha256": sha256}, baseline_step=baseline.step)
+        if self._save_probes is not None:
+            named = {f"{i:04d}": leaf for i, leaf in enumerate(_tensors(self._save_probes))}
+            writer.update_manifest(probes_sha256=save_tensors(self.folder, PROBES_FILE, named))
+        self._writer = writer
 
     def introduction(self) -> list[str]:
         """What a person should know once: probes, engine, BatchNorm's baseline, where the record is."""
@@ -104,17 +123,18 @@ class Session:
         """Leave everything on disk, and say in the record that the run is over."""
         self.sinks.finish()
         if self._writer is not None:
-            self._writer.update_manifest(finished=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            self._on_disk("the end is not in the record", partial(self._writer.update_manifest, finished=now))
 
     # ── resume ────────────────────────────────────────────────────────────────────────────────────────────────────
     def state(self) -> dict[str, Any]:
         """What a checkpoint carries: tensors and primitives, under 1 MB."""
-        if not self.begun or self.folder is None:
+        if not self.begun or self.record is None:
             return {}
         previous = self.monitor.previous
         small = previous is not None and previous[1].numel() * previous[1].element_size() <= STATE_LIMIT
         return {
-            "record": str(self.folder),
+            "record": str(self.record),
             "probe_hash": self.monitor.probes.hash,
             "previous_step": previous[0] if previous is not None else None,
             "previous_kernel": previous[1].clone() if previous is not None and small else None,

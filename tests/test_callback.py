@@ -301,6 +301,21 @@ def test_warnings_as_errors_do_not_stop_training(tmp_path: Path) -> None:
         assert watched(tmp_path, Breaks(), watch_outputs=GATE, watch_every=1).last.step == 2
 
 
+def test_a_full_disk_costs_the_record_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ntkwatch.record import RecordWriter
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "append", full)
+    logger = CSVLogger(tmp_path)
+    with pytest.warns(UserWarning, match="step 4 is not in the record.*No space left"):
+        watch = watched(tmp_path, logger=logger, watch_every=4)
+    logged = pd.read_csv(Path(logger.log_dir) / "metrics.csv")
+    assert list(logged["step"][logged["ntk/kernel_angle"].notna()]) == [0, 4, 8, 12]
+    assert watch.last.step == 12
+
+
 class Diverges(Classifier):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_step == 4:
