@@ -159,8 +159,8 @@ CASES: dict[str, tuple[Factory, tuple[int, ...], int, int]] = {  # module of a w
 }
 
 
-def probes(shape: tuple[int, ...]) -> Tensor:
-    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(5))
+def probes(shape: tuple[int, ...], n: int = 3) -> Tensor:
+    x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(5))
     if len(shape) > 1:
         x[0, :, :2] = 0  # blank patches
     return x
@@ -212,7 +212,7 @@ def test_negative_control() -> None:
 
 def deviations(factory: Factory, shape: tuple[int, ...], widths: list[int], seeds: int) -> float:
     """The slope of log ‖K_0 - K_∞‖/‖K_∞‖ on log width."""
-    x = probes(shape)
+    x = probes(shape, n=8)
     points = []
     for width in widths:
         limit = infinite.kernel(infinite.from_module(factory(width)), x.double()).ntk
