@@ -39,7 +39,7 @@ def every_pair() -> Iterator[Any]:
         yield pytest.param(job, watcher, id=f"{job.name}-{watcher}", marks=marks)
 
 
-@pytest.mark.parametrize(("job", "watcher"), every_pair())
+@pytest.mark.parametrize(("job", "watcher"), list(every_pair()))
 def test_training_is_unchanged(job: Job, watcher: str) -> None:
     if (job.name, watcher) == ("iterable dataset", "NTKWatch, resampling"):
         pytest.skip("refused at on_train_start: a stream has no fresh probes to draw")

@@ -38,8 +38,10 @@ def seed_all(seed: int) -> None:
 
 
 def quieten() -> None:
-    """One thread, so that sums have one order; no lines about devices and epochs."""
+    """One thread, so that sums have one order; what an earlier Trainer(deterministic=True) left is undone; no chatter."""
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = False
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
