@@ -38,7 +38,7 @@ def seed_all(seed: int) -> None:
 
 
 def quieten() -> None:
-    """One thread, so that sums have one order; what an earlier Trainer(deterministic=True) left is undone; no chatter."""
+    """One thread, so that sums have one order; no chatter; undoes what Trainer(deterministic=True) leaves behind."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = False
@@ -57,6 +57,7 @@ def observe(job: Job, import_name: str = "pytorch_lightning", watch: Watch = UNW
         except Exception as error:
             seen.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         seen.warnings = [str(warning.message) for warning in said]
+    quieten()
     return seen
 
 
