@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import cases_adversarial
+import cases_hf
 import pytest
 import torch
 from cases import CASES, Case, build
 from oracles import naive_layers, naive_ntk, reduced
 from torch import Tensor
 
-from ntkwatch.engines import UnsupportedModel, empirical_ntk, layer_ntks
-from ntkwatch.model import take
+from ntkwatch.engines import UnsupportedModel, capture, empirical_ntk, layer_ntks
+from ntkwatch.engines.layerwise import Layerwise
+from ntkwatch.model import Network, take
 
 assert cases_adversarial
+assert cases_hf
 REDUCTIONS = ("trace", "blocks", "full", "sum")
 
 
@@ -52,6 +55,10 @@ def test_rectangular_and_chunked(case: Case) -> None:
     module, batch = build(case)
     theta = naive_ntk(module, batch)
     other = take(batch, slice(0, 2))
+    if case.name.startswith("hf_"):
+        found = empirical_ntk(module, batch, other, engine="layerwise", chunk_size=2)
+        assert error(found, reduced(theta[:, :, :2], "trace")) < 1e-10, f"{case}: trace with x2"
+        return
     for reduction in ("trace", "full"):
         found = empirical_ntk(module, batch, other, reduction=reduction, engine="layerwise", chunk_size=2)
         assert error(found, reduced(theta[:, :, :2], reduction)) < 1e-10, f"{case}: {reduction} with x2"
@@ -79,5 +86,18 @@ def test_refused_by_name(case: Case) -> None:
 
 
 def test_the_zoo_is_large_enough() -> None:
-    assert len(CASES) >= 50, f"{len(CASES)} cases"
+    assert len(CASES) >= 60, f"{len(CASES)} cases"
+    assert sum(c.name.startswith("hf_") for c in CASES) >= 26
     assert sum(bool(c.refused) for c in CASES) <= 3
+
+
+def test_segments_and_groups_of_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "_SEGMENT_BYTES", 1)
+    monkeypatch.setattr(capture, "_GROUP_BYTES", 1)
+    for case in [c for c in CASES if not c.refused and not c.name.startswith("hf_")]:
+        module, batch = build(case)
+        theta = naive_ntk(module, batch)
+        network, engine = Network(module), Layerwise()
+        for reduction in ("blocks", "full"):
+            found = engine.kernel(network, batch, reduction=reduction, layers=None).value
+            assert error(found, reduced(theta, reduction)) < 1e-10, f"{case}: {reduction}, in segments and groups"

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from ntkwatch.engines.auto import choose
 from ntkwatch.engines.base import Kernel, Plan, Precision, Reduction, UnsupportedModel, check_reduction, work_dtype
+from ntkwatch.engines.planning import make_plan
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import Network, OutputsFn, batch_size, inputs_of, leaves
 
-__all__ = ["Kernel", "Plan", "UnsupportedModel", "empirical_ntk", "layer_ntks"]
+__all__ = ["Kernel", "Plan", "UnsupportedModel", "empirical_ntk", "layer_ntks", "plan"]
 
 
 def empirical_ntk(
@@ -63,6 +64,29 @@ def layer_ntks(
 ) -> dict[str, Tensor]:
     """One kernel per trained parameter, by named_parameters() name (a tied one once); they sum to `empirical_ntk`."""
     return _kernel(model, x1, x2, reduction, reduction, engine, outputs, params, chunk_size, precision).layers
+
+
+def plan(
+    model: nn.Module,
+    x: Any,
+    *,
+    reduction: Reduction = "trace",
+    engine: str = "auto",
+    outputs: OutputsFn | None = None,
+    params: str | Sequence[str] | None = None,
+    chunk_size: int | None = None,
+    precision: Precision = "double",
+) -> Plan:
+    """What `empirical_ntk` would do: engine and reason, rule and cost per parameter, peak memory, probes per block.
+
+    Raises:
+        UnsupportedModel, ValueError: as `empirical_ntk` would.
+    """
+    check_reduction(reduction)
+    network = Network(model, outputs, params)
+    check_batch(x)
+    with leave_no_trace(network.module):
+        return make_plan(choose(network, x, engine), network, x, reduction, precision, chunk_size)
 
 
 def _kernel(

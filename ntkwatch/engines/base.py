@@ -113,7 +113,7 @@ class Plan:
         width = max([len(row.name) for row in self.table] + [9])
         rule = max([len(row.rule) for row in self.table] + [4])
         lines = [
-            f"engine {self.engine}: {self.reason}",
+            f"{self.reason}",
             f"about {self.seconds:.3g} s, {self.peak_bytes / 2**20:.0f} MiB over the model, "
             f"{self.chunk_size} probes a block",
             f"{'parameter':<{width}}  {'rule':<{rule}}  {'GFLOP':>9}  {'MB moved':>9}  {'seconds':>9}",

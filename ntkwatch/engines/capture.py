@@ -6,7 +6,6 @@ parameter's factor is handed on as soon as it is complete: no more than a segmen
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from ntkwatch.engines.carry import carry, leaf_below, pull_back
 from ntkwatch.engines.factors import Factor, add, densify
-from ntkwatch.engines.graph import Graph, reaches, walk
+from ntkwatch.engines.graph import Graph, node_bytes, reaches, walk
 from ntkwatch.engines.rules import Use, factor, operand_shape
 from ntkwatch.engines.separation import Separation, leaves_at, outputs_at, separate, transfers
 from ntkwatch.model import Network, UnsupportedModel
@@ -71,7 +70,7 @@ class Capture:
     def groups(self) -> list[slice]:
         """Outputs in groups whose gradients fit in a moderate amount of memory."""
         numbers = {number for number, _, _ in self.recipe.boundary}
-        each = sum(_node_bytes(self.graph, number) for number in numbers)
+        each = sum(node_bytes(self.graph, self.graph.nodes[number]) for number in numbers)
         outputs = len(self.cotangents)
         size = min(outputs, max(1, _GROUP_BYTES // max(each, 1)))
         size = -(-outputs // -(-outputs // size))  # of equal size, nearly
@@ -138,7 +137,7 @@ def _segment(graph: Graph, wanted: Sequence[int], cuts: Sequence[int], outputs: 
     held, taken = 0, []
     for i, number in enumerate(wanted):
         taken.append(number)
-        held += outputs * _node_bytes(graph, number)
+        held += outputs * node_bytes(graph, graph.nodes[number])
         after = wanted[i + 1] if i + 1 < len(wanted) else None
         if after is None:
             break
@@ -146,13 +145,6 @@ def _segment(graph: Graph, wanted: Sequence[int], cuts: Sequence[int], outputs: 
         if held >= _SEGMENT_BYTES and between:
             return taken, between[-1]
     return taken, None
-
-
-def _node_bytes(graph: Graph, number: int) -> int:
-    """Of the gradients of a node's outputs, for one output of the model."""
-    node: Any = graph.nodes[number]
-    given = [node._input_metadata[used] for used in graph.outputs_used[node]]
-    return sum(int(m.dtype.itemsize) * math.prod(int(size) for size in m.shape) for m in given)
 
 
 def _backward(
@@ -167,10 +159,9 @@ def _backward(
         if "allocate memory" in str(error) or isinstance(error, torch.OutOfMemoryError):
             raise
         passes = [_grad(start, wanted, c, batched=False) for c in cotangents]
-        grads = [None if each[0] is None else torch.stack(each) for each in zip(*passes, strict=True)]  # type: ignore
+        grads = [None if each[0] is None else torch.stack(each) for each in zip(*passes, strict=True)]
     filled: dict[int, list[Tensor | None]] = {
-        number: [None] * len(graph.nodes[number]._input_metadata)  # type: ignore[attr-defined]
-        for number in numbers
+        number: [None] * len(graph.nodes[number]._input_metadata) for number in numbers
     }
     for (number, used), g in zip(pairs, grads, strict=True):
         filled[number][used] = None if g is None else g.detach()
@@ -180,8 +171,9 @@ def _backward(
 def _grad(
     start: Tensor | GradientEdge, wanted: Sequence[GradientEdge], cotangents: Tensor, batched: bool
 ) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(  # type: ignore[no-any-return]
-        [start], wanted, [cotangents], retain_graph=True, allow_unused=True, is_grads_batched=batched
+    starts: Any = [start]
+    return torch.autograd.grad(
+        starts, wanted, [cotangents], retain_graph=True, allow_unused=True, is_grads_batched=batched
     )
 
 

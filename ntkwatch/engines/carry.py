@@ -33,7 +33,7 @@ def carry(node: Node, found: Factor) -> Factor | None:
             if reshaped or not isinstance(found, Outer) or not _last_two(node):
                 return None
             found = Outer(found.a, found.g, not found.a_first)
-        elif tuple(node._input_metadata[0].shape) != operand_shape(node, 0):  # type: ignore[attr-defined]
+        elif tuple(node._input_metadata[0].shape) != operand_shape(node, 0):
             reshaped = True
         child = node.next_functions[0][0]
         assert child is not None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ntkwatch.engines.base import Reduction
 from ntkwatch.engines.factors import Dense, Factor, Outer, Rows, aligned
@@ -96,7 +97,7 @@ class Contractor:
 
     def _gradients(self, a: Tensor, b: Tensor) -> Tensor:
         """Σ_q of products of two [C, n, q], reduced; the last is remembered."""
-        key = (a.data_ptr(), b.data_ptr(), *a.shape, *b.shape, *a.stride())
+        key = (*_identity(a), *_identity(b))
         if key not in self.shared:
             self.shared = {key: (a, b, self._pair(a, b))}  # a and b are held, so that no other takes their place
         return self.shared[key][2]
@@ -211,6 +212,10 @@ class Contractor:
         return products.sum((2, 5))
 
 
+def _identity(t: Tensor) -> tuple[int, ...]:
+    return (t.untyped_storage()._cdata, t.storage_offset(), *t.shape, *t.stride())
+
+
 def _sum_positions(products: Tensor, s: int, t: int) -> Tensor:
     """[G, b·s, m·t] → [b, m]."""
     total = products.sum(0)
@@ -237,6 +242,10 @@ def _blocks(n: int, size: int) -> Iterator[slice]:
 
 def _compressed(one: Rows, two: Rows) -> tuple[Rows, Rows]:
     """The same lookups in a table of only the rows that occur."""
+    if isinstance(one.index, FakeTensor):  # a plan: which rows occur is not known, only how many at most
+        most = min(one.table, one.index.numel() + two.index.numel())
+        first = Rows(one.index, one.g, most)
+        return first, first if one is two else Rows(two.index, two.g, most)
     used = torch.cat([one.index.flatten(), two.index.flatten()]).unique()
     if len(used) >= one.table:
         return one, two

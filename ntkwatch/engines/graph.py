@@ -6,6 +6,7 @@ into its AccumulateGrad node, however the module came to use it: tied, reused, r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -220,3 +221,9 @@ def reaches(node: Node, leaf: Node) -> bool:
         seen.update(new)
         stack.extend(new)
     return False
+
+
+def node_bytes(graph: Graph, node: Any) -> int:
+    """Of a node's outputs, and so of their gradients."""
+    given = [node._input_metadata[used] for used in graph.outputs_used[node]]
+    return sum(int(m.dtype.itemsize) * math.prod(int(size) for size in m.shape) for m in given)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ntkwatch.engines.base import Kernel, Precision, Reduction, noise_floor, reduce, richest, work_dtype
+from ntkwatch.engines.base import Kernel, Precision, Reduction, Row, noise_floor, reduce, richest, work_dtype
 from ntkwatch.engines.blocks import assemble, blocks
 from ntkwatch.engines.capture import Capture, Found
-from ntkwatch.engines.contract import Contractor
-from ntkwatch.engines.functional import quiet
+from ntkwatch.engines.contract import Contractor, choose
+from ntkwatch.engines.functional import is_out_of_memory, quiet
+from ntkwatch.engines.memory import limit_bytes
 from ntkwatch.engines.separation import Separation, separate_few
 from ntkwatch.model import Network, batch_size, inputs_of
+
+_RETRIES = 3  # halvings of the block after running out of memory
 
 
 class Layerwise:
@@ -25,6 +29,7 @@ class Layerwise:
 
     def __init__(self) -> None:
         self._recipes: weakref.WeakKeyDictionary[Network, Separation | None] = weakref.WeakKeyDictionary()
+        self._chunks: weakref.WeakKeyDictionary[Network, int] = weakref.WeakKeyDictionary()
 
     def kernel(
         self,
@@ -38,17 +43,18 @@ class Layerwise:
         chunk_size: int | None = None,
         precision: Precision = "double",
     ) -> Kernel:
-        """See `Engine.kernel`. Raises UnsupportedModel where examples are coupled, naming where."""
+        """See `Engine.kernel`. Without `chunk_size`, blocks fit in a share of the free memory.
+
+        Raises:
+            UnsupportedModel: examples are coupled, naming where.
+        """
         rich = richest(reduction, layers)
         with quiet():
-            run = _Run(network, state, rich, precision, self.recipe(network, x1, state))
-            chunk = chunk_size or batch_size(inputs_of(x1))
-            blocks1 = blocks(x1, chunk)
-            blocks2 = None if x2 is None else blocks(x2, chunk_size or batch_size(inputs_of(x2)))
-            theta = run.kernels(blocks1, blocks2)
+            run = Run(network, state, rich, precision, self.recipe(network, x1, state))
+            theta = self._backing_off(run, x1, x2, chunk_size)
         total = _total(theta)
         kept = {} if layers is None else {name: reduce(t, rich, layers) for name, t in theta.items()}
-        outputs = torch.cat([run.outputs[i] for i in range(len(blocks1))])
+        outputs = torch.cat([run.outputs[i] for i in sorted(run.outputs)])
         floor = noise_floor(outputs.dtype, precision, max(p.numel() for p in network.parameters.values()))
         return Kernel(reduce(total, rich, reduction), kept, outputs, reduction, self.name, precision, floor)
 
@@ -57,6 +63,33 @@ class Layerwise:
         if network not in self._recipes:
             self._recipes[network] = separate_few(network, x, state)
         return self._recipes[network]
+
+    def chunk(self, network: Network, n: int, run: Run) -> int:
+        """Probes per block: all, or as many as fit in the limit, or what was learned by running out of memory."""
+        return min(n, self._chunks.get(network, n), run.fitting(n, limit_bytes(network.device)))
+
+    def _backing_off(self, run: Run, x1: Any, x2: Any, chunk_size: int | None) -> dict[str, Tensor]:
+        n = max(batch_size(inputs_of(x)) for x in (x1, x2) if x is not None)
+        chunk = chunk_size or self.chunk(run.network, n, run)
+        for _ in range(_RETRIES):
+            theta = _attempt(run, x1, x2, chunk)
+            if theta is not None:
+                return theta
+            if chunk == 1:
+                break
+            chunk = max(1, min(chunk, n) // 2)
+            self._chunks[run.network] = chunk
+        return run.kernels(blocks(x1, chunk), None if x2 is None else blocks(x2, chunk))
+
+
+def _attempt(run: Run, x1: Any, x2: Any, chunk: int) -> dict[str, Tensor] | None:
+    """None when memory ran out: the caller retries outside of the handler, when the frames are gone."""
+    try:
+        return run.kernels(blocks(x1, chunk), None if x2 is None else blocks(x2, chunk))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    return None
 
 
 def _total(theta: Mapping[str, Tensor]) -> Tensor:
@@ -67,23 +100,21 @@ def _total(theta: Mapping[str, Tensor]) -> Tensor:
     return total
 
 
-class _Run:
-    """One kernel: the same network, state and reduction over all blocks."""
+@dataclass
+class Run:
+    """One kernel: the same network, state and reduction over all blocks. `rows`, where given, is filled with costs."""
 
-    def __init__(
-        self,
-        network: Network,
-        state: Mapping[str, Tensor] | None,
-        reduction: Reduction,
-        precision: Precision,
-        recipe: Separation | None,
-    ) -> None:
-        self.network, self.state, self.reduction = network, state, reduction
-        self.precision, self.recipe = precision, recipe
-        self.outputs: dict[int, Tensor] = {}
+    network: Network
+    state: Mapping[str, Tensor] | None
+    reduction: Reduction
+    precision: Precision
+    recipe: Separation | None
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    rows: dict[str, Row] | None = None
 
     def kernels(self, blocks1: list[Any], blocks2: list[Any] | None) -> dict[str, Tensor]:
         """{parameter: kernel} over all blocks."""
+        self.outputs.clear()
         sizes1 = [batch_size(inputs_of(b)) for b in blocks1]
         sizes2 = None if blocks2 is None else [batch_size(inputs_of(b)) for b in blocks2]
         others = blocks1 if blocks2 is None else blocks2
@@ -91,10 +122,16 @@ class _Run:
         def cell(i: int, j: int) -> dict[str, Tensor]:
             one = self._capture(blocks1[i])
             self.outputs[i] = one.outputs
-            two = one if blocks2 is None and i == j else self._capture(others[j])
-            return self._contract(one, two)
+            return self._contract(one, one if blocks2 is None and i == j else self._capture(others[j]))
 
         return assemble(sizes1, sizes2, cell, self.reduction)
+
+    def fitting(self, n: int, limit: int) -> int:
+        """The most probes per block whose graph, and as much in passing, fits; two such where there are several."""
+        saved = 0.0 if self.recipe is None else 2 * self.recipe.saved + self.recipe.captured
+        if saved * n <= limit:
+            return n
+        return max(1, int(limit / (2 * saved)))
 
     def _capture(self, block: Any) -> Capture:
         return Capture(self.network, block, self.state, summed=self.reduction == "sum", recipe=self.recipe)
@@ -102,21 +139,27 @@ class _Run:
     def _contract(self, one: Capture, two: Capture) -> dict[str, Tensor]:
         """One block of each parameter's kernel; zero where the outputs do not depend on the parameter."""
         contract = Contractor(self.reduction, work_dtype(one.outputs.dtype, self.precision))
-        n, c = one.outputs.shape
-        m = len(two.outputs)
+        (n, c), m = one.outputs.shape, len(two.outputs)
         shape = {"full": (n, c, m, c), "blocks": (c, n, m)}.get(self.reduction, (n, m))
-        found = {
-            name: torch.zeros(shape, dtype=contract.dtype, device=one.outputs.device)
-            for name in self.network.parameters
-        }
+        dtype, device = contract.dtype, one.outputs.device
+        found = {name: torch.zeros(shape, dtype=dtype, device=device) for name in self.network.parameters}
         for outputs in [slice(None)] if self.reduction == "full" else one.groups():
             for a, b in _pairs(one, two, outputs):
+                self._note(a, n, m, contract.dtype)
                 k = contract(a.factor, b.factor)
                 if self.reduction == "blocks":
                     found[a.name][outputs] = k
                 else:
                     found[a.name] += k
         return {name: k / c if self.reduction in ("trace", "sum") else k for name, k in found.items()}
+
+    def _note(self, found: Found, n: int, m: int, dtype: torch.dtype) -> None:
+        if self.rows is None:
+            return
+        how, cost = choose(found.factor, n, m, self.reduction, dtype)
+        old = self.rows.get(found.name, Row(found.name, "", 0.0, 0.0, 0.0))
+        sums = (old.flops + cost.flops, old.bytes + cost.bytes, old.seconds + cost.seconds)
+        self.rows[found.name] = Row(found.name, f"{found.rule}: {how}", *sums)
 
 
 def _pairs(one: Capture, two: Capture, outputs: slice) -> Iterator[tuple[Found, Found]]:

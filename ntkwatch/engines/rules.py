@@ -77,6 +77,13 @@ def masked(use: Use) -> Dense:
     return Dense(_flat(torch.stack(columns, 1)))
 
 
+def _sum(t: Tensor, dims: Sequence[int]) -> Tensor:
+    """The sum over some dimensions; a view where they have one entry, so that weight and bias share products."""
+    if all(t.shape[d] == 1 for d in dims):
+        return t.reshape([size for d, size in enumerate(t.shape) if d not in dims])
+    return t.sum(list(dims))
+
+
 def _flat(j: Tensor) -> Tensor:
     """[C, n, ...] → [C, n, P], also where nothing follows."""
     return j.reshape(*j.shape[:2], -1)
@@ -261,7 +268,7 @@ def _fold(use: Use, t: Tensor) -> Dense | None:
     if rank < len(use.shape) or shape[dim] != 1:
         return None
     summed = [2 + d for d in range(rank) if shape[d] == 1]
-    return Dense(_flat(use.examples(t, 1).sum(summed)))
+    return Dense(_flat(_sum(use.examples(t, 1), summed)))
 
 
 @rule(("AddmmBackward0", 0))
@@ -346,4 +353,4 @@ def operand_shape(node: Node, k: int) -> tuple[int, ...]:
     variable = getattr(child, "variable", None)
     if variable is not None:
         return tuple(variable.shape)
-    return tuple(child._input_metadata[number].shape)  # type: ignore[attr-defined]
+    return tuple(child._input_metadata[number].shape)

@@ -15,7 +15,18 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from ntkwatch.engines.graph import Graph, Layout, Scattered, digits, edges, find_layout, reaches, rearranges, walk
+from ntkwatch.engines.graph import (
+    Graph,
+    Layout,
+    Scattered,
+    digits,
+    edges,
+    find_layout,
+    node_bytes,
+    reaches,
+    rearranges,
+    walk,
+)
 from ntkwatch.model import Network, UnsupportedModel, batch_size, inputs_of, take
 
 _FEW = 3  # the fewest probes that tell [n, T] from [T, n] and from T = n by their values
@@ -30,6 +41,8 @@ class Separation:
     boundary: tuple[tuple[int, int, Layout | Scattered], ...]
     shared: frozenset[int]
     sure: bool  # regular layouts, told apart beyond doubt: they hold for more probes of the same shape too
+    saved: float = 0.0  # bytes per example of all that the graph's nodes give
+    captured: float = 0.0  # bytes per example and output of the gradients at the boundary
 
 
 def leaves_at(network: Network, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -123,8 +136,15 @@ def separate(graph: Graph, f: Tensor, n: int) -> Separation:
                     raise UnsupportedModel(_inseparable(graph, child))
         crossed = [node for node in above if rearranges(node) or layouts[node][0] is None]
         frontier = [node for node in crossed if node not in shared]
-    edges_found = tuple((i, k, layout) for (i, k), layout in sorted(boundary.items(), key=lambda item: item[0]))
-    return Separation(n, graph.signature, edges_found, frozenset(numbers[node] for node in shared), sure)
+    return Separation(
+        n,
+        graph.signature,
+        tuple((i, k, layout) for (i, k), layout in sorted(boundary.items(), key=lambda item: item[0])),
+        frozenset(numbers[node] for node in shared),
+        sure,
+        sum(node_bytes(graph, node) for node in graph.nodes if node not in shared) / n,
+        sum(node_bytes(graph, graph.nodes[i]) for i in {i for i, _ in boundary}) / n,
+    )
 
 
 def _inseparable(graph: Graph, node: Node) -> str:

@@ -1,0 +1,105 @@
+"""Memory: what is free, and what a run takes at its peak, counted on real or on fake tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ntkwatch.model import Network, map_leaves
+
+SHARE = 0.25  # of what is free: a guest in somebody's training run takes no more
+_UNKNOWN = 2 << 30  # taken as free where the system does not say
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Counts the bytes of the storages that operations inside have made and that are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given:
+                self._watch(t)
+        return result
+
+    def _watch(self, t: Tensor) -> None:
+        storage = t.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most bytes alive at once in tensors that `run` makes."""
+    with _LiveStorages() as counter:
+        run()
+        return counter.peak
+
+
+def fake_peak_bytes(
+    network: Network, x: Any, state: Mapping[str, Tensor] | None, run: Callable[[Any, dict[str, Tensor]], object]
+) -> int:
+    """The peak of `run(x, state)` on tensors that have a shape and no memory.
+
+    Raises whatever the model raises where its control flow asks for values.
+    """
+    everything = {**dict(network.module.named_parameters()), **network.buffers, **(state or {})}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes: dict[str, Tensor] = {name: mode.from_tensor(t.detach()) for name, t in everything.items()}
+        batch = map_leaves(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, x)
+        return peak_bytes(lambda: run(batch, fakes))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that could be taken on the device, as the system says."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) + _cached(device)
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        with open("/proc/meminfo") as lines:
+            available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        return min(available, _address_space())
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_AVPHYS_PAGES"))
+    return _UNKNOWN
+
+
+def _cached(device: torch.device) -> int:
+    return int(torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
+def _address_space() -> int:
+    """What a limit on the address space leaves (ulimit -v), where there is one."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            with open("/proc/self/statm") as line:
+                return max(0, limit - int(line.read().split()[0]) * resource.getpagesize())
+    return 1 << 62
+
+
+def limit_bytes(device: torch.device) -> int:
+    """What a kernel may take by default."""
+    return int(SHARE * free_bytes(device))

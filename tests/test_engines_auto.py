@@ -1,0 +1,255 @@
+"""The choice of engine, its self-check, plans, memory, number types and tangents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cases_adversarial
+import pytest
+import torch
+from cases import CASES, Lambda, build, find
+from oracles import gradients, naive_ntk, reduced
+from torch import Tensor, nn
+
+from ntkwatch.engines import UnsupportedModel, empirical_ntk, layer_ntks, memory, plan
+from ntkwatch.engines.auto import choose
+from ntkwatch.engines.base import Kernel, reduce
+from ntkwatch.engines.layerwise import Layerwise
+from ntkwatch.engines.tangent import jvp
+from ntkwatch.guard import leave_no_trace
+from ntkwatch.model import Network, take
+
+assert cases_adversarial
+NET_X = (nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(6, 4))
+
+
+def test_choice_gives_a_reason_of_one_line() -> None:
+    for engine in ("auto", "layerwise", "functional"):
+        chosen = choose(Network(NET_X[0]), NET_X[1], engine)
+        assert "\n" not in chosen.reason
+        assert chosen.engine.name in chosen.reason
+    with pytest.raises(ValueError, match="'fast'"):
+        choose(Network(NET_X[0]), NET_X[1], "fast")
+
+
+class _Wrong(Layerwise):
+    """An engine that forgets a layer."""
+
+    def kernel(self, network: Network, *args: Any, **kwargs: Any) -> Kernel:
+        right = super().kernel(network, *args, **{**kwargs, "layers": "full"})
+        value = right.value - next(iter(right.layers.values()))
+        return Kernel(value, {}, right.outputs, right.reduction, right.engine, right.precision, right.noise_floor)
+
+
+def test_self_check_sees_a_wrong_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ntkwatch.engines.auto.Layerwise", _Wrong)
+    chosen = choose(Network(NET_X[0]), NET_X[1])
+    assert chosen.engine.name == "functional"
+    assert "off by" in chosen.reason
+    with pytest.raises(UnsupportedModel, match="off by"):
+        choose(Network(NET_X[0]), NET_X[1], "layerwise")
+
+
+def test_random_models_are_refused() -> None:
+    net = Lambda(lambda m, x: m.a(torch.nn.functional.dropout(x, 0.5, training=True)), a=nn.Linear(4, 2))
+    with pytest.raises(UnsupportedModel, match="random"):
+        empirical_ntk(net, torch.randn(5, 4))
+
+
+def test_bad_arguments() -> None:
+    net, x = NET_X
+    for wrong, names in (({"reduction": "mean"}, "mean"), ({"precision": "half"}, "half"), ({"chunk_size": 0}, "0")):
+        with pytest.raises(ValueError, match=names):
+            empirical_ntk(net, x, **wrong)
+    with pytest.raises(ValueError, match="empty"):
+        empirical_ntk(net, x[:0])
+    with pytest.raises(UnsupportedModel, match="NaN"):
+        empirical_ntk(Lambda(lambda m, x: m.a(x) * float("nan"), a=nn.Linear(4, 2)), torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["mlp", "conv2d", "batch_norm", "transformer_encoder", "learned_positions", "norms"])
+def test_number_types(name: str, dtype: torch.dtype) -> None:
+    module, batch = build(find(name), dtype)
+    exact = naive_ntk(*build(find(name), torch.float64))
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.15}[dtype]
+    for precision in ("double", "single"):
+        found = empirical_ntk(module, batch, precision=precision)  # type: ignore[arg-type]
+        expected = torch.float64 if precision == "double" or dtype == torch.float64 else torch.float32
+        assert found.dtype == expected, f"{name} in {dtype}: {precision}"
+        off = float((found - reduced(exact, "trace")).norm() / reduced(exact, "trace").norm())
+        assert off < tolerance, f"{name} in {dtype}, {precision}: off by {off:.1e}"
+
+
+def test_double_products_keep_the_spectrum_of_near_duplicates() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2))
+    x = torch.randn(4, 8).repeat(6, 1) + 1e-3 * torch.randn(24, 8)
+    eigenvalues = torch.linalg.eigvalsh(empirical_ntk(net, x))
+    assert eigenvalues[0] > 0
+    with leave_no_trace(net):
+        kernel = Layerwise().kernel(Network(net), x)
+    exact = torch.linalg.eigvalsh(empirical_ntk(net.double(), x.double()))
+    assert float((eigenvalues - exact).abs().max() / exact[-1]) < kernel.noise_floor
+
+
+def test_reduce_derives_what_is_determined() -> None:
+    theta = naive_ntk(*build(find("mlp")))
+    for target in ("trace", "blocks", "sum", "full"):
+        assert torch.allclose(reduce(theta, "full", target), reduced(theta, target)), target  # type: ignore[arg-type]
+    assert torch.allclose(reduce(reduced(theta, "blocks"), "blocks", "trace"), reduced(theta, "trace"))
+    for source, target in (("trace", "full"), ("blocks", "sum"), ("sum", "trace")):
+        with pytest.raises(ValueError, match="full"):
+            reduce(reduced(theta, source), source, target)  # type: ignore[arg-type]
+
+
+def test_layers_in_another_reduction() -> None:
+    module, batch = build(find("mlp"))
+    theta = naive_ntk(module, batch)
+    with leave_no_trace(module):
+        found = Layerwise().kernel(Network(module), batch, reduction="sum", layers="trace")
+    assert torch.allclose(found.value, reduced(theta, "sum"))
+    assert torch.allclose(torch.stack(list(found.layers.values())).sum(0), reduced(theta, "trace"))
+
+
+def test_params_select_layers() -> None:
+    net, x = NET_X
+    layers = layer_ntks(net, x)
+    assert torch.allclose(empirical_ntk(net, x, params="*.bias"), layers["0.bias"] + layers["2.bias"])
+
+
+def test_state_evaluates_elsewhere() -> None:
+    for name in ("batch_norm", "tied_linear", "parametrized"):
+        module, batch = build(find(name))
+        other, _ = build(find(name), seed=1)
+        state = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+        for engine in ("layerwise", "functional"):
+            with leave_no_trace(module):
+                chosen = choose(Network(module), batch, engine).engine
+                found = chosen.kernel(Network(module), batch, reduction="full", state=state).value
+            assert torch.allclose(found, naive_ntk(other, batch), rtol=1e-9), f"{name}, {engine}"
+
+
+def test_nothing_is_left_behind() -> None:
+    for case in [c for c in CASES if not c.refused and not c.heavy][:40]:
+        module, batch = build(case)
+        module.train()
+        before = {k: v.clone() for k, v in module.state_dict().items()}
+        random = torch.random.get_rng_state()
+        kernel = empirical_ntk(module, batch)
+        assert not kernel.requires_grad, f"{case}: detached"
+        assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items()), f"{case}: state"
+        assert all(p.grad is None for p in module.parameters()), f"{case}: gradients"
+        assert module.training, f"{case}: mode"
+        assert torch.equal(random, torch.random.get_rng_state()), f"{case}: random state"
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv2d", "norms", "transformer_encoder", "learned_positions"])
+@pytest.mark.parametrize("n", [3, 12])
+def test_peak_memory_is_predicted(name: str, n: int) -> None:
+    module, batch = build(find(name), torch.float32)
+    x = torch.cat([batch] * 4)[:n]
+    predicted = plan(module, x).peak_bytes
+    network, engine = Network(module), Layerwise()
+    with leave_no_trace(module):
+        engine.recipe(network, x, None)
+        real = memory.peak_bytes(lambda: engine.kernel(network, x, layers=None))
+    assert abs(predicted - real) <= 0.15 * real, f"{name}: predicted {predicted}, was {real}"
+
+
+def test_plan_is_a_table_with_every_parameter() -> None:
+    module, batch = build(find("transformer_encoder"), torch.float32)
+    found = plan(module, batch)
+    assert found.engine == "layerwise"
+    assert {row.name for row in found.rows()} >= {name for name, _ in module.named_parameters()}
+    assert all(row.seconds >= 0 for row in found.rows())
+    assert found.chunk_size == 3
+    assert "out.weight" in str(found)
+    assert plan(module, batch, engine="functional").engine == "functional"
+
+
+def test_blocks_fit_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)), torch.randn(32, 64)
+    whole = empirical_ntk(net, x)
+    for limit in (100_000, 50_000, 20_000):
+        monkeypatch.setattr("ntkwatch.engines.layerwise.limit_bytes", lambda device, limit=limit: limit)
+        monkeypatch.setattr("ntkwatch.engines.planning.limit_bytes", lambda device, limit=limit: limit)
+        assert plan(net, x).chunk_size < 32, limit
+        assert torch.allclose(empirical_ntk(net, x), whole, rtol=1e-6), limit
+
+
+def test_running_out_of_memory_halves_the_blocks() -> None:
+    sizes: list[int] = []
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        sizes.append(len(x))
+        if len(x) > 5:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"
+            )
+        return m.a(x)
+
+    net = Lambda(forward, a=nn.Linear(4, 2))
+    x = torch.randn(16, 4)
+    assert torch.allclose(empirical_ntk(net, x), empirical_ntk(net.a, x))
+    assert max(sizes) == 16
+    assert 4 in sizes
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp", "conv2d", "batch_norm", "multihead_attention", "lstm", "tied_embedding", "gru"]
+)
+def test_tangent(name: str) -> None:
+    module, batch = build(find(name))
+    j = gradients(module, batch)
+    generator = torch.Generator().manual_seed(0)
+    v = {
+        name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in Network(module).parameters.items()
+    }
+    expected = torch.stack([j[k] @ v[k].flatten() for k in v]).sum(0)
+    with leave_no_trace(module):
+        network = Network(module)
+        f, found, how = jvp(network, batch, dict(module.named_parameters()), v)
+        assert torch.allclose(f, network.outputs(batch))
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12), f"{name} by {how}"
+
+
+def test_tangent_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, batch = build(find("mlp"))
+    v = {k: torch.ones_like(p) for k, p in Network(module).parameters.items()}
+    network, state = Network(module), dict(module.named_parameters())
+    reference = jvp(network, batch, state, v)
+    assert reference[2] == "forward mode"
+
+    def fails(*args: Any) -> Any:
+        raise NotImplementedError("no forward mode")
+
+    for method, how, tolerance in (("_forward", "double backward", 1e-10), ("_double_backward", "central diff", 1e-6)):
+        monkeypatch.setattr(f"ntkwatch.engines.tangent.{method}", fails)
+        found = jvp(network, batch, state, v)
+        assert found[2].startswith(how)
+        assert torch.allclose(found[1], reference[1], rtol=tolerance), how
+
+
+def test_compiled_modules_add_no_graph() -> None:
+    module, batch = build(find("mlp"), torch.float32)
+    compiled = torch.compile(module, backend="eager")
+    expected = empirical_ntk(module, batch)
+    compiled(batch)
+    frames = dict(torch._dynamo.utils.counters["frames"])
+    assert torch.allclose(empirical_ntk(compiled, batch), expected)  # type: ignore[arg-type]
+    whole = nn.Sequential(compiled, nn.Identity())  # type: ignore[arg-type]
+    assert torch.allclose(empirical_ntk(whole, batch), expected)
+    module.compile(backend="eager")
+    assert torch.allclose(empirical_ntk(module, batch), expected)
+    assert dict(torch._dynamo.utils.counters["frames"]) == frames
+
+
+def test_probes_of_other_sizes_after_the_first() -> None:
+    module, batch = build(find("learned_positions"))
+    network, engine = Network(module), Layerwise()
+    theta = naive_ntk(module, batch)
+    with leave_no_trace(module):
+        for rows in (slice(0, 1), slice(0, 3), slice(1, 3), slice(0, 2)):
+            found = engine.kernel(network, take(batch, rows), reduction="full").value
+            assert torch.allclose(found, theta[rows][:, :, rows], rtol=1e-10), rows
