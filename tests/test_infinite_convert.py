@@ -211,8 +211,8 @@ def test_negative_control() -> None:
 
 
 def kaiming(factory: Factory) -> Factory:
-    """torch's default shrinks signals threefold a layer, so that bias gradients, which do not fluctuate, make up most of
-    K_0 up to widths of thousands and hide the law; at Kaiming's scale the law shows from the start."""
+    """torch's default shrinks signals threefold a layer, so that bias gradients, which do not fluctuate, make up most
+    of K_0 up to widths of thousands and hide the law; at Kaiming's scale the law shows from the start."""
 
     def build(width: int) -> nn.Module:
         model = factory(width)
