@@ -159,8 +159,7 @@ class NTKWatch(Callback):
         self._begun = True
         self._together(trainer, "settling the baseline", partial(self._begin, trainer, pl_module, batch), start=True)
         self._continued = self._ranks.broadcast(self._continued)
-        if self._off is None and not self._continued:
-            self._grid.due(self._step)
+        if self._off is None and not self._continued and self._candidate():
             self._together(trainer, "the baseline probe", partial(self._baseline, trainer), start=True)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -169,7 +168,7 @@ class NTKWatch(Callback):
             return  # gradients are being accumulated
         self._global_step = trainer.global_step
         self._step += 1
-        if self._off is None and not self._trial and self._grid.due(self._step):
+        if self._off is None and not self._trial and self._candidate():
             self._probe(trainer, last=False)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -214,6 +213,14 @@ class NTKWatch(Callback):
         if self.record is None:
             return "ntkwatch has measured nothing yet: call trainer.fit first."
         return summarise(load_run(self.record))
+
+    def _candidate(self) -> bool:
+        """Whether the grid has a point here; a user's own function of the step may fail like any probe."""
+        try:
+            return self._grid.due(self._step)
+        except Exception as error:
+            self._failed(f"every= at step {self._step}", f"{type(error).__name__}: {error}", error, start=False)
+            return False
 
     # ── one probe ─────────────────────────────────────────────────────────────────────────────────────────────────
     def _probe(self, trainer: Any, last: bool) -> None:

@@ -316,6 +316,15 @@ def test_a_full_disk_costs_the_record_alone(tmp_path: Path, monkeypatch: pytest.
     assert watch.last.step == 12
 
 
+def test_a_schedule_that_raises_is_a_warning(tmp_path: Path) -> None:
+    def every(step: int) -> bool:
+        return bool(1 / (step - 4)) and step % 2 == 0
+
+    with pytest.warns(UserWarning, match="every= at step 4.*ZeroDivisionError"):
+        watch = watched(tmp_path, watch_every=every)
+    assert steps(watch) == [0, 2]
+
+
 class Diverges(Classifier):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_step == 4:
