@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := OMP_NUM_THREADS=2 $(BIN)/python
 STAMP := .venv/.installed
 
-.PHONY: setup demo test soak check bench browser clean
+.PHONY: setup demo test soak check bench claims browser clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,9 @@ soak: setup            ## the long sweeps, with their full counts
 
 bench: setup           ## ratios against the peers, in one run
 	$(RUN) -m tests.bench
+
+claims: setup          ## what the literature says beside what is measured, minutes
+	$(RUN) -m tests.claims
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

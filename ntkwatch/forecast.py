@@ -108,6 +108,6 @@ class LinearForecast:
             raise ValueError(f"{type(optimizer).__name__} steps with a closure: the forecast cannot follow it")
         defaults = {key: value for key, value in optimizer.defaults.items() if key in takes}
         try:
-            return type(optimizer)(copies, **defaults), groups  # type: ignore[call-arg]
+            return type(optimizer)(copies, **defaults), groups
         except (TypeError, ValueError) as error:
             raise ValueError(f"{type(optimizer).__name__} cannot be copied ({error})") from error

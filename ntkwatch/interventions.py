@@ -35,8 +35,8 @@ def output_scale(module: Any, gamma: float, *, lr_factor: float | None = None) -
     """A copy of a LightningModule whose `forward` returns (f − f_0)/γ, with its optimizers' settings scaled to match.
 
     Rules: SGD lr·γ² and weight decay/γ², Adam and AdamW lr·γ, ε/γ and weight decay/γ (lr·weight decay is kept);
-    gradients are clipped at the size that they have without the scale; schedulers' rates as the optimizer's. The module must compute its loss from what calling
-    itself returns (`self(x)`), one float tensor.
+    gradients are clipped at the size that they have without the scale; schedulers' rates as the optimizer's. The module
+    must compute its loss from what calling itself returns (`self(x)`), one float tensor.
 
     Args:
         module: the user's LightningModule, left as it is.
