@@ -80,7 +80,7 @@ class Network:
         n = batch_size(inputs_of(batch))
         if f.ndim != 2 or f.shape[0] != n or f.shape[1] == 0 or not f.is_floating_point():
             raise UnsupportedModel(
-                f"the model's output must be real and [n, C] with n = {n} (or [n]), got {tuple(whole.shape)} of {f.dtype}; "
+                f"the output must be real and [n, C] with n = {n} (or [n]), got {tuple(whole.shape)}, {f.dtype}; "
                 "pass outputs=lambda model, batch: ... that returns [n, C], for example by pooling over positions"
             )
         return f

@@ -56,7 +56,7 @@ def floor(module: nn.Module, x: Tensor) -> None:
 
 
 def interleaved(work: dict[str, Callable[[], object]], rounds: int, sync: Callable[[], None]) -> dict[str, float]:
-    """Median seconds of each, taken in turn; one warm-up. Processor time (per thread) where others use the cores too."""
+    """Median seconds of each, taken in turn; one warm-up."""
     times: dict[str, list[float]] = {name: [] for name in work}
     for i in range(rounds + 1):
         for name, fn in work.items():
