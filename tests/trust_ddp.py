@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from trust_configs import QUIET, Job, task, with_workers
+from trust_configs import QUIET, Job, task
 from trust_harness import Driver, MonitorProbe, final_state, quieten, real_kernel, seed_all
 from trust_mutants import backward
 from trust_observe import Closing, Observation, Opening
@@ -22,9 +22,9 @@ DDP_JOBS = [
     Job("plain", task()),
     Job("accumulation 3", task(), {"accumulate_grad_batches": 3}),
     Job("manual, 2 optimizers", task("manual")),
-    Job("2 workers", task(), loaders=with_workers(persistent=False)),
+    Job("gradients as bucket views", task()),  # .grad is a view of the reducer's bucket
 ]
-LAUNCHERS = ["ddp", "ddp_spawn"]
+LAUNCHERS = {"ddp": "popen", "ddp_spawn": "spawn"}
 UNWATCHED = "unwatched"
 NAIVE = "naive"  # a probe that leaves its gradients: the harness must see it on both ranks
 WATCHERS = ["NTKWatch", "on_train_batch_start", "on_after_backward"]
@@ -78,7 +78,9 @@ def fit(launcher: str, job: Job, folder: Path, name: str) -> None:
     callbacks = watch(name)
     opening, seen = Opening(), Observation()
     report = Report(folder / name, seen, *(callbacks or [None]))
-    arguments = {**QUIET, "devices": 2, "strategy": launcher, "max_epochs": 2, "default_root_dir": folder / name}
+    views = job.name == "gradients as bucket views"
+    strategy = pl.strategies.DDPStrategy(start_method=LAUNCHERS[launcher], gradient_as_bucket_view=views)
+    arguments = {**QUIET, "devices": 2, "strategy": strategy, "max_epochs": 2, "default_root_dir": folder / name}
     trainer = pl.Trainer(
         **{**arguments, **job.trainer}, callbacks=[opening, *callbacks, Closing(opening, seen), report]
     )
