@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,14 @@ from torch import Tensor
 
 from ntkwatch.diagnostics import Motion
 from ntkwatch.engines.tangent import jvp
-from ntkwatch.model import Network
+from ntkwatch.model import (
+    Network,
+    batch_size,
+    calibrated_statistics,
+    inputs_of,
+    running_statistics,
+    untracked_statistics,
+)
 
 THETA_0_LIMIT = 2 * 1024**3  # bytes: above this a copy of the parameters is no longer a small guest
 NO_THETA_0 = "θ_0 is not kept above 2 GB of parameters"
@@ -66,6 +73,18 @@ class Baseline:
         f_0, j0_delta_theta, how = jvp(network, batch, start, direction)
         delta_f = outputs.detach().double() - f_0.detach().double()
         return Motion(delta_f.cpu(), j0_delta_theta.detach().double().cpu(), how)
+
+
+def first_statistics(network: Network, batches: Sequence[Any]) -> tuple[dict[str, Tensor], str | None]:
+    """BatchNorm's statistics s_0 by name, calibrated on these batches where none has been tracked, and what to say."""
+    if not untracked_statistics(network.module):
+        return {name: b.detach().clone() for name, b in running_statistics(network.module).items()}, None
+    rows = sum(batch_size(inputs_of(batch)) for batch in batches)
+    said = (
+        f"BatchNorm has tracked no batch yet: the baseline uses statistics calibrated on {rows} rows "
+        "(the probes and the first training batch)"
+    )
+    return calibrated_statistics(network, batches), said
 
 
 def parameter_distances(network: Network, baseline: Baseline | None) -> dict[str, tuple[float, float]] | str:

@@ -23,7 +23,6 @@ from ntkwatch.model import Network, batch_size, inputs_of
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 T = TypeVar("T")
-STEP = 1e-3  # of the self-test, relative to the parameters
 
 
 class ScaledNetwork(Network):
@@ -126,6 +125,8 @@ class Instruments:
         with self._hooked(keep, layers):
             f = self.network.outputs(self.batch, self.state or None)
         kept = {name: edge for name, edge in edges.items() if name not in repeated}  # tied uses have no one input
+        if not kept:
+            return {}
         grads = [
             torch.autograd.grad(column.sum(), [edge for edge, _ in kept.values()], retain_graph=True, allow_unused=True)
             for column in f.T
@@ -165,15 +166,17 @@ class Instruments:
 
     # ── one step ──────────────────────────────────────────────────────────────────────────────────────────────────
     def one_step(self, loss: LossAt, shrink: float = 1.0) -> tuple[Tensor, float]:
-        """(Δf [n, C], η) of a gradient step on the probes, η = shrink·1e-3·‖θ‖/‖g‖; the parameters stay."""
+        """(Δf [n, C], η) of a gradient step on the probes, η = shrink·eps^⅓·‖θ‖/‖g‖; the parameters stay."""
         g = self._gradient(loss)
         now = {name: p.detach() for name, p in self.network.parameters.items()}
         size = torch.stack([v.double().norm() for v in g.values()]).norm()
         if size == 0:
             raise Undefined("the gradient on the probes is zero")
-        lr = shrink * STEP * float(torch.stack([p.double().norm() for p in now.values()]).norm() / size)
         with torch.no_grad():
-            before = self.network.outputs(self.batch, self.state or None).double()
+            before = self.network.outputs(self.batch, self.state or None)
+            relative = shrink * torch.finfo(before.dtype).eps ** (1 / 3)  # curvature and rounding weigh alike there
+            before = before.double()
+            lr = relative * float(torch.stack([p.double().norm() for p in now.values()]).norm() / size)
             stepped = {**self.state, **{name: now[name] - lr * g[name] for name in g}}
             after = self.network.outputs(self.batch, stepped).double()
         return (after - before).cpu(), lr

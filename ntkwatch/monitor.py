@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ntkwatch import diagnostics as table
 from ntkwatch import metrics
-from ntkwatch.baseline import NO_THETA_0, Baseline, parameter_distances
+from ntkwatch.baseline import NO_THETA_0, Baseline, first_statistics, parameter_distances
 from ntkwatch.checks import ENGINES, REDUCTIONS, check_choice, count_outputs, to_measure
 from ntkwatch.derived import Derived, on_cpu
 from ntkwatch.diagnostics import View
@@ -24,15 +24,7 @@ from ntkwatch.guard import leave_no_trace
 from ntkwatch.instruments import Instruments
 from ntkwatch.losses import LossAt, loss_of
 from ntkwatch.manifest import context, describe, not_finite
-from ntkwatch.model import (
-    Network,
-    batch_size,
-    calibrated_statistics,
-    inputs_of,
-    running_statistics,
-    to_device,
-    untracked_statistics,
-)
+from ntkwatch.model import Network, to_device
 from ntkwatch.optimizers import read_rule
 from ntkwatch.probes import ProbeSet, encode_targets
 from ntkwatch.record import Measurement, RecordWriter
@@ -119,16 +111,8 @@ class Monitor:
         """
         with self._probe():
             batch = self._batch(self.probes)
-            if untracked_statistics(self.model):
-                seen = [batch, *(to_device(other, self.network.device) for other in batches)]
-                self.statistics = calibrated_statistics(self.network, seen)
-                rows = sum(batch_size(inputs_of(other)) for other in seen)
-                self.calibration = (
-                    f"BatchNorm has tracked no batch yet: the baseline uses statistics calibrated on {rows} rows "
-                    "(the probes and the first training batch)"
-                )
-            else:
-                self.statistics = {k: v.detach().clone() for k, v in running_statistics(self.model).items()}
+            seen = [batch, *(to_device(other, self.network.device) for other in batches)]
+            self.statistics, self.calibration = first_statistics(self.network, seen)
             self.choice = choose(self.network, batch, self.engine)
 
     def restore(

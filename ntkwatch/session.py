@@ -17,7 +17,7 @@ from ntkwatch.baseline import Baseline
 from ntkwatch.model import leaves, map_leaves
 from ntkwatch.monitor import Monitor
 from ntkwatch.probes import ProbeSet
-from ntkwatch.record import Measurement, RecordError, RecordWriter, load_run, load_tensors, save_tensors
+from ntkwatch.record import Measurement, RecordError, RecordWriter, Run, load_run, load_tensors, save_tensors
 from ntkwatch.sinks import Sinks
 
 STATE_LIMIT = 512 * 1024  # bytes: a larger kernel stays out of the user's checkpoints
@@ -155,7 +155,7 @@ class Session:
         previous = self._previous(state, folder)
         self._writer = RecordWriter.resume(folder, step)
         self._writer.update_manifest(finished=None)
-        self.monitor.restore(baseline, previous)
+        self.monitor.restore(baseline, previous, _travelled(run, previous))
         self.folder = folder
         history = {earlier: run.eigenvalues(earlier) for earlier in run.steps if earlier <= step}
         self.sinks.start({**manifest, **self._extra}, history)
@@ -168,6 +168,14 @@ class Session:
         if kernel is None:
             kernel = load_run(folder).kernel(step)
         return int(step), torch.as_tensor(kernel)
+
+
+def _travelled(run: Run, previous: tuple[int, Tensor] | None) -> float | None:
+    """Length of the kernel's path up to the previous kernel, where the record has it."""
+    if previous is None or "path_length" not in run.metrics or previous[0] not in run.metrics.index:
+        return None
+    length = float(run.metrics["path_length"].loc[previous[0]])
+    return None if length != length else length
 
 
 def _tensors(probes: ProbeSet) -> list[Tensor]:

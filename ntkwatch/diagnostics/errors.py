@@ -85,6 +85,11 @@ kernel_angle_corrected.__doc__ = CORRECTED
 
 COST = "n + 1 evaluations"
 ERRORS: dict[str, Diagnostic] = {
-    **{f"{name}_se": Diagnostic(_standard_error(name), cost=COST) for name in HEADLINES},
+    **{
+        f"{name}_se": Diagnostic(
+            _standard_error(name), needs=("targets",) if name == "centered_alignment" else (), cost=COST
+        )
+        for name in HEADLINES
+    },
     "kernel_angle_corrected": Diagnostic(kernel_angle_corrected, cost=COST),
 }

@@ -24,6 +24,7 @@ DETAILS: dict[str, Callable[[View], Mapping[str, float]]] = {
     "neural_feature_correlation": feature_correlations,
     "neural_feature_correlation_update": update_correlations,
 }
+FAILURES = (RuntimeError, TypeError, AttributeError, LookupError, NotImplementedError)
 
 
 def defined(compute: Callable[[], Tensor | float]) -> tuple[float | None, str | None]:
@@ -32,7 +33,7 @@ def defined(compute: Callable[[], Tensor | float]) -> tuple[float | None, str | 
         value = float(compute())
     except (Undefined, ValueError) as gap:  # ValueError: a kernel that a metric refuses, such as an indefinite one
         return None, str(gap)
-    except (RuntimeError, TypeError, AttributeError, LookupError, NotImplementedError) as error:
+    except FAILURES as error:
         if is_out_of_memory(error):
             raise
         return None, f"it failed ({type(error).__name__}: {error})"  # one number's failure costs no other number
@@ -52,14 +53,19 @@ def layer_metrics(view: View, names: Sequence[str] = ()) -> dict[str, dict[str, 
         if any(name in (detail, f"{detail}_mean", f"{detail}_max") for name in names):
             for key, value in _details(view, of).items():
                 module = key if key in found else _module(key)
-                found[module][detail] = value if math.isfinite(value) else None
+                if module in found:
+                    found[module][detail] = value if math.isfinite(value) else None
     return found
 
 
 def _details(view: View, of: Callable[[View], Mapping[str, float]]) -> Mapping[str, float]:
     try:
         return of(view)
-    except Undefined:
+    except (Undefined, ValueError):
+        return {}
+    except FAILURES as error:
+        if is_out_of_memory(error):
+            raise
         return {}
 
 

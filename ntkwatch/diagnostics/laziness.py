@@ -112,7 +112,10 @@ def _correlations(view: View, centred: bool) -> dict[str, float]:
     def compute() -> dict[str, float]:
         weights, found = model.weights(), {}
         for name, gradients in model.input_gradients.items():
-            w, w0 = weights[f"{name}.weight" if name else "weight"]
+            own = f"{name}.weight" if name else "weight"
+            if own not in weights:
+                continue  # tied to another layer's, which stands for it
+            w, w0 = weights[own]
             if not centred and gradients.shape[1:] == w.shape and bool(torch.isclose(gradients, w).all()):
                 continue  # the readout: its gradients are its weights
             found[name] = float(metrics.neural_feature_correlation(w, gradients, w0 if centred else None))
@@ -169,14 +172,14 @@ def _step_errors(view: View) -> dict[str, float]:
 
 
 def one_step_error(view: View) -> float:
-    """Self-test at the first probe: a gradient step of 1e-3·‖θ‖ against what Θ predicts for it."""
+    """Self-test at the first probe: a gradient step of eps^⅓·‖θ‖ against what Θ predicts for it."""
     return _step_errors(view)["whole"]
 
 
 def one_step_halving(view: View) -> float:
     """Self-test at the first probe: how the one-step error falls when the step is halved; ½ where all is right.
 
-    Formula: one_step_error(η/2)/one_step_error(η), η = 1e-3·‖θ‖/‖∇𝓛‖
+    Formula: one_step_error(η/2)/one_step_error(η), η = eps^⅓·‖θ‖/‖∇𝓛‖, eps that of the outputs' dtype
     Range: [0, ∞), ½ for a smooth model and about ½ with kinks; 1 where the kernel is wrong (mode, tied or frozen
         parameters, dropout); undefined where both errors are rounding (a linear model) and after the first probe
     Source: Jacot et al. 2018 (df/dt = −Θ∇_f𝓛)
