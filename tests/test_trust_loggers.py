@@ -162,7 +162,8 @@ class LoggingTask:
 
 def train(outlet: str, folder: Path, watch: Callable[[], list[Any]]) -> Observation:
     logger = OUTLETS[outlet](folder)
-    seen = observe(Job(outlet, LoggingTask(), {"logger": logger, "log_every_n_steps": 1}), watch=watch)
+    arguments = {"logger": logger, "log_every_n_steps": 1, "default_root_dir": folder}
+    seen = observe(Job(outlet, LoggingTask(), arguments), watch=watch)
     if outlet == "W&B":
         logger.experiment.finish()
     return seen
