@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ntkwatch.baseline import Baseline
+from ntkwatch.engines.tangent import warm_up
 from ntkwatch.model import leaves, map_leaves
 from ntkwatch.monitor import Monitor
 from ntkwatch.probes import ProbeSet
@@ -70,6 +71,7 @@ class Session:
 
     def begin(self, batches: Sequence[Any] = ()) -> None:
         """Settle engine and BatchNorm baseline before the first probe; batches: training batches for calibration."""
+        warm_up()
         self.monitor.start(batches)
 
     def probe(self, step: int, overhead: Callable[[], float], last: bool = False, **at: Any) -> Measurement:
