@@ -8,27 +8,22 @@ far it leaves the linear regime; it calibrates the words, it is no threshold.
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from ntkwatch.words.ladder import LADDER, LADDER_ANGLE, LADDER_NOTE, LADDER_RHO, LINEAR, TURNED, place, rung
+from ntkwatch.words.recorded import first, last, number, recorded, with_error
+from ntkwatch.words.text import printable, wrap
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# k=2 parity, n=2048, full-batch GD to a loss of .02: output scale γ_0, Taylor ratio, kernel angle (rad), three seeds.
-LADDER = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-LADDER_RHO = (0.014, 0.048, 0.224, 0.485, 0.690, 0.810)
-LADDER_ANGLE = (0.0065, 0.035, 0.180, 0.419, 0.677, 0.830)
-LADDER_NOTE = (
-    "reference: a two-layer ReLU net on parity with output scale 1/γ0; γ0 .01 is next to linear, 3 is far from it."
-)
-LINEAR = ("next to linear", "close to linear", "clearly non-linear", "strongly non-linear")
-TURNED = ("hardly turned", "turned a little", "clearly turned", "strongly turned")
 DISAGREE = 5.0  # a factor in γ_0, a rung and a half of the ladder
+STEADY = 0.005  # a change of alignment that is none
 NULL_Z = 2.0  # |z| below this is what shuffled labels give
 FEWEST_FOR_SPEED = 4  # probes
-LABEL = 11
-BARS = "▁▂▃▄▅▆▇█"
+STILL = ("Stability", "Self-test", "Labels")  # axes that say something before anything moved
 REGIME = (
     "One run states its own linearity. Whether this is a lazy regime needs a sweep of the width or the output scale: "
     "ntkwatch widths RUN…"
@@ -57,24 +52,57 @@ def summarise(run: Readable, width: int = 79) -> str:
     >>> print(summarise(SimpleNamespace(manifest={}, metrics=empty, reasons={}, layer_metrics=empty)))
     Run        unnamed model. No probe has been recorded yet.
     """
-    return _wrap(summary_lines(run), width)
+    return wrap(summary_lines(run), width)
 
 
 def summary_lines(run: Readable) -> list[tuple[str, str]]:
     """The summary as (axis, text) pairs; a text that goes on with the axis above has an empty one."""
     if len(run.metrics) == 0:
         return [("Run", f"{_header(run.manifest)}. No probe has been recorded yet.")]
-    first, last = int(run.metrics.index[0]), int(run.metrics.index[-1])
     lines = [("Run", f"{_header(run.manifest)}; {_probing(run.manifest)}. {_span(run.metrics)}.")]
-    if last == first or unmoved(run.metrics):
-        lines.append(("Motion", f"Nothing has moved yet: the kernel at step {last} is the one at step {first}."))
+    seen = _finite(run)
+    begin, end, newest = int(seen.metrics.index[0]), int(seen.metrics.index[-1]), int(run.metrics.index[-1])
+    if end < newest:
+        lines.append(("Divergence", f"{_why_not_finite(run)} The numbers below are of step {end:,}, the last before."))
+    if end == begin or unmoved(seen.metrics):
+        lines.append(("Motion", f"Nothing has moved yet: the kernel at step {end} is the one at step {begin}."))
+        lines += [line for line in recorded(seen.metrics) if line[0] in STILL]
     else:
-        lines += [*_strength(run), ("Direction", _direction(run)), ("Speed", speed(run.metrics))]
-        lines += [("Where", _where(layers_at(run.layer_metrics, last))), ("Caution", _bias(run.manifest))]
-    lines += [("Cost", _cost(run)), ("Undefined", _undefined(run.reasons.get(last) or {}))]
+        lines += [*_strength(seen), ("Direction", _direction(seen)), ("Speed", speed(seen.metrics))]
+        lines += [("Where", _where(layers_at(run.layer_metrics, end))), *recorded(seen.metrics)]
+        lines.append(("Caution", _bias(run.manifest)))
+    lines += [("Cost", _cost(run)), ("Undefined", _undefined(run.reasons.get(end) or {}))]
     lines += [("Baseline", run.manifest.get("baseline") or ""), ("Regime", REGIME)]
     lines.append(("Ladder", LADDER_NOTE if any("γ0" in text for _, text in lines) else ""))
     return [(label, printable(text)) for label, text in lines if text]
+
+
+@dataclass(frozen=True)
+class _Upto:
+    """A run's metrics up to some step, for the axes."""
+
+    manifest: Mapping[str, Any]
+    metrics: pd.DataFrame
+    reasons: Mapping[int, Mapping[str, str]]
+    layer_metrics: pd.DataFrame
+
+
+def _finite(run: Readable) -> Readable:
+    """The run up to the last step whose kernel was finite; all of it where none was."""
+    steps = [s for s in run.metrics.index if not any("kernel is not finite" in why for why in _why(run, s))]
+    metrics = run.metrics.loc[: steps[-1]] if steps else run.metrics
+    return _Upto(run.manifest, metrics, run.reasons, run.layer_metrics)
+
+
+def _why(run: Readable, step: int) -> list[str]:
+    return list((run.reasons.get(int(step)) or {}).values())
+
+
+def _why_not_finite(run: Readable) -> str:
+    """Since when, and why, the kernel is not finite."""
+    broken = [s for s in run.metrics.index if any("kernel is not finite" in why for why in _why(run, s))]
+    why = next(why for why in _why(run, broken[-1]) if "kernel is not finite" in why)
+    return f"At step {int(broken[-1]):,} {why}."
 
 
 def unmoved(metrics: pd.DataFrame) -> bool:
@@ -83,40 +111,21 @@ def unmoved(metrics: pd.DataFrame) -> bool:
     return not (metrics[names].fillna(0.0).abs() > 0).any(axis=None)
 
 
-def rung(value: float, ladder: Sequence[float]) -> float:
-    """The γ_0 at which the ladder shows this value (log–log interpolation); 0 below its foot, inf above its top."""
-    if value < ladder[0]:
-        return 0.0
-    for i in range(len(ladder) - 1):
-        if value <= ladder[i + 1]:
-            share = math.log(value / ladder[i]) / math.log(ladder[i + 1] / ladder[i])
-            return float(LADDER[i] * (LADDER[i + 1] / LADDER[i]) ** share)
-    return math.inf
-
-
-def place(gamma: float, words: Sequence[str]) -> str:
-    """A rung of the ladder in words; `words` are for the foot, up to .1, up to .3, and beyond."""
-    if gamma == 0:
-        return f"{words[0]}, below the ladder's foot, γ0 .01"
-    if math.isinf(gamma):
-        return f"{words[3]}, above the ladder's top, γ0 3"
-    word = words[1] if gamma < 0.1 else words[2] if gamma < 0.3 else words[3]
-    return f"{word}, as the ladder's γ0 {gamma:.2g}"
-
-
 def _strength(run: Readable) -> list[tuple[str, str]]:
     """Three axes apart: how far from the linearisation, how far the kernel turned, how much it grew."""
     rho, angle, scale, relative = (
-        _last(run.metrics, n) for n in ("taylor_ratio", "kernel_angle", "kernel_scale", "relative_change")
+        last(run.metrics, n) for n in ("taylor_ratio", "kernel_angle", "kernel_scale", "relative_change")
     )
     lines = []
     if rho is not None:
-        lines.append(("Linearity", f"Taylor ratio {_n(rho)}: {place(rung(rho, LADDER_RHO), LINEAR)}."))
+        said = with_error(run.metrics, "taylor_ratio", rho)
+        lines.append(("Linearity", f"Taylor ratio {said}: {place(rung(rho, LADDER_RHO), LINEAR)}."))
     if angle is not None:
-        lines.append(("Rotation", f"Kernel angle {_n(angle)} rad: {place(rung(angle, LADDER_ANGLE), TURNED)}."))
+        said = with_error(run.metrics, "kernel_angle", angle)
+        lines.append(("Rotation", f"Kernel angle {said} rad: {place(rung(angle, LADDER_ANGLE), TURNED)}."))
     if scale is not None:
-        mixed = "" if relative is None else f" Relative change {_n(relative)} mixes rotation and scale."
-        lines.append(("Scale", f"The trace went × {_n(math.exp(scale))} (log {scale:+.3g}).{mixed}"))
+        mixed = "" if relative is None else f" Relative change {number(relative)} mixes rotation and scale."
+        lines.append(("Scale", f"The trace went × {number(math.exp(scale))} (log {scale:+.3g}).{mixed}"))
     if rho is not None and angle is not None:
         lines.append(("", _agreement(rung(rho, LADDER_RHO), rung(angle, LADDER_ANGLE), scale)))
     return lines
@@ -142,8 +151,8 @@ def _bias(manifest: Mapping[str, Any]) -> str:
 
 
 def _direction(run: Readable) -> str:
-    start, end = _first(run.metrics, "centered_alignment"), _last(run.metrics, "centered_alignment")
-    z0, z1 = _first(run.metrics, "centered_alignment_z"), _last(run.metrics, "centered_alignment_z")
+    start, end = first(run.metrics, "centered_alignment"), last(run.metrics, "centered_alignment")
+    z0, z1 = first(run.metrics, "centered_alignment_z"), last(run.metrics, "centered_alignment_z")
     if start is None or end is None:
         return ""
     source = str((run.manifest.get("probes") or {}).get("source"))
@@ -155,6 +164,8 @@ def _direction(run: Readable) -> str:
     text += f", z {z0:.1f} → {z1:.1f} against shuffled labels"
     if abs(z1) < NULL_Z:
         return f"{text}: within chance."
+    if abs(change) < STEADY:
+        return f"{text}: unchanged."
     if change * (z1 - z0) < 0:
         return f"{text}. These disagree: read the z-score, which nets out the kernel's own shape."
     return f"{text}: it turned {'towards' if change > 0 else 'away from'} the targets."
@@ -171,21 +182,20 @@ def path(metrics: pd.DataFrame) -> pd.Series | None:
 
 def speed(metrics: pd.DataFrame) -> str:
     """When half of the kernel's path was covered, and how straight the path is."""
-    travelled, last = path(metrics), int(metrics.index[-1])
+    travelled, end = path(metrics), int(metrics.index[-1])
     if travelled is None or travelled.iloc[-1] <= 0:
         return ""
     if len(metrics) < FEWEST_FOR_SPEED:
         return f"{len(metrics)} probes are too few to say when the kernel moved."
     total = float(travelled.iloc[-1])
     half = int(travelled.index[(travelled >= total / 2).to_numpy().argmax()])
-    text = f"Half of the kernel's path ({_n(total)} rad) was covered by step {half:,} of {last:,} ({half / last:.1%})"
-    angle = _last(metrics, "kernel_angle")
+    text = f"Half of the kernel's path ({number(total)} rad) was covered by step {half:,} of {end:,} ({half / end:.1%})"
+    angle = last(metrics, "kernel_angle")
     if angle is not None:
         text += f"; directness {min(angle / total, 1.0):.2f} (1 is straight)"
     velocity = metrics["kernel_velocity"].dropna()
-    return (
-        f"{text}. It now turns {_n(float(velocity.iloc[-1]))} rad a step; its fastest was {_n(float(velocity.max()))}."
-    )
+    now, most = number(float(velocity.iloc[-1])), number(float(velocity.max()))
+    return f"{text}. It now turns {now} rad a step; its fastest was {most}."
 
 
 def _where(layers: Mapping[str, Mapping[str, float]]) -> str:
@@ -199,11 +209,11 @@ def _where(layers: Mapping[str, Mapping[str, float]]) -> str:
     if len(angles) < 2:
         return f"{text}."
     most, least = max(angles, key=lambda n: angles[n]), min(angles, key=lambda n: angles[n])
-    return f"{text}. Turned most: {most} ({_n(angles[most])} rad); least: {least} ({_n(angles[least])})."
+    return f"{text}. Turned most: {most} ({number(angles[most])} rad); least: {least} ({number(angles[least])})."
 
 
 def _cost(run: Readable) -> str:
-    overhead, engine = _last(run.metrics, "overhead"), run.manifest.get("engine")
+    overhead, engine = last(run.metrics, "overhead"), run.manifest.get("engine")
     budget = run.manifest.get("budget")
     if overhead is None:
         return ""
@@ -254,49 +264,3 @@ def layers_at(layer_metrics: pd.DataFrame, step: int) -> dict[str, dict[str, flo
         for (module, metric), value in layer_metrics.loc[step].dropna().items():
             found.setdefault(module or "model", {})[metric] = float(value)
     return found
-
-
-def _last(metrics: pd.DataFrame, name: str) -> float | None:
-    return _defined(metrics[name].iloc[-1]) if name in metrics else None
-
-
-def _first(metrics: pd.DataFrame, name: str) -> float | None:
-    return _defined(metrics[name].iloc[0]) if name in metrics else None
-
-
-def _defined(value: Any) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(value)
-
-
-def sparkline(values: Iterable[float | None], width: int = 16) -> str:
-    """Values as bars between their least and largest, thinned to at most `width`; · where undefined.
-
-    >>> sparkline([0, 1, None, 7])
-    '▁▂·█'
-    """
-    numbers = [math.nan if v is None else float(v) for v in values]
-    if len(numbers) > width:
-        numbers = [numbers[round(i * (len(numbers) - 1) / (width - 1))] for i in range(width)]
-    finite = [v for v in numbers if math.isfinite(v)]
-    low, high = min(finite, default=0.0), max(finite, default=0.0)
-    span = (high - low) or 1.0
-    return "".join(BARS[round((v - low) / span * (len(BARS) - 1))] if math.isfinite(v) else "·" for v in numbers)
-
-
-def printable(text: str) -> str:
-    """Text without control characters, which could steer a terminal: run and module names come from outside.
-
-    >>> printable("a" + chr(27) + "[31m")
-    'a�[31m'
-    """
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def _n(value: float) -> str:
-    return f"{value:.3g}"
-
-
-def _wrap(lines: Sequence[tuple[str, str]], width: int) -> str:
-    indent = " " * LABEL
-    wrap = textwrap.TextWrapper(width=max(width, 40), subsequent_indent=indent, break_on_hyphens=False)
-    return "\n".join(wrap.fill(f"{label:<{LABEL}}{text}") for label, text in lines)

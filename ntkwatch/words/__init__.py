@@ -1,0 +1,24 @@
+"""One run → a summary in words: axes with numbers beside reference points, never a bare "lazy" or "rich"."""
+
+from __future__ import annotations
+
+from ntkwatch.words.ladder import LADDER, LADDER_ANGLE, LADDER_RHO, place, rung
+from ntkwatch.words.summary import layers_at, optimizer_name, path, speed, summarise, summary_lines, unmoved
+from ntkwatch.words.text import printable, sparkline
+
+__all__ = [
+    "LADDER",
+    "LADDER_ANGLE",
+    "LADDER_RHO",
+    "layers_at",
+    "optimizer_name",
+    "path",
+    "place",
+    "printable",
+    "rung",
+    "sparkline",
+    "speed",
+    "summarise",
+    "summary_lines",
+    "unmoved",
+]
