@@ -27,6 +27,7 @@ class Case:
     functional: bool = True  # torch.func can transform it
     refused: str = ""  # a kernel does not exist: the refusal's message holds this
     heavy: bool = False  # soak only
+    float32_inside: bool = False  # it casts to float32 on its way: gradients of sums are not sums of gradients to 1e-10
 
     def __str__(self) -> str:
         return self.name

@@ -140,6 +140,7 @@ _IMAGES: dict[str, dict[str, Any]] = {
 
 HEAVY = {"Mixtral", "Mamba", "DebertaV2", "Funnel", "Beit", "GPTNeoX", "Gemma", "Phi", "Qwen2", "Mpt", "DeiT"}
 # torch.func fails on the masks of the others
+FLOAT32_INSIDE = {"Funnel", "GPTNeo", "Llama", "Mistral", "Mixtral", "T5Encoder", "Gemma", "Qwen2", "Mamba"}  # norms, attention
 FUNCTIONAL = {"XLNet", "DebertaV2", "GPTNeo", "Mpt", "Funnel", "FNet", *_IMAGES}
 
 
@@ -153,6 +154,7 @@ def _cases() -> list[Case]:
             notes="Hugging Face",
             functional=name in FUNCTIONAL,
             heavy=name in HEAVY,
+            float32_inside=name in FLOAT32_INSIDE,
         )
         for kind, table in tables
         for name, config in table.items()

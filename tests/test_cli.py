@@ -320,7 +320,7 @@ def test_doctor_says_engine_rules_mode_cost(factories: Path) -> None:
     result = run("doctor", f"{factories}:good")
     assert result.exit_code == 0, result.output
     for part in (
-        "Sequential, 91 trained parameters in 6 tensors",
+        "Sequential, 83 trained parameters in 6 tensors",
         "[6, 3] float32",
         "calibrated",
         "layerwise",

@@ -40,14 +40,15 @@ def test_layerwise_equals_the_naive_loop(case: Case) -> None:
     theta = torch.stack(list(layers.values())).sum(0)
     assert theta.shape[1] == case.outputs, f"{case}: C"
     for reduction in REDUCTIONS:
+        limit = 1e-7 if reduction == "sum" and case.float32_inside else 1e-10
         found = layer_ntks(module, batch, reduction=reduction, engine="layerwise")
         assert set(found) == set(layers), f"{case}: names of layers"
         total = torch.stack(list(found.values())).sum(0)
-        assert error(total, reduced(theta, reduction)) < 1e-10, f"{case}: {reduction}"
+        assert error(total, reduced(theta, reduction)) < limit, f"{case}: {reduction}"
         scale = reduced(theta, reduction).abs().max()
         for name, own in layers.items():
             off = (found[name] - reduced(own, reduction)).abs().max() / scale
-            assert off < 1e-10, f"{case}: {reduction} of {name} is off by {off:.1e}"
+            assert off < limit, f"{case}: {reduction} of {name} is off by {off:.1e}"
 
 
 @pytest.mark.parametrize("case", params(refused=False))

@@ -7,12 +7,13 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ntkwatch import engines
+from ntkwatch.engines.base import Reduction
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import Network, UnsupportedModel, running_statistics, targets_of, untracked_statistics
 
@@ -36,7 +37,7 @@ def check(spec: str, reduction: str = "trace") -> tuple[list[str], bool]:
         bad = int((~torch.isfinite(outputs)).any(dim=1).sum())
         if bad:
             return [*lines, f"PROBLEM  the outputs are not finite on {bad} of {len(outputs)} probes"], False
-        plan = engines.plan(model, batch, reduction=reduction)
+        plan = engines.plan(model, batch, reduction=cast(Reduction, reduction))
     except UnsupportedModel as error:
         return [f"PROBLEM  {error}"], False
     problems = _problems(plan, outputs.device)

@@ -237,6 +237,7 @@ def demo(
     written = _write(comparison, root / "widths")
     typer.echo(f"the figure to look at first: {next(path for path in written if path.suffix == '.png')}")
     typer.echo(f"the runs in TensorBoard: tensorboard --logdir {root}")
+    typer.echo("then open http://localhost:6006/#custom_scalars&_smoothingWeight=0")
 
 
 def _run_as_dict(run: Run) -> dict[str, Any]:

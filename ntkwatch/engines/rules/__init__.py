@@ -1,0 +1,8 @@
+"""Graph nodes → per-example factors. The rooms below register their rules when they are imported."""
+
+from __future__ import annotations
+
+from ntkwatch.engines.rules import positions, products
+from ntkwatch.engines.rules.use import Use, factor, operand_shape
+
+__all__ = ["Use", "factor", "operand_shape", "positions", "products"]

@@ -1,0 +1,98 @@
+"""Rules for parameters that are summed over positions: bias, scale, normalisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ntkwatch.engines.factors import Dense, Factor
+from ntkwatch.engines.graph import Layout
+from ntkwatch.engines.rules.use import Use, flat, rule, scaled, sum_over
+
+# Sums over positions: bias, scale, normalisation ----------------------------------------------------------------------
+
+
+def _fold(use: Use, t: Tensor) -> Dense | None:
+    """Per-example gradients [C, *output shape] of an input that was broadcast → [C, n, P]; None if it was not."""
+    assert isinstance(use.layout, Layout)
+    rank, dim = t.ndim - 1, use.layout.dim
+    shape = (1,) * (rank - len(use.shape)) + use.shape
+    if rank < len(use.shape) or shape[dim] != 1:
+        return None
+    summed = [2 + d for d in range(rank) if shape[d] == 1]
+    return Dense(flat(sum_over(use.examples(t, 1), summed)))
+
+
+@rule(("AddmmBackward0", 0))
+def _addmm_bias(use: Use) -> Factor | None:
+    return _fold(use, scaled(use.node, use.g, "_saved_beta"))
+
+
+@rule(("AddBackward0", 0), ("SubBackward0", 0), ("ExpandBackward0", 0))
+def _added(use: Use) -> Factor | None:
+    return _fold(use, use.g)
+
+
+@rule(("AddBackward0", 1))
+def _added_second(use: Use) -> Factor | None:
+    return _fold(use, scaled(use.node, use.g))
+
+
+@rule(("MulBackward0", 0), ("MulBackward0", 1))
+def _multiplied(use: Use) -> Factor | None:
+    other = use.node._saved_other if use.k == 0 else use.node._saved_self
+    if not isinstance(other, Tensor) or other.is_complex():
+        return None
+    return _fold(use, torch.stack([g * other.detach() for g in use.g]))
+
+
+@rule(("NativeLayerNormBackward0", 1))
+def _layer_norm_weight(use: Use) -> Factor | None:
+    x, mean, rstd = use.node._saved_input.detach(), use.node._saved_result1, use.node._saved_result2
+    normal = (x - mean) * rstd
+    return _fold(use, torch.stack([g * normal for g in use.g]))
+
+
+@rule(("NativeLayerNormBackward0", 2))
+def _layer_norm_bias(use: Use) -> Factor | None:
+    return _fold(use, use.g)
+
+
+@rule(("NativeGroupNormBackward0", 1))
+def _group_norm_weight(use: Use) -> Factor | None:
+    x, groups = use.node._saved_input.detach(), int(use.node._saved_group)
+    mean, rstd = use.node._saved_result1.detach(), use.node._saved_result2.detach()
+    grouped = x.reshape(x.shape[0], groups, -1)
+    return _channels(use, ((grouped - mean[..., None]) * rstd[..., None]).reshape(x.shape))
+
+
+@rule(("NativeGroupNormBackward0", 2), ("NativeBatchNormBackward0", 2))
+def _channel_bias(use: Use) -> Factor | None:
+    return _channels(use, None)
+
+
+@rule(("NativeBatchNormBackward0", 1))
+def _batch_norm_weight(use: Use) -> Factor | None:
+    node = use.node
+    if node._saved_training:
+        return None
+    x = node._saved_input.detach()
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    rstd = (node._saved_running_var.detach() + node._saved_eps).rsqrt()
+    return _channels(use, (x - node._saved_running_mean.detach().reshape(shape)) * rstd.reshape(shape))
+
+
+def _channels(use: Use, normal: Tensor | None) -> Dense | None:
+    """Σ over all but the channels (dimension 1) of g·normal."""
+    assert isinstance(use.layout, Layout)
+    if use.layout.dim != 0:
+        return None
+    g = use.g if normal is None else torch.stack([g * normal for g in use.g])
+    g = use.examples(g, 1)
+    return Dense(g.sum([2, *range(4, g.ndim)]))
+
+
+@rule(("PreluKernelBackward0", 1))
+def _prelu(use: Use) -> Factor | None:
+    x = use.node._saved_self.detach()
+    return _fold(use, torch.stack([g * x.clamp(max=0) for g in use.g]))

@@ -1,0 +1,157 @@
+"""Rules for weights that multiply: matrix products, convolutions, tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ntkwatch.engines.factors import Columns, Dense, Factor, Outer, Rows
+from ntkwatch.engines.graph import Layout, Scattered
+from ntkwatch.engines.rules.use import Use, rule, scaled
+
+# Matrix products: a [n, G, S, p], g [C, n, G, S, q] ------------------------------------------------------------------
+
+
+@rule(("AddmmBackward0", 2), ("MmBackward0", 1))
+def _mm_weight(use: Use) -> Factor | None:
+    """x @ W with x [R, p], W [p, q]."""
+    x = use.node._saved_mat1 if hasattr(use.node, "_saved_mat1") else use.node._saved_self
+    if not isinstance(use.layout, Layout) or use.layout.dim != 0:
+        return None
+    g = scaled(use.node, use.g)
+    return Outer(Columns.of(use.examples(x.detach())[:, None]), use.examples(g, 1)[:, :, None], a_first=True)
+
+
+@rule(("AddmmBackward0", 1), ("MmBackward0", 0))
+def _mm_left_weight(use: Use) -> Factor | None:
+    """W @ x with W [r, p], x [p, R]."""
+    if not isinstance(use.layout, Layout) or use.layout.dim != 1:
+        return None
+    x = use.node._saved_mat2.detach()
+    a = use.examples(x).transpose(1, 2)[:, None]
+    g = use.examples(scaled(use.node, use.g), 1).transpose(2, 3)[:, :, None]
+    return Outer(Columns.of(a), g)
+
+
+@rule(("BmmBackward0", 1))
+def _bmm_weight(use: Use) -> Factor | None:
+    """x @ W per group: x [G, R, p], W [G, p, q]."""
+    if not isinstance(use.layout, Layout) or use.layout.dim != 1:
+        return None
+    return Outer(Columns.of(use.examples(use.node._saved_self.detach())), use.examples(use.g, 1), a_first=True)
+
+
+@rule(("BmmBackward0", 0))
+def _bmm_left_weight(use: Use) -> Factor | None:
+    """W @ x per group: W [G, r, p], x [G, p, R]."""
+    if not isinstance(use.layout, Layout) or use.layout.dim != 2:
+        return None
+    a = use.examples(use.node._saved_mat2.detach()).transpose(2, 3)
+    return Outer(Columns.of(a), use.examples(use.g, 1).transpose(3, 4))
+
+
+@rule(("AddmmBackward0", 2), ("MmBackward0", 1), scattered=True)
+def _linear_scattered_rows(use: Use) -> Factor | None:
+    """Rows in any order and number per example: gathered by owner, padded with zeros."""
+    assert isinstance(use.layout, Scattered)
+    x = (use.node._saved_mat1 if hasattr(use.node, "_saved_mat1") else use.node._saved_self).detach()
+    owner = use.layout.owner.max(1).values
+    g = scaled(use.node, use.g)
+    order = owner.argsort(stable=True)
+    counts = torch.bincount(owner, minlength=use.n)
+    start = counts.cumsum(0) - counts
+    slot = torch.arange(len(owner), device=x.device) - start[owner[order]]
+    index = torch.full((use.n, max(1, int(counts.max()))), len(owner), device=x.device)
+    index[owner[order], slot] = order
+    pad_x = torch.cat([x, x.new_zeros(1, x.shape[1])])
+    pad_g = torch.cat([g, g.new_zeros(g.shape[0], 1, g.shape[2])], 1)
+    return Outer(Columns.of(pad_x[index][:, None]), pad_g[:, index][:, :, None], a_first=True)
+
+
+# Convolution ----------------------------------------------------------------------------------------------------------
+
+
+@rule(("ConvolutionBackward0", 1))
+def _convolution(use: Use) -> Factor | None:
+    """Weight [co, ci/G, *kernel]; transposed: [ci, co/G, *kernel]. Each window of the input is one position."""
+    if not isinstance(use.layout, Layout) or use.layout.dim != 0:
+        return None
+    node = use.node
+    kernel, groups = use.shape[2:], int(node._saved_groups)
+    stride, padding, dilation = (tuple(getattr(node, f"_saved_{what}")) for what in ("stride", "padding", "dilation"))
+    x = use.examples(node._saved_input.detach())
+    g = use.examples(use.g, 1)
+    if node._saved_transposed:
+        windows = _unfold(g.flatten(0, 2), kernel, stride, padding, dilation, groups, x.shape[3:])
+        windows = windows.unflatten(0, g.shape[:3]).transpose(2, 3).flatten(3, 4)
+        return Outer(Columns.of(_positions(x, groups)), windows, a_first=True)
+    size = g.shape[4:]
+
+    def columns() -> Tensor:
+        t = _unfold(x.flatten(0, 1), kernel, stride, padding, dilation, groups, size)
+        return t.unflatten(0, (-1, x.shape[1])).transpose(1, 2).flatten(2, 3)
+
+    g = _positions(g.flatten(0, 1), groups).unflatten(0, g.shape[:2])
+    return Outer(Columns((use.n, groups, g.shape[3], use.shape[1] * _product(kernel)), columns), g)
+
+
+def _product(sizes: Sequence[int]) -> int:
+    total = 1
+    for size in sizes:
+        total *= int(size)
+    return total
+
+
+def _positions(t: Tensor, groups: int) -> Tensor:
+    """[n, k, channels, *space] → [n, G, k·space, channels/G]."""
+    t = t.flatten(3) if t.ndim > 3 else t[..., None]
+    return t.unflatten(2, (groups, -1)).permute(0, 2, 1, 4, 3).flatten(2, 3)
+
+
+def _unfold(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    size: Sequence[int],
+) -> Tensor:
+    """[B, channels, *space] → [B, G, positions, channels/G·kernel] at the `size` output positions."""
+    pads = [amount for p in reversed(list(padding)) for amount in (p, p)]
+    x = torch.nn.functional.pad(x, pads) if any(pads) else x.contiguous()
+    strides = x.stride()
+    steps = [st * s for st, s in zip(stride, strides[2:], strict=True)]
+    taps = [d * s for d, s in zip(dilation, strides[2:], strict=True)]
+    batch, channels = x.shape[:2]
+    view = x.as_strided((batch, channels, *size, *kernel), (*strides[:2], *steps, *taps), x.storage_offset())
+    d = len(size)
+    order = (0, 1, *range(2 + d, 2 + 2 * d), *range(2, 2 + d))  # positions last: whole rows are copied at once
+    entries = channels // groups * _product(kernel)
+    return view.permute(order).reshape(batch, groups, entries, _product(size)).transpose(2, 3)
+
+
+@rule(("ConvolutionBackward0", 2))
+def _convolution_bias(use: Use) -> Factor | None:
+    if not isinstance(use.layout, Layout) or use.layout.dim != 0:
+        return None
+    g = use.examples(use.g, 1)
+    return Dense(g.sum([2, *range(4, g.ndim)]))
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+@rule(("EmbeddingBackward0", 0))
+def _embedding(use: Use) -> Factor | None:
+    node = use.node
+    if not isinstance(use.layout, Layout) or node._saved_scale_grad_by_freq or use.layout.dim >= use.g.ndim - 2:
+        return None
+    index = node._saved_indices
+    g = use.g
+    padding = node._saved_padding_idx
+    if padding >= 0 and padding < 2**62:
+        g = g.masked_fill((index == padding)[..., None], 0)
+    return Rows(use.examples(index).flatten(1), use.examples(g, 1).flatten(2, -2), use.shape[0])

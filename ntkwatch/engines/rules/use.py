@@ -1,0 +1,122 @@
+"""One node of the graph → the per-example factor of one of its inputs, from what it saved and its output gradient.
+
+A rule is chosen by the node's name and the number of the input. Without one, `masked` runs the node's own backward
+formula once per example with the other examples' gradients set to zero: right for every
+operation there is, only slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from ntkwatch.engines.factors import Dense, Factor
+from ntkwatch.engines.graph import Layout, Scattered, pull
+
+
+@dataclass(frozen=True)
+class Use:
+    """An edge of the graph at which examples come apart: input `k` of `node`, of shape `shape`.
+
+    `grads` are the gradients of the node's outputs, [C, *output shape] each, None where it has none.
+    """
+
+    node: Any
+    k: int
+    shape: tuple[int, ...]
+    grads: tuple[Tensor | None, ...]
+    layout: Layout | Scattered
+    n: int
+
+    @property
+    def g(self) -> Tensor:
+        """The gradient of the first output, [C, *shape]."""
+        g = self.grads[0]
+        assert g is not None
+        return g
+
+    def examples(self, t: Tensor, batch: int = 0) -> Tensor:
+        """[*batch, *shape] → [*batch, n, *shape per example]."""
+        assert isinstance(self.layout, Layout)
+        return self.layout.split(t, self.n, batch)
+
+
+Rule = Callable[[Use], Factor | None]
+_RULES: dict[tuple[str, int], Rule] = {}
+_SCATTERED_RULES: dict[tuple[str, int], Rule] = {}
+
+
+def rule(*targets: tuple[str, int], scattered: bool = False) -> Callable[[Rule], Rule]:
+    """Register a function for inputs of nodes by name; `scattered`: for rows whose owners follow no pattern."""
+
+    def register(fn: Rule) -> Rule:
+        (_SCATTERED_RULES if scattered else _RULES).update(dict.fromkeys(targets, fn))
+        return fn
+
+    return register
+
+
+def factor(use: Use) -> tuple[Factor, str]:
+    """The factor of a use, and the name of the rule that gave it."""
+    rules = _RULES if isinstance(use.layout, Layout) else _SCATTERED_RULES
+    found = rules.get((use.node.name(), use.k))
+    result = found(use) if found is not None else None
+    if found is not None and result is not None:
+        return result, found.__name__.strip("_").replace("_", " ")
+    return masked(use), f"{use.node.name()} by examples"
+
+
+def masked(use: Use) -> Dense:
+    """One backward of this single node per example and output."""
+    columns = [torch.stack([_one(use, i, c) for c in range(use_outputs(use))]) for i in range(use.n)]
+    return Dense(flat(torch.stack(columns, 1)))
+
+
+def sum_over(t: Tensor, dims: Sequence[int]) -> Tensor:
+    """The sum over some dimensions; a view where they have one entry, so that weight and bias share products."""
+    if all(t.shape[d] == 1 for d in dims):
+        return t.reshape([size for d, size in enumerate(t.shape) if d not in dims])
+    return t.sum(list(dims))
+
+
+def flat(j: Tensor) -> Tensor:
+    """[C, n, ...] → [C, n, P], also where nothing follows."""
+    return j.reshape(*j.shape[:2], -1)
+
+
+def use_outputs(use: Use) -> int:
+    return next(g for g in use.grads if g is not None).shape[0]
+
+
+def _one(use: Use, example: int, output: int) -> Tensor:
+    grads = [None if g is None else _only(use, g[output], example) for g in use.grads]
+    with torch.no_grad():
+        return pull(use.node, grads, use.k, use.shape)
+
+
+def _only(use: Use, g: Tensor, example: int) -> Tensor:
+    if isinstance(use.layout, Scattered):
+        owner = use.layout.owner
+    else:
+        owner = use.layout.owner(g.shape, use.n).to(g.device)
+    return torch.where(owner == example, g, torch.zeros((), dtype=g.dtype, device=g.device))
+
+
+def operand_shape(node: Node, k: int) -> tuple[int, ...]:
+    """The shape of input `k` of a node: that of the output it is the gradient for."""
+    child, number = node.next_functions[k]
+    assert child is not None
+    variable = getattr(child, "variable", None)
+    if variable is not None:
+        return tuple(variable.shape)
+    return tuple(child._input_metadata[number].shape)
+
+
+def scaled(node: Any, g: Tensor, name: str = "_saved_alpha") -> Tensor:
+    alpha = getattr(node, name, 1)
+    return g if alpha == 1 else g * alpha
