@@ -93,15 +93,19 @@ def ladder(quick: bool) -> list[Row]:
 
 
 def after(quick: bool) -> list[Row]:
-    """C6: regression with the kernel after training far above regression with K_0, where the net is rich."""
-    rows = []
+    """C6: regression with the kernel after training far above regression with K_0 (which γ_0 does not change)."""
+    width, draws = (512, 2) if quick else (2048, 8)
+    start = []
+    for seed in range(1, draws + 1):
+        x, y = parity(TRAIN + TEST, torch.Generator().manual_seed(1000 + seed))
+        start.append(_accuracy(Net((x.shape[1], width, 1), seed), x, y))
+    what = f"test accuracy of regression with K₀, mean of {draws} draws"
+    rows = [between("C6", what, sum(start) / draws, 0.5, 0.82)]
     for gamma in (1.0,) if quick else (0.1, 0.3, 1.0):
-        _, net, x, y = climb(gamma, 512 if quick else 2048, 1)
-        start = Net((x.shape[1], len(net.weights[0]), 1), 1, gamma=net.gamma)
+        _, net, x, y = climb(gamma, width, 1)
         go_down(net, x[:TRAIN], y[:TRAIN], 0.01, 1500)
-        low, high = _accuracy(start, x, y), _accuracy(net, x, y)
-        rows.append(between("C6", f"γ₀ = {gamma:g}: test accuracy of regression with K₀", low, 0.5, 0.82))
-        rows.append(between("C6", f"γ₀ = {gamma:g}: test accuracy of regression with K_T", high, 0.97, 1.0))
+        what = f"γ₀ = {gamma:g}: test accuracy of regression with K_T"
+        rows.append(between("C6", what, _accuracy(net, x, y), 0.97, 1.0))
     return rows
 
 

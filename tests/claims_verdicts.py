@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ntkwatch import NTKWatch
-from ntkwatch.interventions import twins
+from ntkwatch.interventions import output_scale, twins
 from tests.claims_networks import digits
 from tests.runs import trainer
 
@@ -55,8 +55,8 @@ def _shuffled(y: Tensor) -> Tensor:
 
 RUNS: dict[str, tuple[Callable[[], pl.LightningModule], Callable[[Tensor], Tensor]]] = {
     "lazy": (lambda: twins(_module(0.2), gamma=20.0)[0], lambda y: y),
-    "rich": (lambda: twins(_module(0.2), gamma=3.0)[1], lambda y: y),
-    "unstable": (lambda: _module(2.0), lambda y: y),
+    "rich": (lambda: output_scale(_module(0.2), 30.0, lr_factor=400.0), lambda y: y),
+    "unstable": (lambda: _module(1.1), lambda y: y),
     "unmoved": (lambda: _module(0.0), lambda y: y),
     "random labels": (lambda: _module(0.4), _shuffled),
 }
