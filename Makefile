@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := OMP_NUM_THREADS=2 $(BIN)/python
 STAMP := .venv/.installed
 
-.PHONY: setup demo test soak check bench claims browser clean
+.PHONY: setup demo test soak check bench claims clean
 
 setup: $(STAMP)
 
@@ -28,8 +28,8 @@ test: setup check      ## everything that CI runs
 soak: setup            ## the long sweeps, with their full counts
 	$(RUN) -m pytest -m soak -s
 
-bench: setup           ## ratios against the peers, in one run
-	$(RUN) -m tests.bench
+bench: setup           ## the layerwise engine against the tutorial contraction, ratios in one run
+	$(RUN) tests/bench/engines.py
 
 claims: setup          ## what the literature says beside what is measured, minutes
 	$(RUN) -m tests.claims
