@@ -88,6 +88,8 @@ def run(folder: Path | str = "ntkwatch_demo", console: Console | None = None) ->
     root = Path(folder) / time.strftime("%Y%m%d-%H%M%S")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # networks this small only wait for a second thread, on a busy machine for long
     todo = [(width, seed) for width in WIDTHS for seed in SEEDS]
     with Progress(console=console) as progress:
         task = progress.add_task(f"training {len(todo)} digit classifiers", total=len(todo))
@@ -95,4 +97,5 @@ def run(folder: Path | str = "ntkwatch_demo", console: Console | None = None) ->
             progress.update(task, description=f"width {width:3d}, seed {seed}")
             train(width, seed, root, STEPS)
             progress.advance(task)
+    torch.set_num_threads(threads)
     return root
