@@ -203,8 +203,9 @@ def loss_if_lazy(view: View) -> float:
     Source: Lee et al. 2019
     Pitfalls: in evaluation mode at the baseline's BatchNorm statistics, whatever mode the run trains in
     """
+    at, outputs = known(view.loss), known(view.f_lazy)
     with torch.no_grad():
-        return float(known(view.loss).at(known(view.f_lazy)))
+        return float(at.at(outputs.to(at.outputs.device)))
 
 
 def forecast_error(view: View) -> Tensor:
