@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ntkwatch.derived import Derived, on_cpu
 from ntkwatch.diagnostics import View
 from ntkwatch.engines.auto import Choice, choose
 from ntkwatch.engines.base import Kernel, Reduction
+from ntkwatch.forecast import LinearForecast
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.instruments import Instruments
 from ntkwatch.losses import LossAt, loss_of
@@ -30,12 +31,6 @@ from ntkwatch.probes import ProbeSet, encode_targets
 from ntkwatch.record import Measurement, RecordWriter
 
 __all__ = ["ENGINES", "REDUCTIONS", "Monitor", "check_choice"]
-
-
-class Forecast(Protocol):
-    """What a monitor asks of a `LinearForecast`: the linearised network's outputs [n, C] on a batch."""
-
-    def outputs(self, batch: Any) -> Tensor: ...
 
 
 class Monitor:
@@ -98,7 +93,7 @@ class Monitor:
         self.statistics: dict[str, Tensor] = {}
         self.previous: tuple[int, Tensor] | None = None
         self.path_length: float | None = 0.0  # Σ angle over successive probes; None where an earlier part is not known
-        self.forecast: Forecast | None = None
+        self.forecast: LinearForecast | None = None
         self._folder = Path(record) if record is not None else None
         self._writer: RecordWriter | None = None
         self._clock: tuple[float, float] | None = None
