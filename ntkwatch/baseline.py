@@ -69,6 +69,8 @@ class Baseline:
         start = self.state(network.device)
         if start is None:
             return NO_THETA_0
+        if unfrozen := network.unfrozen():
+            return f"{len(unfrozen)} parameters train now that did not at the baseline ({unfrozen[0]}, …)"
         direction = {name: p.detach() - start[name] for name, p in network.parameters.items()}
         f_0, j0_delta_theta, how = jvp(network, batch, start, direction)
         delta_f = outputs.detach().double() - f_0.detach().double()

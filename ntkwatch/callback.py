@@ -20,7 +20,7 @@ from ntkwatch.record import Measurement, RecordError, load_run
 from ntkwatch.schedule import Schedule
 from ntkwatch.session import Session
 from ntkwatch.sinks import publish
-from ntkwatch.trainer import log, show_columns, true_precision, warn
+from ntkwatch.trainer import log, others_warnings, show_columns, true_precision, warn
 from ntkwatch.words import summarise
 
 if TYPE_CHECKING or "lightning.pytorch" not in sys.modules:
@@ -159,7 +159,9 @@ class NTKWatch(Callback):
         self._begun = True
         self._together(trainer, "settling the baseline", partial(self._begin, trainer, pl_module, batch), start=True)
         self._continued = self._ranks.broadcast(self._continued)
-        if self._off is None and not self._continued and self._candidate():
+        if self._off is None and not self._continued:
+            if self._restored is None:
+                self._candidate()
             self._together(trainer, "the baseline probe", partial(self._baseline, trainer), start=True)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -285,7 +287,7 @@ class NTKWatch(Callback):
         measurement: Measurement | None = None
         if self._ranks.first():
             try:
-                with self.schedule.probing():
+                with self.schedule.probing(), others_warnings():
                     measurement = work()
             except Exception as caught:  # whatever a probe meets, the run that it watches goes on
                 error = caught

@@ -58,6 +58,21 @@ class Network:
         self.buffers: dict[str, Tensor] = dict(self.module.named_buffers())
         self.device: torch.device = next(iter(self.parameters.values())).device
 
+    def check_parameters(self) -> None:
+        """Raises UnsupportedModel where a trained parameter is no longer the one that was there at construction."""
+        now = dict(self.module.named_parameters(remove_duplicate=False))
+        gone = [name for name, parameter in self.parameters.items() if now.get(name) is not parameter]
+        if gone:
+            raise UnsupportedModel(
+                f"{', '.join(gone[:3])} {'is' if len(gone) == 1 else 'are'} no longer the parameter that was there at "
+                "the start (replaced, renamed or pruned): later kernels cannot be compared with the first"
+            )
+
+    def unfrozen(self) -> list[str]:
+        """Names of parameters that train now and did not at construction, or are new."""
+        known = {id(parameter) for parameter in self.parameters.values()}
+        return [name for name, p in self.module.named_parameters() if p.requires_grad and id(p) not in known]
+
     def outputs(self, batch: Any, state: Mapping[str, Tensor] | None = None) -> Tensor:
         """Outputs [n, C] of the batch, differentiable; `state` swaps parameters or buffers by name for this call."""
         with eager():

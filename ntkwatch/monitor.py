@@ -135,6 +135,7 @@ class Monitor:
         global_step, epoch: kept beside the step in the measurement.
         """
         began = time.perf_counter()
+        self.network.check_parameters()
         if self.choice is None:
             self.start()
         with self._probe():

@@ -58,6 +58,7 @@ class Session:
         self._save_kernels, self._save_probes = save_kernels, save_probes
         self._fresh, self._extra = fresh, dict(extra or {})
         self._writer: RecordWriter | None = None
+        self._told = False
 
     @property
     def begun(self) -> bool:
@@ -80,6 +81,7 @@ class Session:
         first = not self.begun
         measured = self.monitor.measure(step, probes=probes, **at)
         measurement = replace(measured, metrics={**measured.metrics, "overhead": overhead()})
+        self._tell_unfrozen()
         if first:
             manifest = {**self.monitor.manifest(), **self._extra}
             self.sinks.start(manifest)
@@ -90,6 +92,15 @@ class Session:
             self._on_disk(f"step {step} is not in the record", partial(self._writer.append, measurement, keep))
         self.last = measurement
         return measurement
+
+    def _tell_unfrozen(self) -> None:
+        unfrozen = self.monitor.network.unfrozen()
+        if unfrozen and not self._told:
+            self._told = True
+            self._warn(
+                f"{len(unfrozen)} parameters train now that did not at the first probe ({', '.join(unfrozen[:3])}): "
+                "the kernel stays that of the first ones, and the Taylor ratio is undefined from here on"
+            )
 
     def _on_disk(self, otherwise: str, work: Callable[[], None]) -> None:
         """A full or missing disk costs the record, never the loggers or the run."""
@@ -151,7 +162,9 @@ class Session:
         run = load_run(folder)
         manifest = run.manifest
         if state["probe_hash"] != self.monitor.probes.hash:
-            raise RecordError(f"the probes are not the ones that {folder} was measured on: the data has changed")
+            raise RecordError(f"the probes are not those of {folder}: the data, probes= or seed= has changed")
+        if manifest["reduction"] != self.monitor.reduction:
+            raise RecordError(f"{folder} holds {manifest['reduction']} kernels, reduction= asks for another")
         tensors = load_tensors(folder, manifest["theta0"]["file"], manifest["theta0"]["sha256"])
         baseline = Baseline.from_tensors(manifest["baseline_step"], tensors)
         previous = self._previous(state, folder)

@@ -33,6 +33,17 @@ def warn(message: str) -> None:
         log.warning(f"NTKWatch: {message}")
 
 
+@contextmanager
+def others_warnings() -> Iterator[None]:
+    """Where the run makes warnings errors, those that libraries give during a probe are nobody's error."""
+    if not any(action == "error" for action, *_ in warnings.filters):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?!NTKWatch)")
+        yield
+
+
 def probe_loader(trainer: Any, split: str | None) -> tuple[str, Any]:
     """("val" | "train", loader): the split asked for, else validation where there is one."""
     if split != "train":
@@ -47,12 +58,17 @@ def probe_loader(trainer: Any, split: str | None) -> tuple[str, Any]:
 def _val_loader(trainer: Any) -> Any:
     """The validation loader, asked for early where Lightning has not set it up yet (and forgotten again)."""
     if trainer.val_dataloaders is not None:
-        return trainer.val_dataloaders or None
+        return _some(trainer.val_dataloaders)
     source = getattr(getattr(trainer.fit_loop.epoch_loop, "val_loop", None), "_data_source", None)
     if source is None or not source.is_defined() or not trainer.enable_validation:
         return None
     with leave_no_trace(trainer.lightning_module):
-        return source.dataloader() or None
+        return _some(source.dataloader())
+
+
+def _some(loaders: Any) -> Any:
+    """The loader or loaders, None for an empty list or dict; a loader of a stream has no length to ask for."""
+    return None if isinstance(loaders, (list, tuple, dict)) and not loaders else loaders
 
 
 def record_folder(trainer: Any) -> Path:

@@ -140,7 +140,7 @@ _IMAGES: dict[str, dict[str, Any]] = {
 
 HEAVY = {"Mixtral", "Mamba", "DebertaV2", "Funnel", "Beit", "GPTNeoX", "Gemma", "Phi", "Qwen2", "Mpt", "DeiT"}
 # torch.func fails on the masks of the others
-FLOAT32_INSIDE = {"Funnel", "GPTNeo", "Llama", "Mistral", "Mixtral", "T5Encoder", "Gemma", "Qwen2", "Mamba"}  # norms, attention
+FLOAT32_INSIDE = {"Funnel", "GPTNeo", "Llama", "Mistral", "Mixtral", "T5Encoder", "Gemma", "Qwen2", "Mamba"}
 FUNCTIONAL = {"XLNet", "DebertaV2", "GPTNeo", "Mpt", "Funnel", "FNet", *_IMAGES}
 
 

@@ -258,6 +258,7 @@ def test_a_lost_record_is_said_and_a_new_one_started(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="cannot be continued.*a new one starts at step 2"):
         trainer(tmp_path / "rest", rest, max_steps=4).fit(Classifier(), *loaders(), ckpt_path=tmp_path / "half.ckpt")
     assert steps(rest) == [2, 3, 4]
+    assert "angle" in rest.summary()
 
 
 # ── trouble ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -323,6 +324,53 @@ def test_a_schedule_that_raises_is_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="every= at step 4.*ZeroDivisionError"):
         watch = watched(tmp_path, watch_every=every)
     assert steps(watch) == [0, 2]
+
+
+class Unfreezes(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].requires_grad_(False)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.net[0].requires_grad_(self.trainer.global_step >= 4)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+
+def test_parameters_that_are_unfrozen_in_mid_run_are_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="2 parameters train now that did not.*net.0.weight") as caught:
+        watch = watched(tmp_path, Unfreezes(), watch_every=3)
+    assert sum("train now" in str(w.message) for w in caught) == 1
+    assert "train now" in watch.last.reasons["taylor_ratio"]
+    assert load_run(watch.record).metrics["taylor_ratio"].notna().tolist() == [False, True, False, False, False]
+
+
+class Prunes(Classifier):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == 4:
+            nn.utils.prune.l1_unstructured(self.net[0], "weight", 0.5)
+
+
+def test_parameters_that_are_pruned_in_mid_run_end_the_watch_by_name(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="net.0.weight is no longer the parameter that was there"):
+        watch = watched(tmp_path, Prunes(), watch_every=3)
+    assert steps(watch) == [0, 3]
+
+
+def test_a_streamed_validation_set(tmp_path: Path) -> None:
+    watch = watched(tmp_path, data=[DataLoader(rows(), 16), DataLoader(Stream(), 16)])
+    assert watch.last.step == 12
+
+
+def test_a_library_that_warns_in_a_probe_does_not_end_it_where_warnings_are_errors(tmp_path: Path) -> None:
+    def outputs(model: nn.Module, batch: Any) -> Tensor:
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+        return model(batch[0])
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="old")
+        assert watched(tmp_path, watch_outputs=outputs).last.step == 12
 
 
 class Diverges(Classifier):

@@ -72,8 +72,12 @@ def last_common_step(runs: Sequence[Run]) -> int:
     shared = set(runs[0].steps).intersection(*(run.steps for run in runs[1:]))
     if shared:
         return max(shared)
-    ends = some([f"{name} {run.steps[0]}–{run.steps[-1]}" for run, name in zip(runs, names_of(runs), strict=True)])
+    ends = some([f"{name} {_span(run)}" for run, name in zip(runs, names_of(runs), strict=True)])
     raise CompareError(f"the runs share no measured step ({ends}): watch them with the same every=")
+
+
+def _span(run: Run) -> str:
+    return f"{run.steps[0]}–{run.steps[-1]}" if run.steps else "has no probe yet"
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
