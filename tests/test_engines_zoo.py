@@ -74,9 +74,10 @@ def test_functional_equals_the_naive_loop_or_refuses(case: Case) -> None:
             empirical_ntk(module, batch, engine="functional")
         return
     theta = naive_ntk(module, batch)
-    for reduction in ("trace", "full"):
+    for reduction in REDUCTIONS:
+        limit = 1e-7 if reduction == "sum" and case.float32_inside else 1e-10
         found = empirical_ntk(module, batch, reduction=reduction, engine="functional")
-        assert error(found, reduced(theta, reduction)) < 1e-10, f"{case}: {reduction}"
+        assert error(found, reduced(theta, reduction)) < limit, f"{case}: {reduction}"
 
 
 @pytest.mark.parametrize("case", params(refused=True))
