@@ -11,14 +11,8 @@ from torch import Tensor
 
 from ntkwatch.diagnostics import Motion
 from ntkwatch.engines.tangent import jvp
-from ntkwatch.model import (
-    Network,
-    batch_size,
-    calibrated_statistics,
-    inputs_of,
-    running_statistics,
-    untracked_statistics,
-)
+from ntkwatch.model import Network, batch_size, inputs_of
+from ntkwatch.statistics import calibrated_statistics, running_statistics, untracked_statistics
 
 THETA_0_LIMIT = 2 * 1024**3  # bytes: above this a copy of the parameters is no longer a small guest
 NO_THETA_0 = "θ_0 is not kept above 2 GB of parameters"

@@ -29,7 +29,6 @@ else:  # the import name that the run already uses: a second copy of the package
     from lightning.pytorch import Callback
 
 PATIENCE = 3  # failures in a row before probing is switched off
-COLUMNS = {"ntk_angle": "kernel_angle", "ntk_rho": "taylor_ratio"}  # of the progress bar
 
 
 class NTKWatch(Callback):
@@ -98,7 +97,6 @@ class NTKWatch(Callback):
         )
         self._explicit = wanted.data is not None or outputs is not None or targets is not None
         self._on_error = on_error
-        self._start_clocks()
         self.record: Path | None = None
         self.last: Measurement | None = None
         self._forget()
@@ -115,8 +113,6 @@ class NTKWatch(Callback):
         self._values: dict[str, float] = {}  # the newest defined ones, on every rank
         self._begun = self._continued = self._trial = False
         self._hide_columns: Callable[[], None] | None = None
-
-    def _start_clocks(self) -> None:
         self.schedule = Schedule(self._settings.every, self._settings.budget)
         # Every rank walks the whole grid; whether the budget lets a step fire is rank 0's to say.
         self._grid = Schedule(self._settings.every, None)
@@ -127,7 +123,6 @@ class NTKWatch(Callback):
         if stage != "fit":
             return
         self._forget()
-        self._start_clocks()
         self._trial = bool(trainer.fast_dev_run)
         if trainer.barebones:
             self._switch_off("Trainer(barebones=True) runs without extras")
@@ -145,12 +140,12 @@ class NTKWatch(Callback):
             self._step = self._probed_at = self._restored["step"]
             self.schedule.load_state_dict(self._restored["schedule"])
             self._grid.load_state_dict(self._restored["grid"])
-            self._values = dict(self._restored["values"])
+            self._values.update(self._restored["values"])
             publish(self._values, trainer.callback_metrics)  # EarlyStopping may ask before the next probe
         for clock in (self.schedule, self._grid):
             clock.start()
-        self._hide_columns = show_columns(trainer, self._columns)
-        self._together(trainer, "the look at model and probes", partial(self._open, trainer, pl_module), start=True)
+        self._hide_columns = show_columns(trainer, self._values)
+        self._together(trainer, "the look at model and probes", partial(self._prepare, trainer, pl_module), start=True)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """K_0, before the first training step; the first batch calibrates BatchNorm and gives streamed probes."""
@@ -158,7 +153,7 @@ class NTKWatch(Callback):
             return
         self._begun = True
         self._together(trainer, "settling the baseline", partial(self._begin, trainer, pl_module, batch), start=True)
-        self._continued = self._ranks.broadcast(self._continued)
+        self._continued = self._share(self._continued, False)
         if self._off is None and not self._continued:
             if self._restored is None:
                 self._candidate()
@@ -179,7 +174,6 @@ class NTKWatch(Callback):
             self._probe(trainer, last=True)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """What was measured is already on disk; loggers are flushed in teardown."""
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -235,7 +229,6 @@ class NTKWatch(Callback):
 
     def _measure(self, trainer: Any, last: bool = False) -> Measurement:
         assert self._session is not None
-        at = {"global_step": trainer.global_step, "epoch": trainer.current_epoch}
         optimizers = trainer.optimizers
         with true_precision(trainer):
             return self._session.probe(
@@ -243,14 +236,15 @@ class NTKWatch(Callback):
                 lambda: self.schedule.overhead,
                 last=last,
                 optimizer=optimizers[0] if len(optimizers) == 1 else None,
-                **at,
+                global_step=trainer.global_step,
+                epoch=trainer.current_epoch,
             )
+
+    def _prepare(self, trainer: Any, pl_module: Any) -> None:
+        self._session = self._opening(trainer, pl_module).before_training()
 
     def _opening(self, trainer: Any, pl_module: Any) -> Opening:
         return Opening(self._settings, trainer, pl_module, trial=self._trial)
-
-    def _open(self, trainer: Any, pl_module: Any) -> None:
-        self._session = self._opening(trainer, pl_module).before_training()
 
     def _begin(self, trainer: Any, pl_module: Any, batch: Any) -> None:
         """What is done once: engine, BatchNorm's statistics, or the record of a resumed run."""
@@ -293,14 +287,22 @@ class NTKWatch(Callback):
                 error = caught
         said = f"{type(error).__name__}: {error}" if error is not None else None
         values = self._session.sinks.values if self._session is not None and measurement is not None else None
-        said, values = self._ranks.broadcast((said, values))
+        said, values = self._share((said, values), (None, None))
         if said is not None:
             self._failed(what, said, error, start)
         elif values is not None:
             self._failures, self._probed_at = 0, self._step
             self.last = measurement
-            self._values = {tag: value for tag, value in values.items() if tag.startswith("ntk/")}
+            self._values.update({tag: value for tag, value in values.items() if tag.startswith("ntk/")})
             publish(self._values, trainer.callback_metrics)
+
+    def _share(self, value: Any, otherwise: Any) -> Any:
+        """Rank 0's value; where another rank has gone missing, training goes on without probes."""
+        try:
+            return self._ranks.broadcast(value)
+        except Exception as error:
+            self._switch_off(f"the ranks do not answer each other ({error})")
+            return otherwise
 
     def _failed(self, what: str, said: str, error: Exception | None, start: bool) -> None:
         if self._on_error == "raise" or (start and self._explicit):
@@ -323,7 +325,3 @@ class NTKWatch(Callback):
     def _switch_off(self, why: str) -> None:
         self._off = why
         warn(f"switched off: {why}")
-
-    def _columns(self) -> dict[str, float | None]:
-        metrics = self.last.metrics if self.last is not None else {}
-        return {column: metrics.get(name) for column, name in COLUMNS.items()}

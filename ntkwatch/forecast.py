@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ntkwatch.engines.tangent import jvp
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.losses import LossAt, LossFn, loss_of
-from ntkwatch.model import Network, running_statistics, targets_of, to_device
+from ntkwatch.model import Network, targets_of, to_device
+from ntkwatch.statistics import running_statistics
 
 
 class LinearForecast:

@@ -25,7 +25,7 @@ from ntkwatch.guard import leave_no_trace
 from ntkwatch.instruments import Instruments
 from ntkwatch.losses import LossAt, loss_of
 from ntkwatch.manifest import context, describe, not_finite
-from ntkwatch.model import Network, to_device
+from ntkwatch.model import Network, take, to_device
 from ntkwatch.optimizers import read_rule
 from ntkwatch.probes import ProbeSet, encode_targets
 from ntkwatch.record import Measurement, RecordWriter
@@ -109,6 +109,15 @@ class Monitor:
             seen = [batch, *(to_device(other, self.network.device) for other in batches)]
             self.statistics, self.calibration = first_statistics(self.network, seen)
             self.choice = choose(self.network, batch, self.engine)
+
+    def foreseen(self) -> float:
+        """Seconds that a kernel of the probes may take, from one of two of them: cost grows with their number."""
+        assert self.choice is not None
+        with self._probe():
+            few = take(self._batch(self.probes), slice(0, 2))
+            began = time.perf_counter()
+            self.choice.engine.kernel(self.network, few, reduction=self._measured, layers="trace")
+        return (time.perf_counter() - began) * len(self.probes) / 2
 
     def restore(
         self, baseline: Baseline, previous: tuple[int, Tensor] | None, path_length: float | None = None

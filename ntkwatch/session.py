@@ -22,6 +22,7 @@ from ntkwatch.record import Measurement, RecordError, RecordWriter, Run, load_ru
 from ntkwatch.sinks import Sinks
 
 STATE_LIMIT = 512 * 1024  # bytes: a larger kernel stays out of the user's checkpoints
+SLOW_PROBE = 30.0  # seconds: what takes longer is said before it begins
 BASELINE_FILE = "baseline"
 PROBES_FILE = "probes"
 
@@ -74,6 +75,12 @@ class Session:
         """Settle engine and BatchNorm baseline before the first probe; batches: training batches for calibration."""
         warm_up()
         self.monitor.start(batches)
+        seconds = self.monitor.foreseen()
+        if seconds > SLOW_PROBE:
+            self._warn(
+                f"one probe of {len(self.monitor.probes)} examples may take some {seconds:.0f} s: pass a smaller "
+                "number as probes=, or a larger every="
+            )
 
     def probe(self, step: int, overhead: Callable[[], float], last: bool = False, **at: Any) -> Measurement:
         """Measure, then write to the record and to every sink. overhead: share of wall time, asked after measuring."""

@@ -22,6 +22,7 @@ from ntkwatch.record import safe_name
 log = logging.getLogger(
     f"{'lightning.pytorch' if 'lightning.pytorch' in sys.modules else 'pytorch_lightning'}.ntkwatch"
 )
+COLUMNS = {"ntk_angle": "ntk/kernel_angle", "ntk_rho": "ntk/taylor_ratio"}  # of the progress bar
 TRUE_PRECISION = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
@@ -103,15 +104,15 @@ def true_precision(trainer: Any) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def show_columns(trainer: Any, columns: Callable[[], Mapping[str, float | None]]) -> Callable[[], None]:
-    """Add columns to the progress bar, through its public `get_metrics`; returns what takes them away again."""
+def show_columns(trainer: Any, values: Mapping[str, float]) -> Callable[[], None]:
+    """Two columns in the progress bar, through its public `get_metrics`; returns what takes them away again."""
     bar = trainer.progress_bar_callback
     if bar is None:
         return lambda: None
     inner = bar.get_metrics
 
     def get_metrics(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        shown = {name: f"{value:.3f}" for name, value in columns().items() if value is not None}
+        shown = {column: f"{values[tag]:.3f}" for column, tag in COLUMNS.items() if tag in values}
         return {**inner(*args, **kwargs), **shown}
 
     bar.get_metrics = get_metrics

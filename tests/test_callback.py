@@ -261,6 +261,25 @@ def test_a_lost_record_is_said_and_a_new_one_started(tmp_path: Path) -> None:
     assert "angle" in rest.summary()
 
 
+def test_the_progress_bar_has_two_short_columns_and_gets_its_own_back(tmp_path: Path) -> None:
+    class Bar(pl.callbacks.TQDMProgressBar):
+        seen: list[set[str]] = []  # noqa: RUF012  of the test alone
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            self.seen.append(set(self.get_metrics(trainer, pl_module)))
+
+    bar = Bar(refresh_rate=0)
+    trainer(tmp_path, NTKWatch(probes=12, budget=None), bar, enable_progress_bar=True).fit(Classifier(), *loaders())
+    assert {"ntk_angle", "ntk_rho"} <= bar.seen[-1]
+    assert "get_metrics" not in vars(bar)
+
+
+def test_a_slow_probe_is_said_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ntkwatch.session.SLOW_PROBE", 0.0)
+    with pytest.warns(UserWarning, match="one probe of 12 examples may take some.*smaller number as probes="):
+        watched(tmp_path)
+
+
 # ── trouble ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 class Gate:
     """outputs= that fails on demand."""

@@ -15,7 +15,7 @@ FLOORS = {
     4: {"callback", "opening", "trainer", "cli", "demo", "interventions"},
     3: {"session", "monitor", "manifest", "baseline", "diagnostics", "instruments", "checks", "derived", "forecast"},
     2: {"engines"},
-    1: {"model", "guard", "probes", "sinks", "compare", "report", "words", "losses", "optimizers"},
+    1: {"model", "statistics", "guard", "probes", "sinks", "compare", "report", "words", "losses", "optimizers"},
     0: {"schedule", "metrics", "infinite", "distributed", "record", "figures", "slopes"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

@@ -59,7 +59,7 @@ def test_adams_threshold_with_a_frozen_preconditioner(side: float, stable: bool)
         x -= lr * m
     assert (abs(x) < 1e-2) is stable
     assert float(metrics.adam_stability_ratio(mu, lr, beta)) == pytest.approx(side)
-    assert float(metrics.adam_stability_ratio(mu, lr, beta, step=1)) == pytest.approx(side * (1 - beta))
+    assert float(metrics.adam_stability_ratio(mu, lr, beta, step=1)) == pytest.approx(side / (1 - beta))
 
 
 def test_measured_thresholds():

@@ -15,14 +15,12 @@ from ntkwatch.model import (
     Network,
     UnsupportedModel,
     batch_size,
-    calibrated_statistics,
     inputs_of,
-    running_statistics,
     take,
     targets_of,
     to_device,
-    untracked_statistics,
 )
+from ntkwatch.statistics import calibrated_statistics, running_statistics, untracked_statistics
 
 X, Y = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
 

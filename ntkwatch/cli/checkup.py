@@ -15,7 +15,8 @@ from torch import nn
 from ntkwatch import engines
 from ntkwatch.engines.base import Reduction
 from ntkwatch.guard import leave_no_trace
-from ntkwatch.model import Network, UnsupportedModel, running_statistics, targets_of, untracked_statistics
+from ntkwatch.model import Network, UnsupportedModel, targets_of
+from ntkwatch.statistics import running_statistics, untracked_statistics
 
 SLOW_PROBE = 30.0  # seconds: the callback says so before it starts
 

@@ -82,18 +82,19 @@ def stability_ratio(
 def adam_stability_ratio(mu_max: float | Tensor, lr: float, beta1: float = 0.9, step: int | None = None) -> Tensor:
     """Adam's learning rate as a share of the largest stable one.
 
-    Formula: η·μ_max(1 − β1)/(2(1 + β1)), μ_max of H^½JD⁻¹JᵀH^½, D = diag(√v̂ + ε); times (1 − β1^t) at an early step t
+    Formula: η·μ_max(1 − β1)/(2(1 + β1)), μ_max of H^½JD⁻¹JᵀH^½, D = diag(√v̂ + ε), at an early step t times 1 − β1^t
     Shape: mu_max a number or [], of the preconditioned curvature -> []
     Range: [0, ∞), unstable above 1
     Source: Cohen et al. 2022
-    Pitfalls: takes the preconditioner as frozen; μ_max of the plain kernel is the wrong one
+    Pitfalls: takes the preconditioner as frozen; μ_max of the plain kernel is the wrong one; step= is for a μ_max
+        without the factor 1 − β1^t
 
     >>> round(float(adam_stability_ratio(38.0, lr=1.0)), 12)
     1.0
     """
     beta = _share("beta1", beta1)
-    warm = 1.0 if step is None else 1 - beta**step
-    return lr * _curvature(mu_max) * (1 - beta) / (2 * (1 + beta)) * warm
+    warm = 1.0 if step is None else 1 - beta**step  # of the preconditioner: m̂ = m/(1 − β1^t) makes early steps longer
+    return lr * _curvature(mu_max) * (1 - beta) / (2 * (1 + beta) * warm)
 
 
 @metric(lambda mu, *_, **__: torch.full_like(torch.as_tensor(mu, dtype=torch.float64), torch.nan))
