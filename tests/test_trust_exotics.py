@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from trust_configs import Job
-from trust_exotics import EXOTICS, UNSTEADY
+from trust_exotics import EXOTICS, PRUNING, UNSTEADY
 from trust_harness import Driver, MonitorProbe, Observation, observe, real_kernel
 
 WATCHERS = ["NTKWatch", "NTKWatch, resampling", "NTKWatch on training data", "Monitor in on_after_backward"]
@@ -17,7 +17,7 @@ WATCHERS = ["NTKWatch", "NTKWatch, resampling", "NTKWatch on training data", "Mo
 
 @cache
 def unwatched(name: str) -> Observation:
-    return observe(next(job for job in [*EXOTICS, *UNSTEADY] if job.name == name))
+    return observe(next(job for job in [*EXOTICS, *UNSTEADY, PRUNING] if job.name == name))
 
 
 def watch(watcher: str) -> tuple[Any, Any]:
@@ -63,3 +63,16 @@ def test_a_model_that_cannot_be_measured_trains_on(job: Job) -> None:
     assert seen.violations == []
     assert callback.last is None
     assert any("switched off" in said and "forward passes on the same probes differ" in said for said in seen.warnings)
+
+
+@pytest.mark.parametrize("watcher", ["NTKWatch", "Monitor in on_after_backward"])
+def test_parameters_that_are_renamed_end_the_watch_by_name_and_training_goes_on(watcher: str) -> None:
+    from ntkwatch import NTKWatch
+
+    probe = MonitorProbe("layerwise")
+    callback: Any = NTKWatch(6, 1, None) if watcher == "NTKWatch" else Driver("on_after_backward", probe)
+    seen = observe(PRUNING, watch=lambda: [callback])
+    assert unwatched(PRUNING.name).difference(seen) is None
+    assert seen.violations == []
+    said = seen.warnings if watcher == "NTKWatch" else [str(probe.missing())]
+    assert any("no longer the parameter that was there" in line for line in said), said

@@ -276,8 +276,10 @@ EXOTICS = [
     Job("deterministic", task(), {"deterministic": True}),
     Job("bf16-true", task(), {"precision": "bf16-true"}),
     Job("gradient clipping", task(), {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2}),
-    Job("pruning", task(), callbacks=lambda pl: [pl.callbacks.ModelPruning("l1_unstructured", amount=0.2)]),
     Job("weight averaging by hand", task(), callbacks=lambda pl: [Swapped()]),
     Job("two validation loaders", task(), loaders=two_validation_loaders),
     Job("validation without inference mode", task(), {"inference_mode": False, "val_check_interval": 2}),
 ]
+
+# Its parameters are renamed in mid-run: measured until then, then refused by name.
+PRUNING = Job("pruning", task(), callbacks=lambda pl: [pl.callbacks.ModelPruning("l1_unstructured", amount=0.2)])
