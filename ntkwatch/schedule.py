@@ -22,7 +22,7 @@ _PER_OCTAVE = 4  # the log grid is round(2^(k/4))
 _SPARSEST = 3  # … and at its thinnest every eighth k: steps 1, 4, 16, 64, …
 _RECENT = 3  # probes that the next one's cost is predicted from
 _ALWAYS = 64  # a depth that no level reaches: never thinned
-_CLOSING = 0.75  # seconds kept back for the end: the last probe and the last pictures are never dropped
+_CLOSING = 0.6  # seconds kept back for the end: the last probe and the last pictures are never dropped
 _STATE = ("_first", "_seen", "last_fired", "level", "_first_cost", "_costs")
 
 
