@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 CASES: dict[str, tuple[list[str], int, str]] = {
     "digits_mlp.py": (["--width", "16", "--epochs", "1"], 1, "kernel"),
     "infinite_digits.py": (["--train", "30", "--test", "20", "--width", "16", "--steps", "5"], 0, "NTK"),
-    "mnist_cnn.py": (["--images", "250", "--width", "4", "--epochs", "1", "--overhead"], 1, "without the callback"),
+    "mnist_cnn.py": (["--images", "250", "--width", "4", "--epochs", "1", "--overhead"], 3, "without the callback"),
     "width_sweep.py": (["--widths", "8", "16", "--seeds", "2", "--steps", "4"], 12, "mup"),
 }
 
