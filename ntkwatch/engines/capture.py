@@ -16,13 +16,16 @@ from torch.autograd.graph import GradientEdge, Node
 
 from ntkwatch.engines.carry import carry, leaf_below, pull_back
 from ntkwatch.engines.factors import Factor, add, densify
+from ntkwatch.engines.functional import is_out_of_memory
 from ntkwatch.engines.graph import Graph, node_bytes, reaches, walk
 from ntkwatch.engines.rules import Use, factor, operand_shape
 from ntkwatch.engines.separation import Separation, leaves_at, outputs_at, separate, transfers
 from ntkwatch.model import Network, UnsupportedModel
 
 _SEGMENT_BYTES = 1 << 25  # gradients captured before the pass pauses to use them
-_GROUP_BYTES = 1 << 25  # gradients captured for a group of outputs: memory that the next group takes over
+Gradients = tuple[tuple[Tensor, ...] | None, ...]  # of each output of a node: one tensor for each of C
+_GROUP_BYTES = 1 << 28  # of one node for a group of outputs: larger groups share more, and hold more
+_BATCHED_BYTES = {"cpu": 1 << 19, "cuda": 1 << 26}  # of one node and output: above it, passes in turn are faster
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,11 @@ class Capture:
         self.cotangents = _cotangents(f, summed)
 
     def groups(self) -> list[slice]:
-        """Outputs in groups whose gradients fit in a moderate amount of memory."""
+        """Outputs in groups of which the largest node's gradients fit in a moderate amount of memory."""
         numbers = {number for number, _, _ in self.recipe.boundary}
-        each = sum(node_bytes(self.graph, self.graph.nodes[number]) for number in numbers)
+        largest = max(node_bytes(self.graph, self.graph.nodes[number]) for number in numbers)
         outputs = len(self.cotangents)
-        size = min(outputs, max(1, _GROUP_BYTES // max(each, 1)))
+        size = min(outputs, max(1, _GROUP_BYTES // max(largest, 1)))
         size = -(-outputs // -(-outputs // size))  # of equal size, nearly
         return [slice(i, min(i + size, outputs)) for i in range(0, outputs, size)]
 
@@ -85,8 +88,8 @@ class Capture:
             yield from collector.complete()
         yield from collector.rest()
 
-    def _segments(self, cotangents: Tensor) -> Iterator[dict[int, tuple[Tensor | None, ...]]]:
-        """Output gradients [C, *shape] of the boundary nodes, a segment of the graph at a time."""
+    def _segments(self, cotangents: tuple[Tensor, ...]) -> Iterator[dict[int, Gradients]]:
+        """Output gradients of the boundary nodes, a segment of the graph at a time."""
         graph, wanted = self.graph, sorted({number for number, _, _ in self.recipe.boundary})
         start: Tensor | GradientEdge = self._edge
         cuts = _cuts(graph, set(wanted))
@@ -105,12 +108,11 @@ class Capture:
             yield {number: grads[number] for number in taken}
 
 
-def _cotangents(f: Tensor, summed: bool) -> Tensor:
-    """[C, n, C]: one output after the other, for all examples at once; [1, n, C] of ones when summed."""
-    n, outputs = f.shape
+def _cotangents(f: Tensor, summed: bool) -> tuple[Tensor, ...]:
+    """C of [n, C]: one output after the other, for all examples at once; one of ones when summed."""
     if summed:
-        return torch.ones(1, n, outputs, dtype=f.dtype, device=f.device)
-    return torch.eye(outputs, dtype=f.dtype, device=f.device)[:, None].expand(outputs, n, outputs)
+        return (torch.ones_like(f.detach()),)
+    return tuple(torch.eye(f.shape[1], dtype=f.dtype, device=f.device)[:, None].expand(-1, *f.shape))
 
 
 def _cuts(graph: Graph, wanted: set[int]) -> list[int]:
@@ -148,24 +150,49 @@ def _segment(graph: Graph, wanted: Sequence[int], cuts: Sequence[int], outputs: 
 
 
 def _backward(
-    graph: Graph, start: Tensor | GradientEdge, cotangents: Tensor, numbers: Sequence[int]
-) -> dict[int, tuple[Tensor | None, ...]]:
-    """Gradients [C, *shape] of the numbered nodes' outputs: batched where every operation allows, else one by one."""
+    graph: Graph, start: Tensor | GradientEdge, cotangents: tuple[Tensor, ...], numbers: Sequence[int]
+) -> dict[int, Gradients]:
+    """Gradients of the numbered nodes' outputs: for all of C at once where they are small, else in turn."""
     pairs = [(number, used) for number in numbers for used in graph.outputs_used[graph.nodes[number]]]
     wanted = [GradientEdge(graph.nodes[number], used) for number, used in pairs]
-    try:
-        grads: Sequence[Tensor | None] = _grad(start, wanted, cotangents, batched=True)
-    except RuntimeError as error:
-        if "allocate memory" in str(error) or isinstance(error, torch.OutOfMemoryError):
-            raise
-        passes = [_grad(start, wanted, c, batched=False) for c in cotangents]
-        grads = [None if each[0] is None else torch.stack(each) for each in zip(*passes, strict=True)]
-    filled: dict[int, list[Tensor | None]] = {
+    largest = max(node_bytes(graph, graph.nodes[number]) for number in numbers)
+    grads = None
+    if largest <= _BATCHED_BYTES.get(cotangents[0].device.type, 0):
+        grads = _at_once(start, wanted, cotangents)
+    if grads is None:
+        grads = _in_turn(start, wanted, cotangents)
+    filled: dict[int, list[tuple[Tensor, ...] | None]] = {
         number: [None] * len(graph.nodes[number]._input_metadata) for number in numbers
     }
     for (number, used), g in zip(pairs, grads, strict=True):
-        filled[number][used] = None if g is None else g.detach()
+        filled[number][used] = g
     return {number: tuple(found) for number, found in filled.items()}
+
+
+def _at_once(
+    start: Tensor | GradientEdge, wanted: Sequence[GradientEdge], cotangents: tuple[Tensor, ...]
+) -> list[tuple[Tensor, ...] | None] | None:
+    """None where some operation's backward pass cannot be batched."""
+    try:
+        grads = _grad(start, wanted, torch.stack(cotangents), batched=True)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return None
+    return [None if g is None else g.detach().unbind() for g in grads]
+
+
+def _in_turn(
+    start: Tensor | GradientEdge, wanted: Sequence[GradientEdge], cotangents: tuple[Tensor, ...]
+) -> list[tuple[Tensor, ...] | None]:
+    passes = [_grad(start, wanted, cotangent, batched=False) for cotangent in cotangents]
+    return [_filled(each) for each in zip(*passes, strict=True)]
+
+
+def _filled(grads: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
+    """Zeros for those outputs that do not depend on the node; None where none does."""
+    known = next((g for g in grads if g is not None), None)
+    return None if known is None else tuple(torch.zeros_like(known) if g is None else g.detach() for g in grads)
 
 
 def _grad(
@@ -204,7 +231,7 @@ class _Collector:
             return (self.names[leaf],)
         return tuple(name for leaf, name in self.names.items() if reaches(child, leaf))
 
-    def take(self, number: int, grads: tuple[Tensor | None, ...]) -> None:
+    def take(self, number: int, grads: Gradients) -> None:
         """The factors of a boundary node's edges, from its output gradients."""
         node: Any = self.graph.nodes[number]
         for k, layout, names in self.edges[number]:
@@ -217,7 +244,7 @@ class _Collector:
             carried = carry(child, found) if leaf_below(child) is not None else None
             if carried is None:
                 how += ", pulled back"
-                self._arrive(child, used, densify(found).j)
+                self._arrive(child, used, torch.stack(densify(found).j))
                 self.pulled.update(names)
             else:
                 self.parts.setdefault(names[0], []).append(carried)
@@ -225,7 +252,8 @@ class _Collector:
                 self.rules.setdefault(name, []).append(how)
 
     def _arrive(self, child: Any, used: int, j: Tensor) -> None:
-        j = j.reshape(*j.shape[:2], *child._input_metadata[used].shape)
+        meta = child._input_metadata[used]
+        j = j.reshape(*j.shape[:2], *meta.shape).to(meta.dtype)
         self.arrived[child, used] = self.arrived[child, used] + j if (child, used) in self.arrived else j
 
     def complete(self) -> Iterator[Found]:

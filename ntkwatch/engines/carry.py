@@ -66,7 +66,7 @@ def pull_back(
         if node in names:
             g = arrived.pop((node, 0), None)
             if g is not None:
-                result[names[node]] = Dense(g.reshape(*g.shape[:2], -1))
+                result[names[node]] = Dense(tuple(g.flatten(2) if g.ndim > 2 else g[..., None]))
             continue
         ready = [arrived.pop((node, i), None) for i in range(len(node._input_metadata))]
         if all(g is None for g in ready):

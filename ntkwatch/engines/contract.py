@@ -1,7 +1,8 @@
-"""Factors → kernel, by the cheapest exact contraction of each parameter."""
+"""Factors → kernel, by the cheapest exact contraction of each parameter, added to a kernel that is there already."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -10,178 +11,187 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ntkwatch.engines.base import Reduction
-from ntkwatch.engines.factors import Dense, Factor, Outer, Rows, aligned
+from ntkwatch.engines.costs import STRIPS, choose, gram_rows
+from ntkwatch.engines.factors import Dense, Factor, Outer, Rows, Slab, aligned
 
-# Measured on one CPU core by tests/bench: operations per second of matrix products, and bytes per second of traffic.
-# Only their ratios decide, and they are the same on two cores.
-FLOPS = {torch.float32: 9e10, torch.float64: 4.5e10, torch.bfloat16: 9e10, torch.float16: 9e10}  # halves: as float32
-BANDWIDTH = 6e9
-_SLAB = 1 << 20  # entries of a slab of J: it is cast and multiplied while it is still in cache
+Gradients = tuple[Tensor, ...]
+_SLAB = 1 << 21  # entries of a slab of J: it is cast and multiplied while it is still near
 _SLAB_ROWS = 64  # … but of no fewer rows, below which matrix products slow down
 _SLAB_MOST = 1 << 25
-_PAIRS = 1 << 23  # entries of a block of pairs of positions
 _STRETCH = 1 << 13  # terms of one product: no float32 sum grows longer
-_STRIPS = 4  # of a symmetric product, whose upper blocks are left out
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Arithmetic and traffic of one contraction, and the seconds they predict."""
-
-    flops: float
-    bytes: float
-    seconds: float
-
-
-def _cost(made: float, factor: torch.dtype, multiplied: float, dtype: torch.dtype, moved: float) -> Cost:
-    seconds = made / FLOPS[factor] + multiplied / FLOPS[dtype] + moved / BANDWIDTH
-    return Cost(made + multiplied, moved, seconds)
-
-
-def gram_cost(one: Outer | Rows, n: int, m: int, reduction: Reduction, dtype: torch.dtype) -> Cost:
-    """Products of inputs times products of output gradients, for n × m examples and all pairs of positions."""
-    s, c, groups = one.positions, one.outputs, one.groups
-    p, q = (one.a.shape[3] if isinstance(one, Outer) else 1), one.g.shape[-1]
-    pairs = float(n * m) * s * s * groups
-    grams = {"trace": 1, "sum": 1, "blocks": c, "full": c * c}[reduction]
-    cast = (n + m) * s * groups * (p + c * q) * (one.dtype.itemsize + dtype.itemsize)
-    passes = 2 * (1 + grams) + (0 if s == 1 else 4 * grams)
-    arithmetic = 2 * pairs * (p + q * (c if reduction == "trace" else grams))
-    return _cost(0, one.dtype, arithmetic, dtype, cast + pairs * passes * dtype.itemsize)
-
-
-def jacobian_cost(one: Factor, n: int, m: int, reduction: Reduction, dtype: torch.dtype) -> Cost:
-    """Per-example Jacobians of n (and, if others, m) examples, then their Gram."""
-    c, entries = one.outputs, one.leading * one.trailing
-    rows = n if m == n else n + m
-    make = 2.0 * rows * c * entries * one.positions if isinstance(one, Outer) else 0.0
-    pairs = {"trace": c, "blocks": c, "sum": 1, "full": c * c}[reduction]
-    moved = 2.0 * rows * c * entries * (one.dtype.itemsize + dtype.itemsize)
-    return _cost(make, one.dtype, 2.0 * n * m * pairs * entries, dtype, moved)
-
-
-def choose(one: Factor, n: int, m: int, reduction: Reduction, dtype: torch.dtype) -> tuple[str, Cost]:
-    """ "gram" or "jacobian" and what it costs for n × m examples."""
-    direct = jacobian_cost(one, n, m, reduction, dtype)
-    if isinstance(one, Outer | Rows):
-        gram = gram_cost(one, n, m, reduction, dtype)
-        if gram.seconds < direct.seconds:
-            return "gram", gram
-    return "jacobian", direct
+_STRIP_ROWS = 128  # of a symmetric product: fewer would slow down what they save
 
 
 @dataclass
 class Contractor:
-    """Contracts pairs of factors; products of gradients that a weight and its bias share are taken once."""
+    """Adds the products of pairs of factors to a kernel.
+
+    Of the kernel of a batch with itself (`same`) only the strips below the diagonal are added to; `finish` mirrors
+    them. Products of gradients that a weight and its bias share are taken once.
+    """
 
     reduction: Reduction
     dtype: torch.dtype
-    shared: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    same: bool
+    shared: dict[tuple[int, ...], tuple[Gradients, Gradients, Tensor]] = field(default_factory=dict)
+    workspace: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
-    def __call__(self, one: Factor, two: Factor) -> Tensor:
-        """[n, m] (for "trace" the sum over outputs, not yet the mean), [C, n, m] or [n, C, m, C]."""
-        k = self._sums(one, two)  # [n, m], [C, n, m] or [C, n, C, m]
-        return k.permute(1, 0, 3, 2) if self.reduction == "full" else k
-
-    def _sums(self, one: Factor, two: Factor) -> Tensor:
-        if isinstance(one, Rows) and isinstance(two, Rows):
-            one, two = _compressed(one, two)
-        if isinstance(one, Dense) and isinstance(two, Dense):
-            return self._gradients(one.j, two.j)
-        if isinstance(one, Outer | Rows) and type(one) is type(two):
-            assert isinstance(two, Outer | Rows)
-            if choose(one, one.n, two.n, self.reduction, self.dtype)[0] == "gram":
-                single = one.positions == two.positions == one.groups == 1 and isinstance(one, Outer)
-                return self._gram_single(one, two) if single else self._gram(one, two)  # type: ignore[arg-type]
-        return self._by_jacobian(one, two)
-
-    def _gradients(self, a: Tensor, b: Tensor) -> Tensor:
-        """Σ_q of products of two [C, n, q], reduced; the last is remembered."""
-        key = (*_identity(a), *_identity(b))
-        if key not in self.shared:
-            self.shared = {key: (a, b, self._pair(a, b))}  # a and b are held, so that no other takes their place
-        return self.shared[key][2]
-
-    def _pair(self, a: Tensor, b: Tensor) -> Tensor:
-        out = self._zeros(a.shape[0], a.shape[1], b.shape[1], a.device)
-        self._accumulate(out, a, b)
-        return out
-
-    def _zeros(self, c: int, n: int, m: int, device: torch.device) -> Tensor:
+    def zeros(self, c: int, n: int, m: int, device: torch.device) -> Tensor:
+        """An empty kernel: [n, m], [C, n, m] for "blocks", [C, n, C, m] for "full"."""
         shape = {"full": (c, n, c, m), "blocks": (c, n, m)}.get(self.reduction, (n, m))
         return torch.zeros(shape, dtype=self.dtype, device=device)
 
-    def _accumulate(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        """Adds the products of J slabs [C, n, w] and [C, m, w] to the kernel, a stretch at a time, in `dtype`."""
-        for start in range(0, a.shape[2], _STRETCH):
-            x = a[:, :, start : start + _STRETCH].to(self.dtype)
-            y = x if a is b else b[:, :, start : start + _STRETCH].to(self.dtype)
-            if self.reduction == "full":
-                _add_product(out.flatten(2).flatten(0, 1), x.flatten(0, 1), y.flatten(0, 1), a is b)
-            elif self.reduction == "blocks":
-                out.baddbmm_(x, y.transpose(1, 2))
-            else:
-                for u, v in zip(x, y, strict=True):
-                    out.addmm_(u, v.T)
+    def finish(self, out: Tensor, outputs: int) -> Tensor:
+        """Mirrored, averaged over outputs where the reduction says so; "full" as [n, C, m, C]."""
+        if self.same:
+            for matrix in self._matrices(out):
+                for rows, columns in self._strips(out):
+                    above = slice(0, rows.start)
+                    assert columns.stop == rows.stop
+                    matrix[above, rows] = matrix[rows, above].T
+        if self.reduction in ("trace", "sum"):
+            return out.div_(outputs)
+        return out.permute(1, 0, 3, 2) if self.reduction == "full" else out
 
-    def _by_jacobian(self, one: Factor, two: Factor) -> Tensor:
-        """Σ over slabs of J Jᵀ."""
-        one, two = aligned(one, two)
-        same, c = one is two, one.outputs
+    def add(self, out: Tensor, one: Factor, two: Factor) -> None:
+        """Adds Σ over the parameter's entries of J₁ J₂ᵀ; for "trace" the sum over outputs, not yet the mean."""
+        if isinstance(one, Rows) and isinstance(two, Rows):
+            one, two = _compressed(one, two)
+        if isinstance(one, Dense) and isinstance(two, Dense):
+            out += self._gradients(one.j, two.j)
+        elif (
+            isinstance(one, Outer | Rows)
+            and type(one) is type(two)
+            and choose(one, one.n, two.n, self.reduction, self.dtype, self.same)[0] == "gram"
+        ):
+            single = one.positions == two.positions == one.groups == 1 and isinstance(one, Outer)
+            (self._gram_single if single else self._gram)(out, one, two)  # type: ignore[arg-type]
+        else:
+            self._by_jacobian(out, one, two)
+
+    # ── the parts of a kernel ─────────────────────────────────────────────────────────────────────────────────────
+    def _matrices(self, out: Tensor) -> Tensor:
+        """The kernel as a stack of matrices [B, rows, columns]."""
+        if self.reduction == "full":
+            return out.flatten(2).flatten(0, 1)[None]
+        return out if self.reduction == "blocks" else out[None]
+
+    def _strips(self, out: Tensor) -> Iterator[tuple[slice, slice]]:
+        """Rows, and the columns that are filled in them: all, or up to the diagonal. Of "full", whole outputs."""
+        matrix = self._matrices(out)[0]
+        unit = out.shape[1] if self.reduction == "full" else 1
+        if not self.same:
+            yield slice(0, len(matrix)), slice(0, matrix.shape[1])
+            return
+        size = unit * -(-max(_STRIP_ROWS, len(matrix) // STRIPS) // unit)
+        for rows in _blocks(len(matrix), size):
+            yield rows, slice(0, rows.stop)
+
+    def _products(self, out: Tensor, x: Tensor, y: Tensor) -> None:
+        """out += Σ_q of products of slabs [C, n, q] and [C, m, q], a stretch at a time, in `dtype`."""
+        matrices, strips = self._matrices(out), list(self._strips(out))
+        if self.reduction == "full":
+            x, y = x.flatten(0, 1)[None], y.flatten(0, 1)[None]
+        elif self.reduction != "blocks":
+            matrices = matrices.expand(len(x), -1, -1)
+        for matrix, a, b in zip(matrices, x, y, strict=True):
+            for start in range(0, a.shape[1], _STRETCH):
+                u, v = a[:, start : start + _STRETCH], b[:, start : start + _STRETCH]
+                for rows, columns in strips:
+                    matrix[rows, columns].addmm_(u[rows], v[columns].T)
+
+    def _cast(self, t: Tensor, key: int) -> Tensor:
+        """In `dtype`; in a buffer of our own where that needs memory."""
+        if t.dtype == self.dtype:
+            return t
+        return self._buffer(key, t.numel(), self.dtype, t.device).view(t.shape).copy_(t)
+
+    def _buffer(self, key: int, entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory that is used again and again: the pages of a new one cost as much as the products."""
+        held = self.workspace.get((key, dtype))
+        if held is None or len(held) < entries:
+            held = self.workspace[key, dtype] = torch.empty(entries, dtype=dtype, device=device)
+        return held[:entries]
+
+    # ── contractions ──────────────────────────────────────────────────────────────────────────────────────────────
+    def _gradients(self, a: Gradients, b: Gradients) -> Tensor:
+        """The kernel of C of [n, q] with C of [m, q]; the last is remembered."""
+        key = (*_identity(a), *_identity(b))
+        if key not in self.shared:
+            out = self.zeros(len(a), len(a[0]), len(b[0]), a[0].device)
+            x = torch.stack(a).to(self.dtype)
+            self._products(out, x, x if self.same else torch.stack(b).to(self.dtype))
+            self.shared = {key: (a, b, out)}  # a and b are held, so that no other takes their place
+        return self.shared[key][2]
+
+    def _by_jacobian(self, out: Tensor, one: Factor, two: Factor) -> None:
+        """Slabs of J, each multiplied with the other's (or its own) as soon as it is made."""
+        one, two = _sides(one, two)
         first = one.open()
-        second = first if same else two.open()
-        out = self._zeros(c, one.n, two.n, one.device)
-        held = c if self.reduction == "full" else 1
+        second = first if self.same else two.open()
+        held = one.outputs if self.reduction == "full" else 1
         row = max(one.n, two.n) * one.trailing * held
-        step = max(1, _SLAB // row, min(_SLAB_ROWS, _SLAB_MOST // row))
-        for i in range(0, one.leading, step):
-            j = min(i + step, one.leading)
-            if self.reduction == "full":
-                a = torch.stack([first(k, i, j).flatten(1) for k in range(c)])
-                b = a if same else torch.stack([second(k, i, j).flatten(1) for k in range(c)])
-                self._accumulate(out, a, b)
-                continue
-            for k in range(c):
-                a = first(k, i, j).flatten(1)[None]
-                b = a if same else second(k, i, j).flatten(1)[None]
-                self._accumulate(out[k : k + 1] if self.reduction == "blocks" else out, a, b)
-        return out
+        step = min(one.leading, max(1, _SLAB // row, min(_SLAB_ROWS, _SLAB_MOST // row)))
+        total = torch.zeros_like(out)  # a sum of its own: float32 products of many parameters in one would lose digits
+        for rows in _blocks(one.leading, step):
+            for start in range(0, one.outputs, held):
+                outputs = range(start, start + held)
+                a = self._slab(first, one, outputs, rows, 0)
+                b = a if self.same else self._slab(second, two, outputs, rows, 1)
+                self._products(total[start : start + 1] if self.reduction == "blocks" else total, a, b)
+        out += total
 
-    def _gram_single(self, one: Outer, two: Outer) -> Tensor:
+    def _slab(self, slab: Slab, one: Factor, outputs: range, rows: slice, key: int) -> Tensor:
+        """[outputs, n, rows·trailing]."""
+        shape = (len(outputs), one.n, rows.stop - rows.start, one.trailing)
+        made = self._buffer(key, math.prod(shape), one.dtype, one.device).view(shape)
+        for c, out in zip(outputs, made, strict=True):
+            slab(c, rows.start, rows.stop, out)
+        return self._cast(made.flatten(2), key)
+
+    def _gram_single(self, out: Tensor, one: Outer, two: Outer) -> None:
         """One position, one group: ⟨a, a'⟩ and ⟨g, g'⟩ are n × m."""
         a = one.inputs()[:, 0, 0].to(self.dtype)
-        b = a if one is two else two.inputs()[:, 0, 0].to(self.dtype)
+        b = a if self.same else two.inputs()[:, 0, 0].to(self.dtype)
         inputs = torch.zeros(len(a), len(b), dtype=self.dtype, device=a.device)
         for start in range(0, a.shape[1], _STRETCH):
             inputs.addmm_(a[:, start : start + _STRETCH], b[:, start : start + _STRETCH].T)
-        g = one.g[:, :, 0, 0]
-        products = self._gradients(g, g if one is two else two.g[:, :, 0, 0])
-        return products * (inputs[:, None] if self.reduction == "full" else inputs)
+        g = tuple(each[:, 0, 0] for each in one.g)
+        products = self._gradients(g, g if self.same else tuple(each[:, 0, 0] for each in two.g))
+        if self.reduction != "full":
+            out.addcmul_(products, inputs)
+            return
+        for rows, columns in self._strips(out):  # of whole outputs
+            r, c = slice(rows.start // one.n, rows.stop // one.n), slice(0, columns.stop // two.n)
+            out[r, :, c].addcmul_(products[r, :, c], inputs[:, None])
 
-    def _gram(self, one: Outer | Rows, two: Outer | Rows) -> Tensor:
+    def _gram(self, out: Tensor, one: Outer | Rows, two: Outer | Rows) -> None:
         """Σ_ss' ⟨a_s, a_s'⟩⟨g_s, g_s'⟩ summed over groups, in blocks of examples, lower blocks only where symmetric."""
-        n, m, c, s, t = one.n, two.n, one.outputs, one.positions, two.positions
-        same = one is two
-        out = self._zeros(c, n, m, one.device)
+        s, t, full = one.positions, two.positions, self.reduction == "full"
+        pairs = s * t * one.groups * (one.outputs**2 if full else 1)
+        size = gram_rows(one.n, pairs, self.same)
         inputs1 = self._inputs(one)
-        inputs2 = inputs1 if same else self._inputs(two)
-        grams = c * c if self.reduction == "full" else 1
-        size = max(1, min(int((_PAIRS / (s * t * one.groups * grams)) ** 0.5), -(-n // _STRIPS) if same else n))
-        for rows in _blocks(n, size):
+        inputs2 = inputs1 if self.same else self._inputs(two)
+        for rows in _blocks(one.n, size):
             a, ga = inputs1[rows], self._positions(one, rows)
-            for columns in _blocks(m, size):
-                if same and columns.start > rows.start:
+            for columns in _blocks(two.n, size):
+                if self.same and columns.start > rows.start:
                     break
-                diagonal = same and columns == rows
-                gb = ga if diagonal else self._positions(two, columns)
+                gb = ga if self.same and columns == rows else self._positions(two, columns)
                 part = self._block(self._input_products(one, a, inputs2[columns]), ga, gb, s, t)
-                out[(..., rows, slice(None), columns) if self.reduction == "full" else (..., rows, columns)] = part
-                if same and not diagonal:
-                    if self.reduction == "full":
-                        out[:, columns, :, rows] = part.permute(2, 3, 0, 1)
-                    else:
-                        out[..., columns, rows] = part.transpose(-1, -2)
-        return out
+                if full:
+                    out[:, rows, :, columns] += part
+                else:
+                    out[..., rows, columns] += part
+                if self.same and columns != rows:
+                    self._reflect(out, part, rows, columns)
+
+    def _reflect(self, out: Tensor, part: Tensor, rows: slice, columns: slice) -> None:
+        """Adds a block on the other side of the diagonal."""
+        if self.reduction == "full":
+            out[:, columns, :, rows] += part.permute(2, 3, 0, 1)
+        else:
+            out[..., columns, rows] += part.transpose(-1, -2)
 
     def _inputs(self, one: Outer | Rows) -> Tensor:
         """[n, G, S, p], or indices [n, S]."""
@@ -196,9 +206,10 @@ class Contractor:
 
     def _positions(self, one: Outer | Rows, rows: slice) -> Tensor:
         """[C, G, b·s, q]; [1, G, b·s, C·q] where the sum over outputs is all that is wanted."""
-        g = one.g[:, rows] if isinstance(one, Outer) else one.g[:, rows, None]
-        g = g.to(self.dtype).permute(0, 2, 1, 3, 4).flatten(2, 3)
-        return g.permute(1, 2, 0, 3).flatten(2)[None] if self.reduction in ("trace", "sum") else g
+        grads = [(g if isinstance(one, Outer) else g[:, None])[rows].to(self.dtype).transpose(0, 1) for g in one.g]
+        if self.reduction in ("trace", "sum"):
+            return torch.cat(grads, 3).flatten(1, 2)[None]
+        return torch.stack(grads).flatten(2, 3)
 
     def _block(self, inputs: Tensor, ga: Tensor, gb: Tensor, s: int, t: int) -> Tensor:
         """[b, m], [C, b, m] or [C, b, C, m] of one block of pairs."""
@@ -212,27 +223,24 @@ class Contractor:
         return products.sum((2, 5))
 
 
-def _identity(t: Tensor) -> tuple[int, ...]:
-    return (t.untyped_storage()._cdata, t.storage_offset(), *t.shape, *t.stride())
+def _sides(one: Factor, two: Factor) -> tuple[Factor, Factor]:
+    """Two factors whose Jacobians have their entries in one order: the faster one, where any will do."""
+    same = one is two
+    if isinstance(one, Outer) and isinstance(two, Outer) and one.a_first == two.a_first:
+        first = one.wide()
+        return first, first if same else two.wide()
+    return aligned(one, two)
+
+
+def _identity(grads: Gradients) -> tuple[int, ...]:
+    places = ((t.untyped_storage()._cdata, t.storage_offset(), *t.stride()) for t in grads)
+    return (*grads[0].shape, *(number for place in places for number in place))
 
 
 def _sum_positions(products: Tensor, s: int, t: int) -> Tensor:
     """[G, b·s, m·t] → [b, m]."""
-    total = products.sum(0)
+    total = products.sum(0) if len(products) > 1 else products[0]
     return total.reshape(-1, s, total.shape[1] // t, t).sum((1, 3))
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor, symmetric: bool) -> None:
-    """out += a bᵀ; of a symmetric one the strips below the diagonal, mirrored."""
-    n = len(a)
-    if not symmetric or n < 64 * _STRIPS:
-        out.addmm_(a, b.T)
-        return
-    size = -(-n // _STRIPS)
-    for rows in _blocks(n, size):
-        part = a[rows] @ a[: rows.stop].T
-        out[rows, : rows.stop] += part
-        out[: rows.start, rows] += part[:, : rows.start].T
 
 
 def _blocks(n: int, size: int) -> Iterator[slice]:

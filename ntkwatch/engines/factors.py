@@ -1,7 +1,8 @@
 """Per-example Jacobians in the form they come in: outer products, rows of a table, or dense.
 
 A parameter's entries are seen as [leading, trailing] in their own order; `open` gives J a slab of leading rows at a
-time, so that no more than a slab ever has to exist.
+time, so that no more than a slab ever has to exist. A slab is made in the buffer that is handed in: fresh memory for
+each would cost as much as the products.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-Slab = Callable[[int, int, int], Tensor]  # (output, first, last) -> [n, last - first, trailing]
+# (output, first, last, out): J's rows first … last − 1 are put into out, [n, last - first, trailing].
+Slab = Callable[[int, int, int, Tensor], object]
 
 
 class Factor(Protocol):
@@ -38,7 +40,7 @@ class Factor(Protocol):
     def device(self) -> torch.device: ...
 
     def open(self) -> Slab:
-        """Makes what all slabs share (the unfolded inputs), and gives slabs of J."""
+        """Makes what all slabs share (the unfolded inputs); what it returns puts slabs of J into a given tensor."""
         ...
 
 
@@ -56,83 +58,100 @@ class Columns:
 
 @dataclass(frozen=True)
 class Outer:
-    """J = Σ_s g_s ⊗ a_s per group: a weight used at S positions. `a` [n, G, S, p], `g` [C, n, G, S, q].
+    """J = Σ_s g_s ⊗ a_s per group: a weight used at S positions. `a` [n, G, S, p], `g` C of [n, G, S, q].
 
     The parameter's entries lie as [G, q, p], or [G, p, q] when `a_first`.
     """
 
     a: Columns
-    g: Tensor
+    g: tuple[Tensor, ...]
     a_first: bool = False
 
     @property
     def n(self) -> int:
-        return self.g.shape[1]
+        return self.a.shape[0]
 
     @property
     def outputs(self) -> int:
-        return self.g.shape[0]
+        return len(self.g)
 
     @property
     def groups(self) -> int:
-        return self.g.shape[2]
+        return self.a.shape[1]
 
     @property
     def positions(self) -> int:
-        return self.g.shape[3]
+        return self.a.shape[2]
+
+    @property
+    def p(self) -> int:
+        return self.a.shape[3]
+
+    @property
+    def q(self) -> int:
+        return self.g[0].shape[3]
 
     @property
     def leading(self) -> int:
-        p, q = self.a.shape[3], self.g.shape[4]
-        return self.groups if self.groups > 1 else (p if self.a_first else q)
+        return self.groups if self.groups > 1 else (self.p if self.a_first else self.q)
 
     @property
     def trailing(self) -> int:
-        p, q = self.a.shape[3], self.g.shape[4]
-        return p * q if self.groups > 1 else (q if self.a_first else p)
+        return self.p * self.q if self.groups > 1 else (self.q if self.a_first else self.p)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.g.dtype
+        return made_in(self.g[0].dtype)
 
     @property
     def device(self) -> torch.device:
-        return self.g.device
+        return self.g[0].device
 
     def inputs(self) -> Tensor:
-        """[n, G, S, p] in the gradients' type."""
-        return self.a.make().to(self.g.dtype)
+        """[n, G, S, p] in the Jacobian's type."""
+        return self.a.make().to(self.dtype)
+
+    def wide(self) -> Outer:
+        """The same with the longer side trailing, in which order products are faster."""
+        return Outer(self.a, self.g, self.groups == 1 and self.p < self.q)
 
     def open(self) -> Slab:
-        a = self.inputs()
+        a, g, dtype = self.inputs(), self.g, self.dtype
         if self.groups > 1:
-            return lambda c, i, j: _outer(a[:, i:j], self.g[c, :, i:j], self.a_first).flatten(2)
+            sides = (self.p, self.q) if self.a_first else (self.q, self.p)
+            return lambda c, i, j, out: _outer(a[:, i:j], g[c][:, i:j].to(dtype), self.a_first, out.unflatten(2, sides))
         a = a[:, 0]
         if self.a_first:
-            return lambda c, i, j: a[..., i:j].transpose(1, 2) @ self.g[c, :, 0]
-        return lambda c, i, j: self.g[c, :, 0, :, i:j].transpose(1, 2) @ a
+            return lambda c, i, j, out: _outer(a[..., i:j], g[c][:, 0].to(dtype), True, out)
+        return lambda c, i, j, out: _outer(a, g[c][:, 0, :, i:j].to(dtype), False, out)
 
 
-def _outer(a: Tensor, g: Tensor, a_first: bool) -> Tensor:
+def _outer(a: Tensor, g: Tensor, a_first: bool, out: Tensor) -> None:
+    """Σ_s of outer products [..., S, p] and [..., S, q]."""
     one, two = (a, g) if a_first else (g, a)
-    return one.transpose(-1, -2) @ two
+    torch.matmul(one.transpose(-1, -2), two, out=out)
+
+
+def made_in(dtype: torch.dtype) -> torch.dtype:
+    """The type that Jacobians are made in: sums over positions in half precision would lose what the factors hold."""
+    return dtype if dtype.itemsize >= 4 else torch.float32
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a table [V, q] looked up: `index` [n, S], `g` [C, n, S, q]."""
+    """Rows of a table [V, q] looked up: `index` [n, S], `g` C of [n, S, q]."""
 
     index: Tensor
-    g: Tensor
+    g: tuple[Tensor, ...]
     table: int
 
     @property
     def n(self) -> int:
-        return self.g.shape[1]
+        return self.index.shape[0]
 
     @property
     def outputs(self) -> int:
-        return self.g.shape[0]
+        return len(self.g)
 
     @property
     def groups(self) -> int:
@@ -140,7 +159,15 @@ class Rows:
 
     @property
     def positions(self) -> int:
-        return self.g.shape[2]
+        return self.index.shape[1]
+
+    @property
+    def p(self) -> int:
+        return 1
+
+    @property
+    def q(self) -> int:
+        return self.g[0].shape[2]
 
     @property
     def leading(self) -> int:
@@ -148,44 +175,43 @@ class Rows:
 
     @property
     def trailing(self) -> int:
-        return self.g.shape[3]
+        return self.q
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.g.dtype
+        return made_in(self.g[0].dtype)
 
     @property
     def device(self) -> torch.device:
-        return self.g.device
+        return self.g[0].device
 
     def open(self) -> Slab:
-        def slab(c: int, i: int, j: int) -> Tensor:
+        def slab(c: int, i: int, j: int, out: Tensor) -> None:
             inside = (self.index >= i) & (self.index < j)
             index = torch.where(inside, self.index - i, 0)
-            g = self.g[c] * inside[..., None]
-            out = g.new_zeros(self.n, j - i, g.shape[-1])
-            return out.scatter_add_(1, index[..., None].expand_as(g), g)
+            g = self.g[c].to(out.dtype) * inside[..., None]
+            out.zero_().scatter_add_(1, index[..., None].expand_as(g), g)
 
         return slab
 
 
 @dataclass(frozen=True)
 class Dense:
-    """J itself, [C, n, P]."""
+    """J itself, C of [n, P]."""
 
-    j: Tensor
+    j: tuple[Tensor, ...]
 
     @property
     def n(self) -> int:
-        return self.j.shape[1]
+        return self.j[0].shape[0]
 
     @property
     def outputs(self) -> int:
-        return self.j.shape[0]
+        return len(self.j)
 
     @property
     def leading(self) -> int:
-        return self.j.shape[2]
+        return self.j[0].shape[1]
 
     @property
     def trailing(self) -> int:
@@ -193,14 +219,14 @@ class Dense:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.j.dtype
+        return made_in(self.j[0].dtype)
 
     @property
     def device(self) -> torch.device:
-        return self.j.device
+        return self.j[0].device
 
     def open(self) -> Slab:
-        return lambda c, i, j: self.j[c, :, i:j, None]
+        return lambda c, i, j, out: out.copy_(self.j[c][:, i:j, None])
 
 
 @dataclass(frozen=True)
@@ -233,19 +259,25 @@ class Sum:
     def open(self) -> Slab:
         opened = [(part.open(), part.leading // self.leading) for part in self.parts]
 
-        def slab(c: int, i: int, j: int) -> Tensor:
-            shape = (self.n, j - i, self.trailing)
-            return torch.stack([fn(c, i * k, j * k).reshape(shape) for fn, k in opened]).sum(0)
+        def slab(c: int, i: int, j: int, out: Tensor) -> None:
+            part = torch.empty_like(out)
+            out.zero_()
+            for fn, k in opened:
+                fn(c, i * k, j * k, part.view(self.n, (j - i) * k, -1))
+                out += part
 
         return slab
 
 
 def densify(found: Factor) -> Dense:
-    """[C, n, P] of any factor."""
+    """Any factor written out."""
     if isinstance(found, Dense):
         return found
-    slab = found.open()
-    return Dense(torch.stack([slab(c, 0, found.leading).flatten(1) for c in range(found.outputs)]))
+    slab, shape = found.open(), (found.outputs, found.n, found.leading, found.trailing)
+    j = torch.empty(shape, dtype=found.dtype, device=found.device)
+    for c, out in enumerate(j):
+        slab(c, 0, found.leading, out)
+    return Dense(tuple(j.flatten(2)))
 
 
 def add(parts: list[Factor]) -> Factor:
@@ -263,7 +295,7 @@ def add(parts: list[Factor]) -> Factor:
         return joined[0]
     least = min(part.leading for part in joined)
     if any(part.leading % least for part in joined):
-        return Dense(torch.stack([densify(part).j for part in joined]).sum(0))
+        return Dense(_added([densify(part).j for part in joined]))
     return Sum(tuple(joined), least)
 
 
@@ -279,12 +311,20 @@ def aligned(one: Factor, two: Factor) -> tuple[Factor, Factor]:
 
 def _join(one: Factor, two: Factor) -> Factor | None:
     if isinstance(one, Dense) and isinstance(two, Dense):
-        return Dense(one.j + two.j)
+        return Dense(_added([one.j, two.j]))
     if isinstance(one, Rows) and isinstance(two, Rows):
-        return Rows(torch.cat([one.index, two.index], 1), torch.cat([one.g, two.g], 2), one.table)
+        return Rows(torch.cat([one.index, two.index], 1), _beside(one.g, two.g, 1), one.table)
     if isinstance(one, Outer) and isinstance(two, Outer) and one.a_first == two.a_first and one.groups == two.groups:
         first, second = one.a, two.a
         n, groups, s, p = first.shape
         columns = Columns((n, groups, s + second.shape[2], p), lambda: torch.cat([first.make(), second.make()], 2))
-        return Outer(columns, torch.cat([one.g, two.g], 3), one.a_first)
+        return Outer(columns, _beside(one.g, two.g, 2), one.a_first)
     return None
+
+
+def _added(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(torch.stack(each).sum(0) for each in zip(*parts, strict=True))
+
+
+def _beside(one: tuple[Tensor, ...], two: tuple[Tensor, ...], dim: int) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(each, dim) for each in zip(one, two, strict=True))

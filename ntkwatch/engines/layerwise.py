@@ -13,12 +13,14 @@ from torch import Tensor
 from ntkwatch.engines.base import Kernel, Precision, Reduction, Row, noise_floor, reduce, richest, work_dtype
 from ntkwatch.engines.blocks import assemble, blocks
 from ntkwatch.engines.capture import Capture, Found
-from ntkwatch.engines.contract import Contractor, choose
+from ntkwatch.engines.contract import Contractor
+from ntkwatch.engines.costs import choose
 from ntkwatch.engines.functional import is_out_of_memory, quiet
 from ntkwatch.engines.memory import limit_bytes
 from ntkwatch.engines.separation import Separation, separate_few
 from ntkwatch.model import Network, batch_size, inputs_of
 
+WHOLE = ""
 _RETRIES = 3  # halvings of the block after running out of memory
 
 
@@ -50,9 +52,9 @@ class Layerwise:
         """
         rich = richest(reduction, layers)
         with quiet():
-            run = Run(network, state, rich, precision, self.recipe(network, x1, state))
+            run = Run(network, state, rich, precision, self.recipe(network, x1, state), layers is not None)
             theta = self._backing_off(run, x1, x2, chunk_size)
-        total = _total(theta)
+        total = theta[WHOLE] if layers is None else torch.stack(list(theta.values())).sum(0)
         kept = {} if layers is None else {name: reduce(t, rich, layers) for name, t in theta.items()}
         outputs = torch.cat([run.outputs[i] for i in sorted(run.outputs)])
         floor = noise_floor(outputs.dtype, precision, max(p.numel() for p in network.parameters.values()))
@@ -92,23 +94,19 @@ def _attempt(run: Run, x1: Any, x2: Any, chunk: int) -> dict[str, Tensor] | None
     return None
 
 
-def _total(theta: Mapping[str, Tensor]) -> Tensor:
-    parts = list(theta.values())
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    return total
-
-
 @dataclass
 class Run:
-    """One kernel: the same network, state and reduction over all blocks. `rows`, where given, is filled with costs."""
+    """One kernel: the same network, state and reduction over all blocks. `rows`, where given, is filled with costs.
+
+    With `apart` there is a kernel for every parameter, else one for all of them, named WHOLE.
+    """
 
     network: Network
     state: Mapping[str, Tensor] | None
     reduction: Reduction
     precision: Precision
     recipe: Separation | None
+    apart: bool = True
     outputs: dict[int, Tensor] = field(default_factory=dict)
     rows: dict[str, Row] | None = None
 
@@ -138,25 +136,23 @@ class Run:
 
     def _contract(self, one: Capture, two: Capture) -> dict[str, Tensor]:
         """One block of each parameter's kernel; zero where the outputs do not depend on the parameter."""
-        contract = Contractor(self.reduction, work_dtype(one.outputs.dtype, self.precision))
         (n, c), m = one.outputs.shape, len(two.outputs)
-        shape = {"full": (n, c, m, c), "blocks": (c, n, m)}.get(self.reduction, (n, m))
-        dtype, device = contract.dtype, one.outputs.device
-        found = {name: torch.zeros(shape, dtype=dtype, device=device) for name in self.network.parameters}
-        for outputs in [slice(None)] if self.reduction == "full" else one.groups():
+        reduction = self.reduction if c > 1 else "trace"  # of one output they are all the same
+        contract = Contractor(reduction, work_dtype(one.outputs.dtype, self.precision), one is two)
+        names = self.network.parameters if self.apart else (WHOLE,)
+        found = {name: contract.zeros(c, n, m, one.outputs.device) for name in names}
+        for outputs in [slice(None)] if reduction == "full" else one.groups():
             for a, b in _pairs(one, two, outputs):
-                self._note(a, n, m, contract.dtype)
-                k = contract(a.factor, b.factor)
-                if self.reduction == "blocks":
-                    found[a.name][outputs] = k
-                else:
-                    found[a.name] += k
-        return {name: k / c if self.reduction in ("trace", "sum") else k for name, k in found.items()}
+                self._note(a, n, m, contract)
+                out = found[a.name if self.apart else WHOLE]
+                contract.add(out[outputs] if reduction == "blocks" else out, a.factor, b.factor)
+        shape = {"full": (n, c, m, c), "blocks": (c, n, m)}.get(self.reduction, (n, m))
+        return {name: contract.finish(k, c).reshape(shape) for name, k in found.items()}
 
-    def _note(self, found: Found, n: int, m: int, dtype: torch.dtype) -> None:
+    def _note(self, found: Found, n: int, m: int, contract: Contractor) -> None:
         if self.rows is None:
             return
-        how, cost = choose(found.factor, n, m, self.reduction, dtype)
+        how, cost = choose(found.factor, n, m, contract.reduction, contract.dtype, contract.same)
         old = self.rows.get(found.name, Row(found.name, "", 0.0, 0.0, 0.0))
         sums = (old.flops + cost.flops, old.bytes + cost.bytes, old.seconds + cost.seconds)
         self.rows[found.name] = Row(found.name, f"{found.rule}: {how}", *sums)

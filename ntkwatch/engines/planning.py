@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ntkwatch.engines.auto import Choice
 from ntkwatch.engines.base import Plan, Precision, Reduction, Row
 from ntkwatch.engines.blocks import blocks
-from ntkwatch.engines.contract import BANDWIDTH, FLOPS
+from ntkwatch.engines.costs import BANDWIDTH, FLOPS
 from ntkwatch.engines.functional import Functional, quiet, trained_at
 from ntkwatch.engines.layerwise import Layerwise, Run
 from ntkwatch.engines.memory import fake_peak_bytes, limit_bytes, peak_bytes

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from ntkwatch.engines.factors import Dense, Factor
 from ntkwatch.engines.graph import Layout
-from ntkwatch.engines.rules.use import Use, flat, rule, scaled, sum_over
+from ntkwatch.engines.rules.use import Use, rule, scaled, sum_over
 
 # Sums over positions: bias, scale, normalisation ----------------------------------------------------------------------
 
 
-def _fold(use: Use, t: Tensor) -> Dense | None:
-    """Per-example gradients [C, *output shape] of an input that was broadcast → [C, n, P]; None if it was not."""
+def _fold(use: Use, grads: Iterable[Tensor]) -> Dense | None:
+    """Gradients of an input that was broadcast, C of the output's shape → C of [n, P]; None if it was not broadcast."""
     assert isinstance(use.layout, Layout)
-    rank, dim = t.ndim - 1, use.layout.dim
+    rank, dim = use.g[0].ndim, use.layout.dim
     shape = (1,) * (rank - len(use.shape)) + use.shape
     if rank < len(use.shape) or shape[dim] != 1:
         return None
-    summed = [2 + d for d in range(rank) if shape[d] == 1]
-    return Dense(flat(sum_over(use.examples(t, 1), summed)))
+    summed = [1 + d for d in range(rank) if shape[d] == 1]
+    return Dense(tuple(sum_over(use.examples(g), summed).reshape(use.n, -1) for g in grads))
 
 
 @rule(("AddmmBackward0", 0))
@@ -43,14 +44,14 @@ def _multiplied(use: Use) -> Factor | None:
     other = use.node._saved_other if use.k == 0 else use.node._saved_self
     if not isinstance(other, Tensor) or other.is_complex():
         return None
-    return _fold(use, torch.stack([g * other.detach() for g in use.g]))
+    return _fold(use, (g * other.detach() for g in use.g))
 
 
 @rule(("NativeLayerNormBackward0", 1))
 def _layer_norm_weight(use: Use) -> Factor | None:
     x, mean, rstd = use.node._saved_input.detach(), use.node._saved_result1, use.node._saved_result2
     normal = (x - mean) * rstd
-    return _fold(use, torch.stack([g * normal for g in use.g]))
+    return _fold(use, (g * normal for g in use.g))
 
 
 @rule(("NativeLayerNormBackward0", 2))
@@ -87,12 +88,12 @@ def _channels(use: Use, normal: Tensor | None) -> Dense | None:
     assert isinstance(use.layout, Layout)
     if use.layout.dim != 0:
         return None
-    g = use.g if normal is None else torch.stack([g * normal for g in use.g])
-    g = use.examples(g, 1)
-    return Dense(g.sum([2, *range(4, g.ndim)]))
+    grads = (use.examples(g if normal is None else g * normal) for g in use.g)
+    return Dense(tuple(g.sum([1, *range(3, g.ndim)]) for g in grads))
 
 
 @rule(("PreluKernelBackward0", 1))
 def _prelu(use: Use) -> Factor | None:
     x = use.node._saved_self.detach()
-    return _fold(use, torch.stack([g * x.clamp(max=0) for g in use.g]))
+    negative = x.clamp(max=0)
+    return _fold(use, (g * negative for g in use.g))

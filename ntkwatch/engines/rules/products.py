@@ -11,7 +11,7 @@ from ntkwatch.engines.factors import Columns, Dense, Factor, Outer, Rows
 from ntkwatch.engines.graph import Layout, Scattered
 from ntkwatch.engines.rules.use import Use, rule, scaled
 
-# Matrix products: a [n, G, S, p], g [C, n, G, S, q] ------------------------------------------------------------------
+# Matrix products: a [n, G, S, p], g C of [n, G, S, q] -----------------------------------------------------------------
 
 
 @rule(("AddmmBackward0", 2), ("MmBackward0", 1))
@@ -21,7 +21,8 @@ def _mm_weight(use: Use) -> Factor | None:
     if not isinstance(use.layout, Layout) or use.layout.dim != 0:
         return None
     g = scaled(use.node, use.g)
-    return Outer(Columns.of(use.examples(x.detach())[:, None]), use.examples(g, 1)[:, :, None], a_first=True)
+    a = Columns.of(use.examples(x.detach())[:, None])
+    return Outer(a, tuple(use.examples(each)[:, None] for each in g), a_first=True)
 
 
 @rule(("AddmmBackward0", 1), ("MmBackward0", 0))
@@ -31,8 +32,7 @@ def _mm_left_weight(use: Use) -> Factor | None:
         return None
     x = use.node._saved_mat2.detach()
     a = use.examples(x).transpose(1, 2)[:, None]
-    g = use.examples(scaled(use.node, use.g), 1).transpose(2, 3)[:, :, None]
-    return Outer(Columns.of(a), g)
+    return Outer(Columns.of(a), tuple(use.examples(g).transpose(1, 2)[:, None] for g in scaled(use.node, use.g)))
 
 
 @rule(("BmmBackward0", 1))
@@ -40,7 +40,8 @@ def _bmm_weight(use: Use) -> Factor | None:
     """x @ W per group: x [G, R, p], W [G, p, q]."""
     if not isinstance(use.layout, Layout) or use.layout.dim != 1:
         return None
-    return Outer(Columns.of(use.examples(use.node._saved_self.detach())), use.examples(use.g, 1), a_first=True)
+    a = Columns.of(use.examples(use.node._saved_self.detach()))
+    return Outer(a, tuple(use.examples(g) for g in use.g), a_first=True)
 
 
 @rule(("BmmBackward0", 0))
@@ -49,7 +50,7 @@ def _bmm_left_weight(use: Use) -> Factor | None:
     if not isinstance(use.layout, Layout) or use.layout.dim != 2:
         return None
     a = use.examples(use.node._saved_mat2.detach()).transpose(2, 3)
-    return Outer(Columns.of(a), use.examples(use.g, 1).transpose(3, 4))
+    return Outer(Columns.of(a), tuple(use.examples(g).transpose(2, 3) for g in use.g))
 
 
 @rule(("AddmmBackward0", 2), ("MmBackward0", 1), scattered=True)
@@ -66,8 +67,8 @@ def _linear_scattered_rows(use: Use) -> Factor | None:
     index = torch.full((use.n, max(1, int(counts.max()))), len(owner), device=x.device)
     index[owner[order], slot] = order
     pad_x = torch.cat([x, x.new_zeros(1, x.shape[1])])
-    pad_g = torch.cat([g, g.new_zeros(g.shape[0], 1, g.shape[2])], 1)
-    return Outer(Columns.of(pad_x[index][:, None]), pad_g[:, index][:, :, None], a_first=True)
+    pad_g = (torch.cat([each, each.new_zeros(1, each.shape[1])]) for each in g)
+    return Outer(Columns.of(pad_x[index][:, None]), tuple(each[index][:, None] for each in pad_g), a_first=True)
 
 
 # Convolution ----------------------------------------------------------------------------------------------------------
@@ -82,19 +83,15 @@ def _convolution(use: Use) -> Factor | None:
     kernel, groups = use.shape[2:], int(node._saved_groups)
     stride, padding, dilation = (tuple(getattr(node, f"_saved_{what}")) for what in ("stride", "padding", "dilation"))
     x = use.examples(node._saved_input.detach())
-    g = use.examples(use.g, 1)
+    grads = [use.examples(g) for g in use.g]
     if node._saved_transposed:
-        windows = _unfold(g.flatten(0, 2), kernel, stride, padding, dilation, groups, x.shape[3:])
-        windows = windows.unflatten(0, g.shape[:3]).transpose(2, 3).flatten(3, 4)
-        return Outer(Columns.of(_positions(x, groups)), windows, a_first=True)
-    size = g.shape[4:]
-
-    def columns() -> Tensor:
-        t = _unfold(x.flatten(0, 1), kernel, stride, padding, dilation, groups, size)
-        return t.unflatten(0, (-1, x.shape[1])).transpose(1, 2).flatten(2, 3)
-
-    g = _positions(g.flatten(0, 1), groups).unflatten(0, g.shape[:2])
-    return Outer(Columns((use.n, groups, g.shape[3], use.shape[1] * _product(kernel)), columns), g)
+        size = x.shape[3:]
+        windows = (_windows(g, kernel, stride, padding, dilation, groups, size) for g in grads)
+        return Outer(Columns.of(_positions(x, groups)), tuple(windows), a_first=True)
+    size = grads[0].shape[3:]
+    shape = (use.n, groups, x.shape[1] * _product(size), use.shape[1] * _product(kernel))
+    columns = Columns(shape, lambda: _windows(x, kernel, stride, padding, dilation, groups, size))
+    return Outer(columns, tuple(_positions(g, groups) for g in grads))
 
 
 def _product(sizes: Sequence[int]) -> int:
@@ -110,7 +107,7 @@ def _positions(t: Tensor, groups: int) -> Tensor:
     return t.unflatten(2, (groups, -1)).permute(0, 2, 1, 4, 3).flatten(2, 3)
 
 
-def _unfold(
+def _windows(
     x: Tensor,
     kernel: Sequence[int],
     stride: Sequence[int],
@@ -119,7 +116,8 @@ def _unfold(
     groups: int,
     size: Sequence[int],
 ) -> Tensor:
-    """[B, channels, *space] → [B, G, positions, channels/G·kernel] at the `size` output positions."""
+    """[n, k, channels, *space] → [n, G, k·positions, channels/G·kernel] at the `size` output positions."""
+    n, x = x.shape[0], x.flatten(0, 1)
     pads = [amount for p in reversed(list(padding)) for amount in (p, p)]
     x = torch.nn.functional.pad(x, pads) if any(pads) else x.contiguous()
     strides = x.stride()
@@ -130,15 +128,16 @@ def _unfold(
     d = len(size)
     order = (0, 1, *range(2 + d, 2 + 2 * d), *range(2, 2 + d))  # positions last: whole rows are copied at once
     entries = channels // groups * _product(kernel)
-    return view.permute(order).reshape(batch, groups, entries, _product(size)).transpose(2, 3)
+    windows = view.permute(order).reshape(n, batch // n, groups, entries, _product(size))
+    return windows.permute(0, 2, 1, 4, 3).flatten(2, 3)
 
 
 @rule(("ConvolutionBackward0", 2))
 def _convolution_bias(use: Use) -> Factor | None:
     if not isinstance(use.layout, Layout) or use.layout.dim != 0:
         return None
-    g = use.examples(use.g, 1)
-    return Dense(g.sum([2, *range(4, g.ndim)]))
+    grads = (use.examples(g) for g in use.g)
+    return Dense(tuple(g.sum([1, *range(3, g.ndim)]) for g in grads))
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
@@ -147,11 +146,11 @@ def _convolution_bias(use: Use) -> Factor | None:
 @rule(("EmbeddingBackward0", 0))
 def _embedding(use: Use) -> Factor | None:
     node = use.node
-    if not isinstance(use.layout, Layout) or node._saved_scale_grad_by_freq or use.layout.dim >= use.g.ndim - 2:
+    if not isinstance(use.layout, Layout) or node._saved_scale_grad_by_freq or use.layout.dim >= use.g[0].ndim - 1:
         return None
     index = node._saved_indices
     g = use.g
     padding = node._saved_padding_idx
     if padding >= 0 and padding < 2**62:
-        g = g.masked_fill((index == padding)[..., None], 0)
-    return Rows(use.examples(index).flatten(1), use.examples(g, 1).flatten(2, -2), use.shape[0])
+        g = tuple(each.masked_fill((index == padding)[..., None], 0) for each in g)
+    return Rows(use.examples(index).flatten(1), tuple(use.examples(each).flatten(1, -2) for each in g), use.shape[0])

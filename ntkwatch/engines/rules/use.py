@@ -23,27 +23,28 @@ from ntkwatch.engines.graph import Layout, Scattered, pull
 class Use:
     """An edge of the graph at which examples come apart: input `k` of `node`, of shape `shape`.
 
-    `grads` are the gradients of the node's outputs, [C, *output shape] each, None where it has none.
+    `grads` are the gradients of the node's outputs, C tensors each, None where it has none. They are kept apart, as the
+    passes gave them: putting them together would cost as much memory traffic as the passes.
     """
 
     node: Any
     k: int
     shape: tuple[int, ...]
-    grads: tuple[Tensor | None, ...]
+    grads: tuple[tuple[Tensor, ...] | None, ...]
     layout: Layout | Scattered
     n: int
 
     @property
-    def g(self) -> Tensor:
-        """The gradient of the first output, [C, *shape]."""
+    def g(self) -> tuple[Tensor, ...]:
+        """The gradients of the first output, C of its shape."""
         g = self.grads[0]
         assert g is not None
         return g
 
-    def examples(self, t: Tensor, batch: int = 0) -> Tensor:
-        """[*batch, *shape] → [*batch, n, *shape per example]."""
+    def examples(self, t: Tensor) -> Tensor:
+        """[*shape] → [n, *shape per example]."""
         assert isinstance(self.layout, Layout)
-        return self.layout.split(t, self.n, batch)
+        return self.layout.split(t, self.n)
 
 
 Rule = Callable[[Use], Factor | None]
@@ -73,8 +74,8 @@ def factor(use: Use) -> tuple[Factor, str]:
 
 def masked(use: Use) -> Dense:
     """One backward of this single node per example and output."""
-    columns = [torch.stack([_one(use, i, c) for c in range(use_outputs(use))]) for i in range(use.n)]
-    return Dense(flat(torch.stack(columns, 1)))
+    outputs = len(next(g for g in use.grads if g is not None))
+    return Dense(tuple(torch.stack([_one(use, i, c).flatten() for i in range(use.n)]) for c in range(outputs)))
 
 
 def sum_over(t: Tensor, dims: Sequence[int]) -> Tensor:
@@ -82,15 +83,6 @@ def sum_over(t: Tensor, dims: Sequence[int]) -> Tensor:
     if all(t.shape[d] == 1 for d in dims):
         return t.reshape([size for d, size in enumerate(t.shape) if d not in dims])
     return t.sum(list(dims))
-
-
-def flat(j: Tensor) -> Tensor:
-    """[C, n, ...] → [C, n, P], also where nothing follows."""
-    return j.reshape(*j.shape[:2], -1)
-
-
-def use_outputs(use: Use) -> int:
-    return next(g for g in use.grads if g is not None).shape[0]
 
 
 def _one(use: Use, example: int, output: int) -> Tensor:
@@ -117,6 +109,6 @@ def operand_shape(node: Node, k: int) -> tuple[int, ...]:
     return tuple(child._input_metadata[number].shape)
 
 
-def scaled(node: Any, g: Tensor, name: str = "_saved_alpha") -> Tensor:
+def scaled(node: Any, grads: tuple[Tensor, ...], name: str = "_saved_alpha") -> tuple[Tensor, ...]:
     alpha = getattr(node, name, 1)
-    return g if alpha == 1 else g * alpha
+    return grads if alpha == 1 else tuple(g * alpha for g in grads)
