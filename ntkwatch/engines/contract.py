@@ -19,7 +19,8 @@ _SLAB = 1 << 21  # entries of a slab of J: it is cast and multiplied while it is
 _SLAB_ROWS = 64  # … but of no fewer rows, below which matrix products slow down
 _SLAB_MOST = 1 << 25
 _STRETCH = 1 << 13  # terms of one product: no float32 sum grows longer
-_STRIP_ROWS = 128  # of a symmetric product: fewer would slow down what they save
+_STRIP_ROWS = 128  # of a symmetric product: fewer would slow down what they save …
+_NARROW = (64, 8)  # … but up to 64 rows of float32, which a CPU multiplies fastest eight at a time (constants.py)
 
 
 @dataclass
@@ -83,8 +84,11 @@ class Contractor:
         if not self.same:
             yield slice(0, len(matrix)), slice(0, matrix.shape[1])
             return
-        size = unit * -(-max(_STRIP_ROWS, len(matrix) // STRIPS) // unit)
-        for rows in _blocks(len(matrix), size):
+        most, narrow = _NARROW
+        size = max(_STRIP_ROWS, len(matrix) // STRIPS)
+        if len(matrix) <= most and matrix.dtype == torch.float32 and matrix.device.type == "cpu":
+            size = narrow
+        for rows in _blocks(len(matrix), unit * -(-size // unit)):
             yield rows, slice(0, rows.stop)
 
     def _products(self, out: Tensor, x: Tensor, y: Tensor) -> None:
@@ -95,10 +99,10 @@ class Contractor:
         elif self.reduction != "blocks":
             matrices = matrices.expand(len(x), -1, -1)
         for matrix, a, b in zip(matrices, x, y, strict=True):
-            for start in range(0, a.shape[1], _STRETCH):
-                u, v = a[:, start : start + _STRETCH], b[:, start : start + _STRETCH]
-                for rows, columns in strips:
-                    matrix[rows, columns].addmm_(u[rows], v[columns].T)
+            parts = [matrix[rows, columns] for rows, columns in strips]
+            for u, v in zip(a.split(_STRETCH, 1), b.split(_STRETCH, 1), strict=True):
+                for part, (rows, columns) in zip(parts, strips, strict=True):
+                    part.addmm_(u[rows], v[columns].T)
 
     def _cast(self, t: Tensor, key: int) -> Tensor:
         """In `dtype`; in a buffer of our own where that needs memory."""
@@ -204,20 +208,23 @@ class Contractor:
         x, y = (t.transpose(0, 1).flatten(1, 2) for t in (a, b))
         return x @ y.transpose(-1, -2)
 
-    def _positions(self, one: Outer | Rows, rows: slice) -> Tensor:
-        """[C, G, b·s, q]; [1, G, b·s, C·q] where the sum over outputs is all that is wanted."""
-        grads = [(g if isinstance(one, Outer) else g[:, None])[rows].to(self.dtype).transpose(0, 1) for g in one.g]
-        if self.reduction in ("trace", "sum"):
-            return torch.cat(grads, 3).flatten(1, 2)[None]
-        return torch.stack(grads).flatten(2, 3)
+    def _positions(self, one: Outer | Rows, rows: slice) -> list[Tensor]:
+        """C of [G, b·s, q]."""
+        grads = ((g if isinstance(one, Outer) else g[:, None])[rows].to(self.dtype) for g in one.g)
+        return [g.transpose(0, 1).flatten(1, 2) for g in grads]
 
-    def _block(self, inputs: Tensor, ga: Tensor, gb: Tensor, s: int, t: int) -> Tensor:
+    def _block(self, inputs: Tensor, ga: list[Tensor], gb: list[Tensor], s: int, t: int) -> Tensor:
         """[b, m], [C, b, m] or [C, b, C, m] of one block of pairs."""
         if self.reduction != "full":
+            if self.reduction in ("trace", "sum"):
+                products = ga[0] @ gb[0].transpose(-1, -2)
+                for x, y in zip(ga[1:], gb[1:], strict=True):
+                    products.baddbmm_(x, y.transpose(-1, -2))
+                return _sum_positions(products.mul_(inputs), s, t)
             parts = [_sum_positions((x @ y.transpose(-1, -2)).mul_(inputs), s, t) for x, y in zip(ga, gb, strict=True)]
-            return parts[0] if self.reduction in ("trace", "sum") else torch.stack(parts)
+            return torch.stack(parts)
         groups, c = len(inputs), len(ga)
-        products = ga.transpose(0, 1).flatten(1, 2) @ gb.transpose(0, 1).flatten(1, 2).transpose(-1, -2)
+        products = torch.cat(ga, 1) @ torch.cat(gb, 1).transpose(-1, -2)
         products = products.reshape(groups, c, inputs.shape[1], c, inputs.shape[2]).mul_(inputs[:, None, :, None])
         products = products.sum(0).reshape(c, -1, s, c, inputs.shape[2] // t, t)
         return products.sum((2, 5))
