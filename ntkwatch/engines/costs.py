@@ -14,6 +14,7 @@ from ntkwatch.engines.factors import Factor, Outer, Rows
 # measured at run time: a choice that depended on the load would change the last bits of K from run to run.
 FLOPS = {torch.float32: 1.8e11, torch.float64: 9e10, torch.bfloat16: 1.8e11, torch.float16: 1.8e11}  # halves: float32
 BANDWIDTH = 1.3e10
+MANY = 0.8  # the share of the full rate that many products of moderate size reach
 STRIPS = 8  # of a symmetric product, whose upper blocks are left out
 PAIRS = 1 << 23  # entries of a block of pairs of positions
 
@@ -27,9 +28,9 @@ class Cost:
     seconds: float
 
 
-def skinny(rows: int) -> float:
+def skinny(rows: int, dtype: torch.dtype) -> float:
     """The share of the full rate that a Gram of few rows reaches: its operands are read for few products each."""
-    return min(1.0, 0.4 + rows / 400)
+    return min(1.0, (0.4 if dtype == torch.float64 else 0.6) + rows / 400)
 
 
 def gram_rows(n: int, pairs: int, symmetric: bool) -> int:
@@ -49,7 +50,7 @@ def gram_cost(one: Outer | Rows, n: int, m: int, reduction: Reduction, dtype: to
     passes = 2 * (1 + grams) + (0 if s == 1 else 4 * grams)
     flops = 2 * pairs * (p + q * (c if reduction == "trace" else grams))
     moved = cast + pairs * passes * dtype.itemsize
-    return Cost(flops, moved, flops / FLOPS[dtype] + moved / BANDWIDTH)
+    return Cost(flops, moved, flops / (MANY * FLOPS[dtype]) + moved / BANDWIDTH)
 
 
 def jacobian_cost(one: Factor, n: int, m: int, reduction: Reduction, dtype: torch.dtype, same: bool = True) -> Cost:
@@ -61,7 +62,7 @@ def jacobian_cost(one: Factor, n: int, m: int, reduction: Reduction, dtype: torc
     moved = float(rows * c * entries) * (one.dtype.itemsize + (dtype.itemsize if dtype != one.dtype else 0))
     gram = 2.0 * n * m * pairs * entries
     width = min(n, m) * (c if reduction == "full" else 1)
-    seconds = made / (0.8 * FLOPS[one.dtype]) + gram / (skinny(width) * FLOPS[dtype]) + moved / BANDWIDTH
+    seconds = made / (MANY * FLOPS[one.dtype]) + gram / (skinny(width, dtype) * FLOPS[dtype]) + moved / BANDWIDTH
     return Cost(made + gram, moved, seconds)
 
 
