@@ -1,0 +1,66 @@
+"""The constants of ntkwatch/engines/costs.py and contract.py, measured on this machine.
+
+    python tests/bench/constants.py [--threads 1] [--device cpu]
+
+They are committed, not measured at run time, so that the choice of a contraction, and with it the last bits of a
+kernel, never depends on the load of a machine. Only ratios decide.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+SIZE, STRETCH = 2048, 8192
+
+
+def seconds(work: Callable[[], object], sync: Callable[[], None], rounds: int = 7) -> float:
+    times = []
+    for _ in range(rounds + 1):
+        sync()
+        start = time.perf_counter()
+        work()
+        sync()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    sync = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
+
+    def rate(flops: float, work: Callable[[], object]) -> float:
+        return flops / seconds(work, sync)
+
+    x = torch.randn(1 << 25, device=args.device)
+    y = torch.empty_like(x)
+    print(f"BANDWIDTH  {2 * 4 * len(x) / seconds(lambda: y.copy_(x), sync):.2g} bytes/s (a copy, read and written)")
+    for dtype in (torch.float32, torch.float64):
+        a = torch.randn(SIZE, SIZE, device=args.device, dtype=dtype)
+        full = rate(2.0 * SIZE**3, lambda a=a: a @ a)
+        print(f"FLOPS      {full:.2g} products of {SIZE} x {SIZE}, {dtype}")
+        many = torch.randn(16, 128, 512, device=args.device, dtype=dtype)
+        few = torch.randn(16, 128, 64, device=args.device, dtype=dtype)
+        share = rate(2.0 * 16 * 128 * 64 * 512, lambda m=many, f=few: f.transpose(1, 2) @ m) / full
+        print(f"MANY       {share:.2f} of it, for batches of 64 x 128 x 512")
+        for n in (8, 16, 32, 64, 128, 256):
+            j, out = torch.randn(n, STRETCH, device=args.device, dtype=dtype), a.new_zeros(n, n)
+            whole = rate(2.0 * n * n * STRETCH, lambda j=j, out=out: out.addmm_(j, j.T)) / full
+
+            def strips(j: torch.Tensor = j, out: torch.Tensor = out, n: int = n) -> None:
+                for i in range(0, n, 8):
+                    out[i : i + 8, : i + 8].addmm_(j[i : i + 8], j[: i + 8].T)
+
+            print(f"skinny     {n:4d} rows: {whole:.2f}; in strips of 8 {rate(2.0 * n * n * STRETCH, strips) / full:.2f}")
+
+
+if __name__ == "__main__":
+    main()
