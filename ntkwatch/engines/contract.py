@@ -58,6 +58,8 @@ class Contractor:
         """Adds Σ over the parameter's entries of J₁ J₂ᵀ; for "trace" the sum over outputs, not yet the mean."""
         if isinstance(one, Rows) and isinstance(two, Rows):
             one, two = _compressed(one, two)
+        elif isinstance(one, Outer) and isinstance(two, Outer):
+            one, two = _unordered(one, two)
         if isinstance(one, Dense) and isinstance(two, Dense):
             out += self._gradients(one.j, two.j)
         elif (
@@ -130,7 +132,7 @@ class Contractor:
 
     def _by_jacobian(self, out: Tensor, one: Factor, two: Factor) -> None:
         """Slabs of J, each multiplied with the other's (or its own) as soon as it is made."""
-        one, two = _sides(one, two)
+        one, two = aligned(one, two)
         first = one.open()
         second = first if self.same else two.open()
         held = one.outputs if self.reduction == "full" else 1
@@ -230,13 +232,12 @@ class Contractor:
         return products.sum((2, 5))
 
 
-def _sides(one: Factor, two: Factor) -> tuple[Factor, Factor]:
-    """Two factors whose Jacobians have their entries in one order: the faster one, where any will do."""
-    same = one is two
-    if isinstance(one, Outer) and isinstance(two, Outer) and one.a_first == two.a_first:
-        first = one.wide()
-        return first, first if same else two.wide()
-    return aligned(one, two)
+def _unordered(one: Outer, two: Outer) -> tuple[Outer, Outer]:
+    """Both with their entries in the order that is fastest, where they agree on one."""
+    if one.a_first != two.a_first or (one.a.quick is None) != (two.a.quick is None):
+        return one, two
+    first = one.unordered()
+    return first, first if one is two else two.unordered()
 
 
 def _identity(grads: Gradients) -> tuple[int, ...]:

@@ -46,14 +46,26 @@ class Factor(Protocol):
 
 @dataclass(frozen=True)
 class Columns:
-    """Inputs [n, G, S, p] of a linear map: kept as they are, or unfolded when asked for."""
+    """Inputs [n, G, S, p] of a linear map: kept as they are, or unfolded when asked for.
+
+    `quick` gives the p entries in another order, where that is faster to make and to multiply.
+    """
 
     shape: tuple[int, int, int, int]
     make: Callable[[], Tensor]
+    quick: Callable[[], Tensor] | None = None
 
     @staticmethod
     def of(t: Tensor) -> Columns:
         return Columns(tuple(t.shape), lambda: t)  # type: ignore[arg-type]
+
+    def beside(self, other: Columns) -> Columns:
+        """Both, one after the other along the positions."""
+        one, two = self.quick, other.quick
+        quick = None if one is None or two is None else lambda: torch.cat([one(), two()], 2)
+        n, groups, s, p = self.shape
+        shape = (n, groups, s + other.shape[2], p)
+        return Columns(shape, lambda: torch.cat([self.make(), other.make()], 2), quick)
 
 
 @dataclass(frozen=True)
@@ -111,9 +123,10 @@ class Outer:
         """[n, G, S, p] in the Jacobian's type."""
         return self.a.make().to(self.dtype)
 
-    def wide(self) -> Outer:
-        """The same with the longer side trailing, in which order products are faster."""
-        return Outer(self.a, self.g, self.groups == 1 and self.p < self.q)
+    def unordered(self) -> Outer:
+        """The same with its entries in the order in which products are fastest: the longer side trailing."""
+        a = self.a if self.a.quick is None else Columns(self.a.shape, self.a.quick)
+        return Outer(a, self.g, self.groups == 1 and self.p < self.q)
 
     def open(self) -> Slab:
         a, g, dtype = self.inputs(), self.g, self.dtype
@@ -315,10 +328,7 @@ def _join(one: Factor, two: Factor) -> Factor | None:
     if isinstance(one, Rows) and isinstance(two, Rows):
         return Rows(torch.cat([one.index, two.index], 1), _beside(one.g, two.g, 1), one.table)
     if isinstance(one, Outer) and isinstance(two, Outer) and one.a_first == two.a_first and one.groups == two.groups:
-        first, second = one.a, two.a
-        n, groups, s, p = first.shape
-        columns = Columns((n, groups, s + second.shape[2], p), lambda: torch.cat([first.make(), second.make()], 2))
-        return Outer(columns, _beside(one.g, two.g, 2), one.a_first)
+        return Outer(one.a.beside(two.a), _beside(one.g, two.g, 2), one.a_first)
     return None
 
 

@@ -59,7 +59,9 @@ def main() -> None:
                 for i in range(0, n, 8):
                     out[i : i + 8, : i + 8].addmm_(j[i : i + 8], j[: i + 8].T)
 
-            print(f"skinny     {n:4d} rows: {whole:.2f}; in strips of 8 {rate(2.0 * n * n * STRETCH, strips) / full:.2f}")
+            print(
+                f"skinny     {n:4d} rows: {whole:.2f}; in strips of 8 {rate(2.0 * n * n * STRETCH, strips) / full:.2f}"
+            )
 
 
 if __name__ == "__main__":

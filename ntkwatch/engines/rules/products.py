@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -82,23 +84,17 @@ def _convolution(use: Use) -> Factor | None:
     node = use.node
     kernel, groups = use.shape[2:], int(node._saved_groups)
     stride, padding, dilation = (tuple(getattr(node, f"_saved_{what}")) for what in ("stride", "padding", "dilation"))
+    window = Window(kernel, stride, padding, dilation, groups)
     x = use.examples(node._saved_input.detach())
     grads = [use.examples(g) for g in use.g]
     if node._saved_transposed:
-        size = x.shape[3:]
-        windows = (_windows(g, kernel, stride, padding, dilation, groups, size) for g in grads)
-        return Outer(Columns.of(_positions(x, groups)), tuple(windows), a_first=True)
+        windows = tuple(window.unfold(g, x.shape[3:]) for g in grads)
+        return Outer(Columns.of(_positions(x, groups)), windows, a_first=True)
     size = grads[0].shape[3:]
-    shape = (use.n, groups, x.shape[1] * _product(size), use.shape[1] * _product(kernel))
-    columns = Columns(shape, lambda: _windows(x, kernel, stride, padding, dilation, groups, size))
+    shape = (use.n, groups, x.shape[1] * math.prod(size), use.shape[1] * math.prod(kernel))
+    quick = None if groups > 1 else lambda: window.unfold(x, size, channels_last=True)
+    columns = Columns(shape, lambda: window.unfold(x, size), quick)
     return Outer(columns, tuple(_positions(g, groups) for g in grads))
-
-
-def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= int(size)
-    return total
 
 
 def _positions(t: Tensor, groups: int) -> Tensor:
@@ -107,29 +103,38 @@ def _positions(t: Tensor, groups: int) -> Tensor:
     return t.unflatten(2, (groups, -1)).permute(0, 2, 1, 4, 3).flatten(2, 3)
 
 
-def _windows(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    size: Sequence[int],
-) -> Tensor:
-    """[n, k, channels, *space] → [n, G, k·positions, channels/G·kernel] at the `size` output positions."""
-    n, x = x.shape[0], x.flatten(0, 1)
-    pads = [amount for p in reversed(list(padding)) for amount in (p, p)]
-    x = torch.nn.functional.pad(x, pads) if any(pads) else x.contiguous()
-    strides = x.stride()
-    steps = [st * s for st, s in zip(stride, strides[2:], strict=True)]
-    taps = [d * s for d, s in zip(dilation, strides[2:], strict=True)]
-    batch, channels = x.shape[:2]
-    view = x.as_strided((batch, channels, *size, *kernel), (*strides[:2], *steps, *taps), x.storage_offset())
-    d = len(size)
-    order = (0, 1, *range(2 + d, 2 + 2 * d), *range(2, 2 + d))  # positions last: whole rows are copied at once
-    entries = channels // groups * _product(kernel)
-    windows = view.permute(order).reshape(n, batch // n, groups, entries, _product(size))
-    return windows.permute(0, 2, 1, 4, 3).flatten(2, 3)
+@dataclass(frozen=True)
+class Window:
+    """What a convolution sees of its input at each position."""
+
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+    def unfold(self, x: Tensor, size: Sequence[int], channels_last: bool = False) -> Tensor:
+        """[n, k, channels, *space] → [n, G, k·positions, channels/G·kernel] at the `size` output positions.
+
+        With `channels_last` (one group) the last dimension is [kernel, channels], of which whole rows are copied.
+        """
+        n, x = x.shape[0], x.flatten(0, 1)
+        pads = [amount for p in reversed(list(self.padding)) for amount in (p, p)]
+        if channels_last:
+            x = torch.nn.functional.pad(x.movedim(1, -1), [0, 0, *pads]).contiguous().movedim(-1, 1)
+        else:
+            x = torch.nn.functional.pad(x, pads).contiguous()
+        strides = x.stride()
+        steps = [st * s for st, s in zip(self.stride, strides[2:], strict=True)]
+        taps = [d * s for d, s in zip(self.dilation, strides[2:], strict=True)]
+        batch, channels = x.shape[:2]
+        view = x.as_strided((batch, channels, *size, *self.kernel), (*strides[:2], *steps, *taps), x.storage_offset())
+        d, entries = len(size), channels // self.groups * math.prod(self.kernel)
+        if channels_last:
+            return view.movedim(1, -1).reshape(n, 1, batch // n * math.prod(size), entries)
+        order = (0, 1, *range(2 + d, 2 + 2 * d), *range(2, 2 + d))  # positions last: whole rows are copied at once
+        windows = view.permute(order).reshape(n, batch // n, self.groups, entries, math.prod(size))
+        return windows.permute(0, 2, 1, 4, 3).flatten(2, 3)
 
 
 @rule(("ConvolutionBackward0", 2))
