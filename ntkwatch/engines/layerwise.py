@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntkwatch.engines.base import Kernel, Precision, Reduction, Row, noise_floor, reduce, richest, work_dtype
+from ntkwatch.engines.base import Kernel, Precision, Reduction, noise_floor, reduce, richest, work_dtype
 from ntkwatch.engines.blocks import assemble, blocks
 from ntkwatch.engines.capture import Capture, Found
 from ntkwatch.engines.contract import Contractor
-from ntkwatch.engines.costs import choose
 from ntkwatch.engines.functional import is_out_of_memory, quiet
 from ntkwatch.engines.memory import limit_bytes
 from ntkwatch.engines.separation import Separation, separate_few
@@ -96,7 +95,7 @@ def _attempt(run: Run, x1: Any, x2: Any, chunk: int) -> dict[str, Tensor] | None
 
 @dataclass
 class Run:
-    """One kernel: the same network, state and reduction over all blocks. `rows`, where given, is filled with costs.
+    """One kernel: the same network, state and reduction over all blocks.
 
     With `apart` there is a kernel for every parameter, else one for all of them, named WHOLE.
     """
@@ -108,7 +107,6 @@ class Run:
     recipe: Separation | None
     apart: bool = True
     outputs: dict[int, Tensor] = field(default_factory=dict)
-    rows: dict[str, Row] | None = None
 
     def kernels(self, blocks1: list[Any], blocks2: list[Any] | None) -> dict[str, Tensor]:
         """{parameter: kernel} over all blocks."""
@@ -116,11 +114,14 @@ class Run:
         sizes1 = [batch_size(inputs_of(b)) for b in blocks1]
         sizes2 = None if blocks2 is None else [batch_size(inputs_of(b)) for b in blocks2]
         others = blocks1 if blocks2 is None else blocks2
+        row: dict[int, Capture] = {}  # the block that a row of cells shares
 
         def cell(i: int, j: int) -> dict[str, Tensor]:
-            one = self._capture(blocks1[i])
-            self.outputs[i] = one.outputs
-            return self._contract(one, one if blocks2 is None and i == j else self._capture(others[j]))
+            if i not in row:
+                row.clear()
+                row[i] = self._capture(blocks1[i])
+                self.outputs[i] = row[i].outputs
+            return self._contract(row[i], row[i] if blocks2 is None and i == j else self._capture(others[j]))
 
         return assemble(sizes1, sizes2, cell, self.reduction)
 
@@ -138,24 +139,27 @@ class Run:
         """One block of each parameter's kernel; zero where the outputs do not depend on the parameter."""
         (n, c), m = one.outputs.shape, len(two.outputs)
         reduction = self.reduction if c > 1 else "trace"  # of one output they are all the same
-        contract = Contractor(reduction, work_dtype(one.outputs.dtype, self.precision), one is two)
+        contract = self.contractor(reduction, work_dtype(one.outputs.dtype, self.precision), one is two)
         names = self.network.parameters if self.apart else (WHOLE,)
         found = {name: contract.zeros(c, n, m, one.outputs.device) for name in names}
-        for outputs in [slice(None)] if reduction == "full" else one.groups():
+        for outputs in [slice(None)] if reduction == "full" else self.groups(one):
             for a, b in _pairs(one, two, outputs):
-                self._note(a, n, m, contract)
+                self.note(a, n, m, contract)
                 out = found[a.name if self.apart else WHOLE]
                 contract.add(out[outputs] if reduction == "blocks" else out, a.factor, b.factor)
         shape = {"full": (n, c, m, c), "blocks": (c, n, m)}.get(self.reduction, (n, m))
         return {name: contract.finish(k, c).reshape(shape) for name, k in found.items()}
 
-    def _note(self, found: Found, n: int, m: int, contract: Contractor) -> None:
-        if self.rows is None:
-            return
-        how, cost = choose(found.factor, n, m, contract.reduction, contract.dtype, contract.same)
-        old = self.rows.get(found.name, Row(found.name, "", 0.0, 0.0, 0.0))
-        sums = (old.flops + cost.flops, old.bytes + cost.bytes, old.seconds + cost.seconds)
-        self.rows[found.name] = Row(found.name, f"{found.rule}: {how}", *sums)
+    def contractor(self, reduction: Reduction, dtype: torch.dtype, same: bool) -> Contractor:
+        """What contracts the factors of a pair of blocks."""
+        return Contractor(reduction, dtype, same)
+
+    def groups(self, one: Capture) -> list[slice]:
+        """Outputs that are taken together."""
+        return one.groups()
+
+    def note(self, found: Found, n: int, m: int, contract: Contractor) -> None:
+        """Called before every contraction."""
 
 
 def _pairs(one: Capture, two: Capture, outputs: slice) -> Iterator[tuple[Found, Found]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ SHARE = 0.25  # of what is free: a guest in somebody's training run takes no mor
 _UNKNOWN = 2 << 30  # taken as free where the system does not say
 
 
-class _LiveStorages(TorchDispatchMode):
+class LiveStorages(TorchDispatchMode):
     """Counts the bytes of the storages that operations inside have made and that are still alive."""
 
     def __init__(self) -> None:
@@ -35,6 +35,19 @@ class _LiveStorages(TorchDispatchMode):
             if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given:
                 self._watch(t)
         return result
+
+    def rise(self, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
+        """What `run` gives, and by how much it raises what is alive at its worst."""
+        before, start = self.peak, self.now
+        self.peak = start
+        result = run()
+        rise = self.peak - start
+        self.reserve(before - self.now)
+        return result, rise
+
+    def reserve(self, size: int) -> None:
+        """Counts `size` more bytes as having been alive for a moment."""
+        self.peak = max(self.peak, self.now + size)
 
     def _watch(self, t: Tensor) -> None:
         storage = t.untyped_storage()
@@ -52,23 +65,22 @@ class _LiveStorages(TorchDispatchMode):
 
 def peak_bytes(run: Callable[[], object]) -> int:
     """The most bytes alive at once in tensors that `run` makes."""
-    with _LiveStorages() as counter:
+    with LiveStorages() as counter:
         run()
         return counter.peak
 
 
-def fake_peak_bytes(
-    network: Network, x: Any, state: Mapping[str, Tensor] | None, run: Callable[[Any, dict[str, Tensor]], object]
-) -> int:
-    """The peak of `run(x, state)` on tensors that have a shape and no memory.
+@contextlib.contextmanager
+def shapes_only(network: Network, x: Any, state: Mapping[str, Tensor] | None) -> Iterator[tuple[Any, dict[str, Tensor]]]:
+    """The batch and the whole state as tensors that have a shape and no memory.
 
-    Raises whatever the model raises where its control flow asks for values.
+    A model whose control flow asks for values raises something inside.
     """
     everything = {**dict(network.module.named_parameters()), **network.buffers, **(state or {})}
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes: dict[str, Tensor] = {name: mode.from_tensor(t.detach()) for name, t in everything.items()}
         batch = map_leaves(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, x)
-        return peak_bytes(lambda: run(batch, fakes))
+        yield batch, fakes
 
 
 def free_bytes(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,8 @@ from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.costs import BANDWIDTH, FLOPS
 from ntkwatch.engines.functional import Functional, quiet, trained_at
 from ntkwatch.engines.layerwise import Layerwise, Run
-from ntkwatch.engines.memory import fake_peak_bytes, limit_bytes, peak_bytes
+from ntkwatch.engines.memory import limit_bytes, shapes_only
+from ntkwatch.engines.rehearsal import Rehearsal
 from ntkwatch.engines.separation import few
 from ntkwatch.model import Network, batch_size, inputs_of, take
 
@@ -61,26 +63,23 @@ def _dry_run(
     """Rows, peak and C: on fake tensors, or where the model's control flow asks for values, on a few and scaled."""
     n, recipe = batch_size(inputs_of(x)), engine.recipe(network, x, None)
 
-    def attempt(batch: Any, state: Mapping[str, Tensor] | None, size: int) -> Run:
-        run = Run(network, state, reduction, precision, recipe, rows={})
-        run.kernels(blocks(batch, size), None)
+    def rehearse(batch: Any, state: Mapping[str, Tensor] | None) -> Rehearsal:
+        run = Rehearsal(network, state, reduction, precision, recipe)
+        with run.counter:
+            run.kernels(blocks(batch, chunk), None)
         return run
 
-    done: list[Run] = []
     if recipe is not None:
-        try:
-            peak = fake_peak_bytes(network, x, None, lambda b, s: done.append(attempt(b, s, chunk)))
-            return list((done[0].rows or {}).values()), peak, done[0].outputs[0].shape[1]
-        except Exception:  # whatever a model does with values that are not there
-            done.clear()
+        with contextlib.suppress(Exception), shapes_only(network, x, None) as (batch, state):  # models that ask for values
+            run = rehearse(batch, state)
+            return list(run.rows.values()), run.counter.peak, run.outputs[0].shape[1]
     some = few(x)
-    peak = peak_bytes(lambda: done.append(attempt(some, None, chunk)))
-    scale = n / batch_size(inputs_of(some))
+    run, scale = rehearse(some, None), n / batch_size(inputs_of(some))
     rows = [
         Row(row.name, row.rule, row.flops * scale**2, row.bytes * scale**2, row.seconds * scale**2)
-        for row in (done[0].rows or {}).values()
+        for row in run.rows.values()
     ]
-    return rows, math.ceil(peak * min(scale, chunk)), done[0].outputs[0].shape[1]
+    return rows, math.ceil(run.counter.peak * min(scale, chunk)), run.outputs[0].shape[1]
 
 
 def _passes(network: Network, x: Any, outputs: int, saved: float) -> Row:
