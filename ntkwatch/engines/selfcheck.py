@@ -17,7 +17,7 @@ _STRETCH = 1 << 16  # terms of one float32 product
 
 
 class Mixed(Network):
-    """A network that shows two outputs: a random mixture of all of its own, and one of them as it is.
+    """A network that shows two outputs: a mixture of all of its own, and one of them as it is.
 
     A mistake in any output shows in the mixture, at the cost of two outputs however many there are.
     """
@@ -30,7 +30,7 @@ class Mixed(Network):
         c = f.shape[1]
         if c == 1:
             return f
-        mixture = torch.randn(c, generator=torch.Generator().manual_seed(c))
+        mixture = torch.cos(2.4 * torch.arange(c) + 1)  # as good as random, and allowed under vmap
         return torch.stack([f @ mixture.to(f), f[:, c // 2]], 1)
 
 
