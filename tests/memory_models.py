@@ -82,7 +82,12 @@ def _bert() -> Made:
     import transformers
 
     config = transformers.BertConfig(
-        hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512, vocab_size=1000, num_labels=4
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=512,
+        vocab_size=1000,
+        num_labels=4,
     )
     ids, mask = torch.randint(0, 1000, (16, 32)), torch.ones(16, 32, dtype=torch.long)
     mask[::2, 20:] = 0
@@ -106,7 +111,9 @@ def _depthwise() -> nn.Module:
         return [nn.Conv2d(a, a, 3, padding=1, groups=a), nn.Conv2d(a, b, 1), nn.BatchNorm2d(b), nn.ReLU6()]
 
     stem = [nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU6()]
-    return nn.Sequential(*stem, *block(32, 64), *block(64, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(
+        *stem, *block(32, 64), *block(64, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)
+    )
 
 
 def _generator() -> nn.Module:

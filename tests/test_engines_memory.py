@@ -23,7 +23,8 @@ MIB = 1 << 20
 def row(name: str, reduction: str, found: dict[str, int]) -> str:
     off = found["predicted"] / found["counted"] - 1
     resident = f"{found['resident'] / MIB:9.1f}" if "resident" in found else ""
-    return f"{name:20s} {reduction:6s} {found['predicted'] / MIB:9.1f} {found['counted'] / MIB:9.1f} {off:+7.1%} {resident}"
+    sizes = f"{found['predicted'] / MIB:9.1f} {found['counted'] / MIB:9.1f}"
+    return f"{name:20s} {reduction:6s} {sizes} {off:+7.1%} {resident}"
 
 
 def check(rows: dict[tuple[str, str], dict[str, int]], capsys: pytest.CaptureFixture[str]) -> None:

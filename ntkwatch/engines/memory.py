@@ -48,14 +48,14 @@ class LiveStorages(TorchDispatchMode):
                 self._watch(t)
         return result
 
-    def rise(self, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
-        """What `run` gives, and by how much it raises what is alive at its worst."""
+    def rise(self, run: Callable[[], object]) -> int:
+        """By how much `run` raises what is alive, at its worst."""
         before, start = self.peak, self.now
         self.peak = start
-        result = run()
+        run()
         rise = self.peak - start
-        self.reserve(before - self.now)
-        return result, rise
+        self.peak = max(before, self.peak)
+        return rise
 
     def reserve(self, size: int) -> None:
         """Counts `size` more bytes as having been alive for a moment."""
@@ -101,7 +101,9 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 @contextlib.contextmanager
-def shapes_only(network: Network, x: Any, state: Mapping[str, Tensor] | None) -> Iterator[tuple[Any, dict[str, Tensor]]]:
+def shapes_only(
+    network: Network, x: Any, state: Mapping[str, Tensor] | None
+) -> Iterator[tuple[Any, dict[str, Tensor]]]:
     """The batch and the whole state as tensors that have a shape and no memory.
 
     A model whose shapes depend on values raises something inside.

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ntkwatch.engines.auto import Choice
 from ntkwatch.engines.base import Plan, Precision, Reduction, Row
-from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.costs import BANDWIDTH, FLOPS
 from ntkwatch.engines.functional import Functional, quiet, trained_at
-from ntkwatch.engines.layerwise import Layerwise, Run
-from ntkwatch.engines.memory import Forward, LiveStorages, limit_bytes, shapes_only
-from ntkwatch.engines.rehearsal import Rehearsal
-from ntkwatch.engines.separation import few, leaves_at, outputs_at
+from ntkwatch.engines.layerwise import Layerwise
+from ntkwatch.engines.memory import Forward
+from ntkwatch.engines.rehearsal import predict, try_forward
+from ntkwatch.engines.run import Run
+from ntkwatch.engines.separation import few
 from ntkwatch.model import Network, batch_size, inputs_of, take
 
 PASSES = "forward and backward"
@@ -42,71 +39,24 @@ def _layerwise(
     precision: Precision,
     chunk_size: int | None,
 ) -> Plan:
-    n = batch_size(inputs_of(x))
-    with quiet():
-        recipe, forward = engine.recipe(network, x, None), _forward(network, x)
-        chunk = chunk_size or engine.chunk(network, n, Run(network, None, reduction, precision, recipe))
-        rows, peak, outputs = _dry_run(network, x, reduction, precision, engine, chunk, forward)
-        while chunk_size is None and peak > limit_bytes(network.device) and chunk > 1:
-            chunk //= 2
-            rows, peak, outputs = _dry_run(network, x, reduction, precision, engine, chunk, forward)
-    passes = _passes(forward, x, outputs, recipe.saved * n if recipe else 0.0)
-    found = {row.name: row for row in rows}
-    ordered = [found.get(name, Row(name, "unused", 0.0, 0.0, 0.0)) for name in network.parameters]
-    return Plan(engine.name, choice.reason, peak, chunk, (passes, *ordered))
-
-
-def _dry_run(
-    network: Network, x: Any, reduction: Reduction, precision: Precision, engine: Layerwise, chunk: int, forward: Forward
-) -> tuple[list[Row], int, int]:
-    """Rows, peak and C: on tensors without memory, or where shapes depend on values, on few probes and continued."""
     n, recipe = batch_size(inputs_of(x)), engine.recipe(network, x, None)
-
-    def rehearse(batch: Any, state: Mapping[str, Tensor] | None, answers: Sequence[Any] = ()) -> Rehearsal:
-        run = Rehearsal(network, state, reduction, precision, recipe, counter=LiveStorages(answers))
-        with run.counter:
-            run.kernels(blocks(batch, chunk), None)
-        return run
-
-    if recipe is not None:
-        with contextlib.suppress(Exception):  # whatever a model does with values that are not there
-            with shapes_only(network, x, None) as (batch, state):
-                run = rehearse(batch, state, forward.answers)
-            hidden = _hidden(network, x, forward) * min(n, 2 * chunk)
-            return list(run.rows.values()), math.ceil(run.counter.peak + hidden), run.outputs[0].shape[1]
-    sizes = [min(n, times * batch_size(inputs_of(few(x)))) for times in (1, 2)]
-    small, large = (rehearse(take(x, slice(0, size)), None) for size in sizes)
-    each = (large.counter.peak - small.counter.peak) / max(1, sizes[1] - sizes[0])
-    peak = large.counter.peak + max(0.0, each) * (max(sizes[1], min(n, 2 * chunk)) - sizes[1])
-    scale = (n / sizes[1]) ** 2
-    rows = [Row(r.name, r.rule, r.flops * scale, r.bytes * scale, r.seconds * scale) for r in large.rows.values()]
-    return rows, math.ceil(peak), large.outputs[0].shape[1]
+    run = Run(network, None, reduction, precision, recipe, apart=False)
+    with quiet():
+        forward = try_forward(run, x)
+        chunk = min(n, chunk_size or engine.chunk(run, x))
+        found = predict(run, x, chunk, forward)
+    rounds = (-(-n // chunk) + 1) / 2  # how often a block is passed through again for the others
+    passes = _passes(forward, x, found.outputs, recipe.saved * n if recipe else 0.0, rounds)
+    rows = {row.name: row for row in found.rows}
+    ordered = [rows.get(name, Row(name, "unused", 0.0, 0.0, 0.0)) for name in network.parameters]
+    return Plan(engine.name, choice.reason, found.peak, chunk, (passes, *ordered))
 
 
-def _forward(network: Network, x: Any) -> Forward:
-    """Notes of one forward pass on few probes."""
-    with Forward() as forward:
-        kept = network.outputs(few(x))
-        forward.kept = forward.now
-    del kept
-    return forward
-
-
-def _hidden(network: Network, x: Any, forward: Forward) -> float:
-    """Bytes per probe of workspace that operations keep and that shapes do not show (oneDNN's recurrent layers)."""
-    some = few(x)
-    with shapes_only(network, some, None) as (batch, state), LiveStorages(forward.answers) as counter:
-        kept = outputs_at(network, batch, state, leaves_at(network, state))
-        shown = counter.now
-    del kept
-    return max(0.0, (forward.kept - shown) / batch_size(inputs_of(some)))
-
-
-def _passes(forward: Forward, x: Any, outputs: int, saved: float) -> Row:
+def _passes(forward: Forward, x: Any, outputs: int, saved: float, rounds: float = 1.0) -> Row:
     """One forward and C backward passes to the activations, each about as much work as the forward."""
     n, some = batch_size(inputs_of(x)), few(x)
-    flops = forward.flops * n / batch_size(inputs_of(some)) * (1 + outputs)
-    moved = 2.0 * saved * (1 + outputs)
+    flops = forward.flops * n / batch_size(inputs_of(some)) * (1 + outputs) * rounds
+    moved = 2.0 * saved * (1 + outputs) * rounds
     return Row(PASSES, "autograd", flops, moved, flops / FLOPS[torch.float32] + moved / BANDWIDTH)
 
 
@@ -116,7 +66,7 @@ def _functional(
     n = batch_size(inputs_of(x))
     with torch.no_grad():
         c = network.outputs(take(x, slice(0, 1))).shape[1]
-    parameters, forward = trained_at(network, None), _forward(network, x)
+    parameters, forward = trained_at(network, None), try_forward(Run(network, None, reduction, precision, None), x)
     chunk = min(n, chunk_size or Functional().chunk(parameters, c))
     pairs = n * n * (c * c if reduction == "full" else c)
     rows = []

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +13,15 @@ import torch
 from torch import Tensor
 
 from ntkwatch.engines.base import Reduction, Row
+from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.capture import Capture, Found
 from ntkwatch.engines.contract import Contractor
 from ntkwatch.engines.costs import choose
 from ntkwatch.engines.factors import Factor
-from ntkwatch.engines.layerwise import Run
-from ntkwatch.engines.memory import LiveStorages
-from ntkwatch.model import batch_size, inputs_of
+from ntkwatch.engines.memory import Forward, LiveStorages, shapes_only
+from ntkwatch.engines.run import Run
+from ntkwatch.engines.separation import few, leaves_at, outputs_at
+from ntkwatch.model import batch_size, inputs_of, take
 
 
 @dataclass
@@ -74,6 +79,67 @@ class _Remembering(Contractor):
             self.counter.reserve(self.seen[key])
         else:
             self.seen[key] = self.counter.rise(lambda: super(_Remembering, self).add(out, one, two))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Memory and costs of a kernel that has not been computed; `exact` where shapes alone decide them."""
+
+    peak: int
+    rows: list[Row]
+    outputs: int
+    exact: bool
+
+
+def predict(run: Run, x: Any, chunk: int, forward: Forward) -> Prediction:
+    """What `run.kernels` of x in blocks of `chunk` will take.
+
+    On tensors without memory; where shapes depend on values, on few probes and on twice as many, and continued.
+    """
+    n = batch_size(inputs_of(x))
+    if run.recipe is not None and run.recipe.sure:
+        with contextlib.suppress(Exception):  # whatever a model does with values that are not there
+            with shapes_only(run.network, x, run.state) as (batch, state):
+                done = _rehearse(run, state, batch, chunk, forward.answers)
+            hidden = hidden_bytes(run, x, forward) * min(n, 2 * chunk)
+            return Prediction(
+                math.ceil(done.counter.peak + hidden), list(done.rows.values()), done.outputs[0].shape[1], True
+            )
+    sizes = [min(n, times * batch_size(inputs_of(few(x)))) for times in (1, 2)]
+    small, large = (_rehearse(run, run.state, take(x, slice(0, size)), chunk) for size in sizes)
+    each = (large.counter.peak - small.counter.peak) / max(1, sizes[1] - sizes[0])
+    peak = large.counter.peak + max(0.0, each) * (max(sizes[1], min(n, 2 * chunk)) - sizes[1])
+    scale = (n / sizes[1]) ** 2
+    rows = [Row(r.name, r.rule, r.flops * scale, r.bytes * scale, r.seconds * scale) for r in large.rows.values()]
+    return Prediction(math.ceil(peak), rows, large.outputs[0].shape[1], False)
+
+
+def _rehearse(
+    run: Run, state: Mapping[str, Tensor] | None, x: Any, chunk: int, answers: Sequence[Any] = ()
+) -> Rehearsal:
+    counter = LiveStorages(answers)
+    done = Rehearsal(run.network, state, run.reduction, run.precision, run.recipe, run.apart, counter=counter)
+    done.kernels(blocks(x, chunk))
+    return done
+
+
+def try_forward(run: Run, x: Any) -> Forward:
+    """Notes of one forward pass on few probes."""
+    with Forward() as forward:
+        kept = outputs_at(run.network, few(x), run.state, leaves_at(run.network, run.state))
+        forward.kept = forward.now
+    del kept
+    return forward
+
+
+def hidden_bytes(run: Run, x: Any, forward: Forward) -> float:
+    """Per probe, workspace that operations keep and that shapes do not show (oneDNN's recurrent layers)."""
+    some = few(x)
+    with shapes_only(run.network, some, run.state) as (batch, state), LiveStorages(forward.answers) as counter:
+        kept = outputs_at(run.network, batch, state, leaves_at(run.network, state))
+        shown = counter.now
+    del kept
+    return max(0.0, (forward.kept - shown) / batch_size(inputs_of(some)))
 
 
 def _kind(thing: Any) -> Any:
