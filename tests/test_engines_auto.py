@@ -173,7 +173,6 @@ def test_blocks_fit_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = empirical_ntk(net, x)
     for limit in (100_000, 50_000, 20_000):
         monkeypatch.setattr("ntkwatch.engines.layerwise.limit_bytes", lambda device, limit=limit: limit)
-        monkeypatch.setattr("ntkwatch.engines.planning.limit_bytes", lambda device, limit=limit: limit)
         assert plan(net, x).chunk_size < 32, limit
         assert torch.allclose(empirical_ntk(net, x), whole, rtol=1e-6), limit
 

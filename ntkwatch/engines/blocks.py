@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ntkwatch.model import batch_size, inputs_of, take
@@ -51,7 +51,7 @@ def assemble(
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
-    return [0, *torch.tensor(list(sizes)).cumsum(0).tolist()]
+    return list(itertools.accumulate(sizes, initial=0))
 
 
 def _put(whole: Tensor, part: Tensor, reduction: str, row: int, column: int) -> None:

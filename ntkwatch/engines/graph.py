@@ -34,6 +34,10 @@ _REARRANGE = (
 )
 
 
+# What a reshape is called depends on strides, and on whether tensors have memory.
+_SAME = dict.fromkeys(("UnsafeViewBackward0", "ReshapeAliasBackward0"), "ViewBackward0")
+
+
 @dataclass(frozen=True)
 class Graph:
     """Nodes from the output down, consumers before what they consume, in an order set by the structure alone."""
@@ -47,7 +51,7 @@ class Graph:
     @property
     def signature(self) -> tuple[str, ...]:
         """What two runs of the same code share."""
-        return tuple(node.name() for node in self.nodes)
+        return tuple(_SAME.get(name := node.name(), name) for node in self.nodes)
 
     @property
     def routes(self) -> bool:

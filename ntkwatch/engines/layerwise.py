@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ntkwatch.engines.base import Kernel, Precision, Reduction, Row, noise_floor, reduce, richest, work_dtype
-from ntkwatch.engines.blocks import assemble, blocks
-from ntkwatch.engines.capture import Capture, Found
-from ntkwatch.engines.contract import Contractor
-from ntkwatch.engines.costs import choose
+from ntkwatch.engines.base import Kernel, Precision, Reduction, noise_floor, reduce, richest
+from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.functional import is_out_of_memory, quiet
-from ntkwatch.engines.memory import limit_bytes
+from ntkwatch.engines.memory import free_bytes, limit_bytes
+from ntkwatch.engines.rehearsal import predict, try_forward
+from ntkwatch.engines.run import WHOLE, Run
 from ntkwatch.engines.separation import Separation, separate_few
 from ntkwatch.model import Network, batch_size, inputs_of
-
-WHOLE = ""
-_RETRIES = 3  # halvings of the block after running out of memory
 
 
 class Layerwise:
@@ -31,7 +26,7 @@ class Layerwise:
 
     def __init__(self) -> None:
         self._recipes: weakref.WeakKeyDictionary[Network, Separation | None] = weakref.WeakKeyDictionary()
-        self._chunks: weakref.WeakKeyDictionary[Network, int] = weakref.WeakKeyDictionary()
+        self._chunks: weakref.WeakKeyDictionary[Network, dict[Any, int]] = weakref.WeakKeyDictionary()
 
     def kernel(
         self,
@@ -49,6 +44,7 @@ class Layerwise:
 
         Raises:
             UnsupportedModel: examples are coupled, naming where.
+            MemoryError: one probe at a time is too much.
         """
         rich = richest(reduction, layers)
         with quiet():
@@ -66,22 +62,35 @@ class Layerwise:
             self._recipes[network] = separate_few(network, x, state)
         return self._recipes[network]
 
-    def chunk(self, network: Network, n: int, run: Run) -> int:
-        """Probes per block: all, or as many as fit in the limit, or what was learned by running out of memory."""
-        return min(n, self._chunks.get(network, n), run.fitting(n, limit_bytes(network.device)))
+    def chunk(self, run: Run, x1: Any, x2: Any = None) -> int:
+        """Probes per block: all, or as many as are predicted to fit in the limit, or as memory turned out to hold."""
+        n = max(batch_size(inputs_of(x)) for x in (x1, x2) if x is not None)
+        known = self._chunks.setdefault(run.network, {})
+        limit, key = limit_bytes(run.network.device), (n, run.reduction, run.apart)
+        if key not in known and run.bound(n) <= limit:
+            return n
+        if key not in known:
+            larger = x1 if batch_size(inputs_of(x1)) == n else x2
+            known[key] = _fitting(run, larger, n, limit)
+        return known[key]
 
     def _backing_off(self, run: Run, x1: Any, x2: Any, chunk_size: int | None) -> dict[str, Tensor]:
+        """Halves the blocks as often as memory runs out, and remembers the size that went through."""
         n = max(batch_size(inputs_of(x)) for x in (x1, x2) if x is not None)
-        chunk = chunk_size or self.chunk(run.network, n, run)
-        for _ in range(_RETRIES):
-            theta = _attempt(run, x1, x2, chunk)
-            if theta is not None:
-                return theta
+        chunk = min(n, chunk_size or self.chunk(run, x1, x2))
+        while (theta := _attempt(run, x1, x2, chunk)) is None:
             if chunk == 1:
-                break
-            chunk = max(1, min(chunk, n) // 2)
-            self._chunks[run.network] = chunk
-        return run.kernels(blocks(x1, chunk), None if x2 is None else blocks(x2, chunk))
+                raise MemoryError(_too_large(run))
+            chunk = -(-chunk // 2)
+            self._chunks.setdefault(run.network, {})[n, run.reduction, run.apart] = chunk
+        return theta
+
+
+def _fitting(run: Run, x: Any, n: int, limit: int) -> int:
+    forward, chunk = try_forward(run, x), n
+    while chunk > 1 and predict(run, x, chunk, forward).peak > limit:
+        chunk = -(-chunk // 2)
+    return chunk
 
 
 def _attempt(run: Run, x1: Any, x2: Any, chunk: int) -> dict[str, Tensor] | None:
@@ -94,87 +103,10 @@ def _attempt(run: Run, x1: Any, x2: Any, chunk: int) -> dict[str, Tensor] | None
     return None
 
 
-@dataclass
-class Run:
-    """One kernel: the same network, state and reduction over all blocks. `rows`, where given, is filled with costs.
-
-    With `apart` there is a kernel for every parameter, else one for all of them, named WHOLE.
-    """
-
-    network: Network
-    state: Mapping[str, Tensor] | None
-    reduction: Reduction
-    precision: Precision
-    recipe: Separation | None
-    apart: bool = True
-    outputs: dict[int, Tensor] = field(default_factory=dict)
-    rows: dict[str, Row] | None = None
-
-    def kernels(self, blocks1: list[Any], blocks2: list[Any] | None) -> dict[str, Tensor]:
-        """{parameter: kernel} over all blocks."""
-        self.outputs.clear()
-        sizes1 = [batch_size(inputs_of(b)) for b in blocks1]
-        sizes2 = None if blocks2 is None else [batch_size(inputs_of(b)) for b in blocks2]
-        others = blocks1 if blocks2 is None else blocks2
-
-        def cell(i: int, j: int) -> dict[str, Tensor]:
-            one = self._capture(blocks1[i])
-            self.outputs[i] = one.outputs
-            return self._contract(one, one if blocks2 is None and i == j else self._capture(others[j]))
-
-        return assemble(sizes1, sizes2, cell, self.reduction)
-
-    def fitting(self, n: int, limit: int) -> int:
-        """The most probes per block whose graph, and as much in passing, fits; two such where there are several."""
-        saved = 0.0 if self.recipe is None else 2 * self.recipe.saved + self.recipe.captured
-        if saved * n <= limit:
-            return n
-        return max(1, int(limit / (2 * saved)))
-
-    def _capture(self, block: Any) -> Capture:
-        return Capture(self.network, block, self.state, summed=self.reduction == "sum", recipe=self.recipe)
-
-    def _contract(self, one: Capture, two: Capture) -> dict[str, Tensor]:
-        """One block of each parameter's kernel; zero where the outputs do not depend on the parameter."""
-        (n, c), m = one.outputs.shape, len(two.outputs)
-        reduction = self.reduction if c > 1 else "trace"  # of one output they are all the same
-        contract = Contractor(reduction, work_dtype(one.outputs.dtype, self.precision), one is two)
-        names = self.network.parameters if self.apart else (WHOLE,)
-        found = {name: contract.zeros(c, n, m, one.outputs.device) for name in names}
-        for outputs in [slice(None)] if reduction == "full" else one.groups():
-            for a, b in _pairs(one, two, outputs):
-                self._note(a, n, m, contract)
-                out = found[a.name if self.apart else WHOLE]
-                contract.add(out[outputs] if reduction == "blocks" else out, a.factor, b.factor)
-        shape = {"full": (n, c, m, c), "blocks": (c, n, m)}.get(self.reduction, (n, m))
-        return {name: contract.finish(k, c).reshape(shape) for name, k in found.items()}
-
-    def _note(self, found: Found, n: int, m: int, contract: Contractor) -> None:
-        if self.rows is None:
-            return
-        how, cost = choose(found.factor, n, m, contract.reduction, contract.dtype, contract.same)
-        old = self.rows.get(found.name, Row(found.name, "", 0.0, 0.0, 0.0))
-        sums = (old.flops + cost.flops, old.bytes + cost.bytes, old.seconds + cost.seconds)
-        self.rows[found.name] = Row(found.name, f"{found.rule}: {how}", *sums)
-
-
-def _pairs(one: Capture, two: Capture, outputs: slice) -> Iterator[tuple[Found, Found]]:
-    """The factors of two captures, parameter by parameter; one at a time where both give them in one order."""
-    if one is two:
-        for found in one.factors(outputs):
-            yield found, found
-        return
-    waiting: tuple[dict[str, Found], dict[str, Found]] = ({}, {})
-    streams = (one.factors(outputs), two.factors(outputs))
-    live = [True, True]
-    while any(live):
-        for side in (0, 1):
-            new = next(streams[side], None)
-            if new is None:
-                live[side] = False
-                continue
-            other = waiting[1 - side].pop(new.name, None)
-            if other is None:
-                waiting[side][new.name] = new
-            else:
-                yield (new, other) if side == 0 else (other, new)
+def _too_large(run: Run) -> str:
+    free, held = free_bytes(run.network.device) / 2**20, sum(p.numel() for p in run.network.parameters.values())
+    return (
+        f"memory ran out with one probe at a time ({held:,} trained parameters, {free:.0f} MiB free on "
+        f"{run.network.device}): raise the memory limit, take a smaller reduction than {run.reduction!r}, fewer "
+        "outputs, or part of the parameters with params="
+    )

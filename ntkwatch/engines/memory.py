@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from ntkwatch.model import Network, map_leaves
 
@@ -20,21 +22,44 @@ SHARE = 0.25  # of what is free: a guest in somebody's training run takes no mor
 _UNKNOWN = 2 << 30  # taken as free where the system does not say
 
 
-class _LiveStorages(TorchDispatchMode):
-    """Counts the bytes of the storages that operations inside have made and that are still alive."""
+_ASKS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)  # for values: if, .item()
 
-    def __init__(self) -> None:
+
+class LiveStorages(TorchDispatchMode):
+    """Counts the bytes of the storages that operations inside have made and that are still alive.
+
+    Args:
+        answers: values for control flow to take where tensors have none, over and over in this order.
+    """
+
+    def __init__(self, answers: Sequence[Any] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._known: set[int] = set()
+        self._answers = itertools.cycle(answers) if answers else None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._answers is not None and func in _ASKS and getattr(args[0], "constant", 0) is None:
+            return next(self._answers)
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = func(*args, **(kwargs or {}))
         for t in tree_leaves(result):
             if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given:
                 self._watch(t)
         return result
+
+    def rise(self, run: Callable[[], object]) -> int:
+        """By how much `run` raises what is alive, at its worst."""
+        before, start = self.peak, self.now
+        self.peak = start
+        run()
+        rise = self.peak - start
+        self.peak = max(before, self.peak)
+        return rise
+
+    def reserve(self, size: int) -> None:
+        """Counts `size` more bytes as having been alive for a moment."""
+        self.peak = max(self.peak, self.now + size)
 
     def _watch(self, t: Tensor) -> None:
         storage = t.untyped_storage()
@@ -50,25 +75,44 @@ class _LiveStorages(TorchDispatchMode):
         self.now -= size
 
 
+class Forward(LiveStorages):
+    """Notes what a forward pass multiplies, keeps, and which values its control flow asks for, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0.0
+        self.kept = 0  # bytes alive at its end
+        self.answers: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func in _ASKS:
+            self.answers.append(result)
+        if func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
 def peak_bytes(run: Callable[[], object]) -> int:
     """The most bytes alive at once in tensors that `run` makes."""
-    with _LiveStorages() as counter:
+    with LiveStorages() as counter:
         run()
         return counter.peak
 
 
-def fake_peak_bytes(
-    network: Network, x: Any, state: Mapping[str, Tensor] | None, run: Callable[[Any, dict[str, Tensor]], object]
-) -> int:
-    """The peak of `run(x, state)` on tensors that have a shape and no memory.
+@contextlib.contextmanager
+def shapes_only(
+    network: Network, x: Any, state: Mapping[str, Tensor] | None
+) -> Iterator[tuple[Any, dict[str, Tensor]]]:
+    """The batch and the whole state as tensors that have a shape and no memory.
 
-    Raises whatever the model raises where its control flow asks for values.
+    A model whose shapes depend on values raises something inside.
     """
     everything = {**dict(network.module.named_parameters()), **network.buffers, **(state or {})}
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes: dict[str, Tensor] = {name: mode.from_tensor(t.detach()) for name, t in everything.items()}
         batch = map_leaves(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, x)
-        return peak_bytes(lambda: run(batch, fakes))
+        yield batch, fakes
 
 
 def free_bytes(device: torch.device) -> int:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from ntkwatch.engines.auto import Choice
 from ntkwatch.engines.base import Plan, Precision, Reduction, Row
-from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.costs import BANDWIDTH, FLOPS
 from ntkwatch.engines.functional import Functional, quiet, trained_at
-from ntkwatch.engines.layerwise import Layerwise, Run
-from ntkwatch.engines.memory import fake_peak_bytes, limit_bytes, peak_bytes
+from ntkwatch.engines.layerwise import Layerwise
+from ntkwatch.engines.memory import Forward
+from ntkwatch.engines.rehearsal import predict, try_forward
+from ntkwatch.engines.run import Run
 from ntkwatch.engines.separation import few
 from ntkwatch.model import Network, batch_size, inputs_of, take
 
@@ -41,55 +39,24 @@ def _layerwise(
     precision: Precision,
     chunk_size: int | None,
 ) -> Plan:
-    n = batch_size(inputs_of(x))
-    with quiet():
-        recipe = engine.recipe(network, x, None)
-        chunk = chunk_size or engine.chunk(network, n, Run(network, None, reduction, precision, recipe))
-        rows, peak, outputs = _dry_run(network, x, reduction, precision, engine, chunk)
-        while chunk_size is None and peak > limit_bytes(network.device) and chunk > 1:
-            chunk //= 2
-            rows, peak, outputs = _dry_run(network, x, reduction, precision, engine, chunk)
-    passes = _passes(network, x, outputs, recipe.saved * n if recipe else 0.0)
-    found = {row.name: row for row in rows}
-    ordered = [found.get(name, Row(name, "unused", 0.0, 0.0, 0.0)) for name in network.parameters]
-    return Plan(engine.name, choice.reason, peak, chunk, (passes, *ordered))
-
-
-def _dry_run(
-    network: Network, x: Any, reduction: Reduction, precision: Precision, engine: Layerwise, chunk: int
-) -> tuple[list[Row], int, int]:
-    """Rows, peak and C: on fake tensors, or where the model's control flow asks for values, on a few and scaled."""
     n, recipe = batch_size(inputs_of(x)), engine.recipe(network, x, None)
-
-    def attempt(batch: Any, state: Mapping[str, Tensor] | None, size: int) -> Run:
-        run = Run(network, state, reduction, precision, recipe, rows={})
-        run.kernels(blocks(batch, size), None)
-        return run
-
-    done: list[Run] = []
-    if recipe is not None:
-        try:
-            peak = fake_peak_bytes(network, x, None, lambda b, s: done.append(attempt(b, s, chunk)))
-            return list((done[0].rows or {}).values()), peak, done[0].outputs[0].shape[1]
-        except Exception:  # whatever a model does with values that are not there
-            done.clear()
-    some = few(x)
-    peak = peak_bytes(lambda: done.append(attempt(some, None, chunk)))
-    scale = n / batch_size(inputs_of(some))
-    rows = [
-        Row(row.name, row.rule, row.flops * scale**2, row.bytes * scale**2, row.seconds * scale**2)
-        for row in (done[0].rows or {}).values()
-    ]
-    return rows, math.ceil(peak * min(scale, chunk)), done[0].outputs[0].shape[1]
+    run = Run(network, None, reduction, precision, recipe, apart=False)
+    with quiet():
+        forward = try_forward(run, x)
+        chunk = min(n, chunk_size or engine.chunk(run, x))
+        found = predict(run, x, chunk, forward)
+    rounds = (-(-n // chunk) + 1) / 2  # how often a block is passed through again for the others
+    passes = _passes(forward, x, found.outputs, recipe.saved * n if recipe else 0.0, rounds)
+    rows = {row.name: row for row in found.rows}
+    ordered = [rows.get(name, Row(name, "unused", 0.0, 0.0, 0.0)) for name in network.parameters]
+    return Plan(engine.name, choice.reason, found.peak, chunk, (passes, *ordered))
 
 
-def _passes(network: Network, x: Any, outputs: int, saved: float) -> Row:
+def _passes(forward: Forward, x: Any, outputs: int, saved: float, rounds: float = 1.0) -> Row:
     """One forward and C backward passes to the activations, each about as much work as the forward."""
     n, some = batch_size(inputs_of(x)), few(x)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network.outputs(some)
-    flops = float(counter.get_total_flops()) * n / batch_size(inputs_of(some)) * (1 + outputs)
-    moved = 2.0 * saved * (1 + outputs)
+    flops = forward.flops * n / batch_size(inputs_of(some)) * (1 + outputs) * rounds
+    moved = 2.0 * saved * (1 + outputs) * rounds
     return Row(PASSES, "autograd", flops, moved, flops / FLOPS[torch.float32] + moved / BANDWIDTH)
 
 
@@ -99,7 +66,7 @@ def _functional(
     n = batch_size(inputs_of(x))
     with torch.no_grad():
         c = network.outputs(take(x, slice(0, 1))).shape[1]
-    parameters = trained_at(network, None)
+    parameters, forward = trained_at(network, None), try_forward(Run(network, None, reduction, precision, None), x)
     chunk = min(n, chunk_size or Functional().chunk(parameters, c))
     pairs = n * n * (c * c if reduction == "full" else c)
     rows = []
@@ -110,4 +77,4 @@ def _functional(
     entries = sum(p.numel() for p in parameters.values())
     largest = max(p.numel() for p in parameters.values())
     peak = 2 * chunk * c * (entries * next(iter(parameters.values())).element_size() + 8 * largest)
-    return Plan("functional", choice.reason, peak, chunk, (_passes(network, x, c, 0.0), *rows))
+    return Plan("functional", choice.reason, peak, chunk, (_passes(forward, x, c, 0.0), *rows))

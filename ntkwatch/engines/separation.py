@@ -7,6 +7,7 @@ parameters alone; the gradient is pulled back through them for each example.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,9 +41,10 @@ class Separation:
     signature: tuple[str, ...]
     boundary: tuple[tuple[int, int, Layout | Scattered], ...]
     shared: frozenset[int]
-    sure: bool  # regular layouts, told apart beyond doubt: they hold for more probes of the same shape too
+    sure: bool  # told apart beyond doubt and not by the data: they hold for more probes of the same shape too
     saved: float = 0.0  # bytes per example of all that the graph's nodes give
     captured: float = 0.0  # bytes per example and output of the gradients at the boundary
+    outputs: int = 1
 
 
 def leaves_at(network: Network, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -66,7 +68,7 @@ def few(x: Any) -> Any:
 
 
 def separate_few(network: Network, x: Any, state: Mapping[str, Tensor] | None = None) -> Separation | None:
-    """The layouts read from a few probes; None where only those of the very batch can be trusted.
+    """The layouts read from a few probes; None where the outputs depend on no trained parameter.
 
     Raises:
         UnsupportedModel: an example's output depends on the other examples, or is random in evaluation mode.
@@ -78,7 +80,7 @@ def separate_few(network: Network, x: Any, state: Mapping[str, Tensor] | None = 
         return None
     graph = walk(f, leaves)
     found = separate(graph, f, f.shape[0])
-    return found if found.sure and not graph.routes else None
+    return dataclasses.replace(found, sure=found.sure and not graph.routes)
 
 
 def check_uncoupled(network: Network, x: Any, state: Mapping[str, Tensor] | None = None) -> None:
@@ -144,6 +146,7 @@ def separate(graph: Graph, f: Tensor, n: int) -> Separation:
         sure,
         sum(node_bytes(graph, node) for node in graph.nodes if node not in shared) / n,
         sum(node_bytes(graph, graph.nodes[i]) for i in {i for i, _ in boundary}) / n,
+        f.shape[1],
     )
 
 
@@ -196,7 +199,7 @@ def _backward_once(
 
 def transfers(recipe: Separation, graph: Graph, n: int) -> bool:
     """Whether layouts read from a few probes hold in this graph too."""
-    if recipe.signature != graph.signature or (n == 1) != (recipe.n == 1):
+    if not recipe.sure or recipe.signature != graph.signature or (n == 1) != (recipe.n == 1):
         return False
     for number, _, layout in recipe.boundary:
         node: Any = graph.nodes[number]

@@ -1,0 +1,156 @@
+"""A rehearsal of a kernel: the same passes, every kind of contraction once, and what each parameter costs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ntkwatch.engines.base import Reduction, Row
+from ntkwatch.engines.blocks import blocks
+from ntkwatch.engines.capture import Capture, Found
+from ntkwatch.engines.contract import Contractor
+from ntkwatch.engines.costs import choose
+from ntkwatch.engines.factors import Factor
+from ntkwatch.engines.memory import Forward, LiveStorages, shapes_only
+from ntkwatch.engines.run import Run
+from ntkwatch.engines.separation import few, leaves_at, outputs_at
+from ntkwatch.model import batch_size, inputs_of, take
+
+
+@dataclass
+class Rehearsal(Run):
+    """A run that takes the first group of outputs and the first two blocks: the others are as large and cost as much.
+
+    Attributes:
+        counter: counts what is alive while it runs.
+        rows: costs by parameter name, of all outputs and blocks.
+    """
+
+    counter: LiveStorages = field(default_factory=LiveStorages)
+    rows: dict[str, Row] = field(default_factory=dict)
+    _groups: float = 1.0
+    _cells: float = 1.0
+
+    def kernels(self, blocks1: list[Any], blocks2: list[Any] | None = None) -> dict[str, Tensor]:
+        """Those of the first two blocks, with the memory of all."""
+        count = len(blocks1)
+        self._cells = count * (count + 1) / 6 if count > 2 else 1.0  # of three that are rehearsed
+        with self.counter:
+            found = super().kernels(blocks1[:2], None)
+        part, whole = (sum(batch_size(inputs_of(b)) for b in some) for some in (blocks1[:2], blocks1))
+        sizes = sum(k.untyped_storage().nbytes() for k in found.values())
+        self.counter.peak += int(sizes * ((whole / part) ** 2 - 1))
+        return found
+
+    def contractor(self, reduction: Reduction, dtype: torch.dtype, same: bool) -> Contractor:
+        """One that contracts factors of a kind once, and then only remembers how much memory that took."""
+        return _Remembering(reduction, dtype, same, counter=self.counter)
+
+    def groups(self, one: Capture) -> list[slice]:
+        """The first."""
+        found, outputs = super().groups(one), range(len(one.cotangents))
+        self._groups = len(outputs) / len(outputs[found[0]])
+        return found[:1]
+
+    def note(self, found: Found, n: int, m: int, contract: Contractor) -> None:
+        """Adds the cost of a contraction to its parameter's row."""
+        how, cost = choose(found.factor, n, m, contract.reduction, contract.dtype, contract.same)
+        old = self.rows.get(found.name, Row(found.name, "", 0.0, 0.0, 0.0))
+        times = self._groups * self._cells
+        sums = (getattr(old, what) + times * getattr(cost, what) for what in ("flops", "bytes", "seconds"))
+        self.rows[found.name] = Row(found.name, f"{found.rule}: {how}", *sums)
+
+
+@dataclass
+class _Remembering(Contractor):
+    counter: LiveStorages = field(default_factory=LiveStorages)
+    seen: dict[Any, int] = field(default_factory=dict)
+
+    def add(self, out: Tensor, one: Factor, two: Factor) -> None:
+        key = (_kind(out), _kind(one), _kind(two), one is two)
+        if key in self.seen:
+            self.counter.reserve(self.seen[key])
+        else:
+            self.seen[key] = self.counter.rise(lambda: super(_Remembering, self).add(out, one, two))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Memory and costs of a kernel that has not been computed; `exact` where shapes alone decide them."""
+
+    peak: int
+    rows: list[Row]
+    outputs: int
+    exact: bool
+
+
+def predict(run: Run, x: Any, chunk: int, forward: Forward) -> Prediction:
+    """What `run.kernels` of x in blocks of `chunk` will take.
+
+    On tensors without memory; where shapes depend on values, on few probes and on twice as many, and continued.
+    """
+    n = batch_size(inputs_of(x))
+    if run.recipe is not None and run.recipe.sure:
+        with contextlib.suppress(Exception):  # whatever a model does with values that are not there
+            with shapes_only(run.network, x, run.state) as (batch, state):
+                done = _rehearse(run, state, batch, chunk, forward.answers)
+            hidden = hidden_bytes(run, x, forward) * min(n, 2 * chunk)
+            return Prediction(
+                math.ceil(done.counter.peak + hidden), list(done.rows.values()), done.outputs[0].shape[1], True
+            )
+    sizes = [min(n, times * batch_size(inputs_of(few(x)))) for times in (1, 2)]
+    small, large = (_rehearse(run, run.state, take(x, slice(0, size)), chunk) for size in sizes)
+    each = (large.counter.peak - small.counter.peak) / max(1, sizes[1] - sizes[0])
+    peak = large.counter.peak + max(0.0, each) * (max(sizes[1], min(n, 2 * chunk)) - sizes[1])
+    scale = (n / sizes[1]) ** 2
+    rows = [Row(r.name, r.rule, r.flops * scale, r.bytes * scale, r.seconds * scale) for r in large.rows.values()]
+    return Prediction(math.ceil(peak), rows, large.outputs[0].shape[1], False)
+
+
+def _rehearse(
+    run: Run, state: Mapping[str, Tensor] | None, x: Any, chunk: int, answers: Sequence[Any] = ()
+) -> Rehearsal:
+    counter = LiveStorages(answers)
+    done = Rehearsal(run.network, state, run.reduction, run.precision, run.recipe, run.apart, counter=counter)
+    done.kernels(blocks(x, chunk))
+    return done
+
+
+def try_forward(run: Run, x: Any) -> Forward:
+    """Notes of one forward pass on few probes."""
+    with Forward() as forward:
+        kept = outputs_at(run.network, few(x), run.state, leaves_at(run.network, run.state))
+        forward.kept = forward.now
+    del kept
+    return forward
+
+
+def hidden_bytes(run: Run, x: Any, forward: Forward) -> float:
+    """Per probe, workspace that operations keep and that shapes do not show (oneDNN's recurrent layers)."""
+    some = few(x)
+    with shapes_only(run.network, some, run.state) as (batch, state), LiveStorages(forward.answers) as counter:
+        kept = outputs_at(run.network, batch, state, leaves_at(run.network, state))
+        shown = counter.now
+    del kept
+    return max(0.0, (forward.kept - shown) / batch_size(inputs_of(some)))
+
+
+def _kind(thing: Any) -> Any:
+    """All that decides how much memory a contraction of a factor takes: shapes, types and how inputs are made."""
+    if isinstance(thing, Tensor):
+        return (tuple(thing.shape), thing.dtype)
+    if dataclasses.is_dataclass(thing):
+        return (type(thing), *(_kind(getattr(thing, f.name)) for f in dataclasses.fields(thing)))
+    if isinstance(thing, tuple | list):
+        return tuple(map(_kind, thing))
+    if callable(thing):
+        cells = getattr(thing, "__closure__", None) or ()
+        return (getattr(thing, "__qualname__", ""), *(_kind(cell.cell_contents) for cell in cells))
+    return thing if isinstance(thing, int | float | str | bool | None) else type(thing)

@@ -1,0 +1,112 @@
+"""One kernel by factors: captures of blocks of probes, contracted pair by pair."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ntkwatch.engines.base import Precision, Reduction, work_dtype
+from ntkwatch.engines.blocks import assemble
+from ntkwatch.engines.capture import Capture, Found
+from ntkwatch.engines.contract import Contractor
+from ntkwatch.engines.separation import Separation
+from ntkwatch.model import Network, batch_size, inputs_of
+
+WHOLE = ""  # the name of a kernel of all parameters together
+
+
+@dataclass
+class Run:
+    """One kernel: the same network, state and reduction over all blocks.
+
+    With `apart` there is a kernel for every parameter, else one for all of them, named by WHOLE.
+    """
+
+    network: Network
+    state: Mapping[str, Tensor] | None
+    reduction: Reduction
+    precision: Precision
+    recipe: Separation | None
+    apart: bool = True
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+
+    def kernels(self, blocks1: list[Any], blocks2: list[Any] | None) -> dict[str, Tensor]:
+        """{parameter: kernel} over all blocks."""
+        self.outputs.clear()
+        sizes1 = [batch_size(inputs_of(b)) for b in blocks1]
+        sizes2 = None if blocks2 is None else [batch_size(inputs_of(b)) for b in blocks2]
+        others = blocks1 if blocks2 is None else blocks2
+        row: dict[int, Capture] = {}  # the block that a row of cells shares
+
+        def cell(i: int, j: int) -> dict[str, Tensor]:
+            if i not in row:
+                row.clear()
+                row[i] = self._capture(blocks1[i])
+                self.outputs[i] = row[i].outputs
+            return self._contract(row[i], row[i] if blocks2 is None and i == j else self._capture(others[j]))
+
+        return assemble(sizes1, sizes2, cell, self.reduction)
+
+    def bound(self, n: int) -> float:
+        """Bytes that n probes in one block stay below: the graph, all its gradients at once, copies in float64."""
+        if self.recipe is None:
+            return math.inf
+        outputs, kernels = self.recipe.outputs, len(self.network.parameters) if self.apart else 1
+        pairs = n * n * {"full": outputs**2, "blocks": outputs}.get(self.reduction, 1)
+        return n * (2 * self.recipe.saved + 8 * outputs * self.recipe.captured) + 16 * (kernels + 4) * pairs
+
+    def _capture(self, block: Any) -> Capture:
+        return Capture(self.network, block, self.state, summed=self.reduction == "sum", recipe=self.recipe)
+
+    def _contract(self, one: Capture, two: Capture) -> dict[str, Tensor]:
+        """One block of each parameter's kernel; zero where the outputs do not depend on the parameter."""
+        (n, c), m = one.outputs.shape, len(two.outputs)
+        reduction = self.reduction if c > 1 else "trace"  # of one output they are all the same
+        contract = self.contractor(reduction, work_dtype(one.outputs.dtype, self.precision), one is two)
+        names = self.network.parameters if self.apart else (WHOLE,)
+        found = {name: contract.zeros(c, n, m, one.outputs.device) for name in names}
+        for outputs in [slice(None)] if reduction == "full" else self.groups(one):
+            for a, b in _pairs(one, two, outputs):
+                self.note(a, n, m, contract)
+                out = found[a.name if self.apart else WHOLE]
+                contract.add(out[outputs] if reduction == "blocks" else out, a.factor, b.factor)
+        shape = {"full": (n, c, m, c), "blocks": (c, n, m)}.get(self.reduction, (n, m))
+        return {name: contract.finish(k, c).reshape(shape) for name, k in found.items()}
+
+    def contractor(self, reduction: Reduction, dtype: torch.dtype, same: bool) -> Contractor:
+        """What contracts the factors of a pair of blocks."""
+        return Contractor(reduction, dtype, same)
+
+    def groups(self, one: Capture) -> list[slice]:
+        """Outputs that are taken together."""
+        return one.groups()
+
+    def note(self, found: Found, n: int, m: int, contract: Contractor) -> None:
+        """Called before every contraction."""
+
+
+def _pairs(one: Capture, two: Capture, outputs: slice) -> Iterator[tuple[Found, Found]]:
+    """The factors of two captures, parameter by parameter; one at a time where both give them in one order."""
+    if one is two:
+        for found in one.factors(outputs):
+            yield found, found
+        return
+    waiting: tuple[dict[str, Found], dict[str, Found]] = ({}, {})
+    streams = (one.factors(outputs), two.factors(outputs))
+    live = [True, True]
+    while any(live):
+        for side in (0, 1):
+            new = next(streams[side], None)
+            if new is None:
+                live[side] = False
+                continue
+            other = waiting[1 - side].pop(new.name, None)
+            if other is None:
+                waiting[side][new.name] = new
+            else:
+                yield (new, other) if side == 0 else (other, new)
