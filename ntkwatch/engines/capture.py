@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from ntkwatch.engines.carry import carry, leaf_below, pull_back
-from ntkwatch.engines.factors import Factor, add, densify
+from ntkwatch.engines.factors import Factor
 from ntkwatch.engines.functional import is_out_of_memory
 from ntkwatch.engines.graph import Graph, node_bytes, reaches, walk
 from ntkwatch.engines.rules import Use, factor, operand_shape
 from ntkwatch.engines.separation import Separation, leaves_at, outputs_at, separate, transfers
+from ntkwatch.engines.sums import add, densify
 from ntkwatch.model import Network, UnsupportedModel
 
 _SEGMENT_BYTES = 1 << 25  # gradients captured before the pass pauses to use them

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ntkwatch.engines.base import Reduction
 from ntkwatch.engines.costs import STRIPS, choose, gram_rows
-from ntkwatch.engines.factors import Dense, Factor, Outer, Rows, Slab, aligned
+from ntkwatch.engines.factors import Dense, Factor, Outer, Rows, Slab
+from ntkwatch.engines.sums import aligned
 
 Gradients = tuple[Tensor, ...]
 _SLAB = 1 << 21  # entries of a slab of J: it is cast and multiplied while it is still near
@@ -262,8 +263,8 @@ def _compressed(one: Rows, two: Rows) -> tuple[Rows, Rows]:
         most = min(one.table, one.index.numel() + two.index.numel())
         first = Rows(one.index, one.g, most)
         return first, first if one is two else Rows(two.index, two.g, most)
-    used = torch.cat([one.index.flatten(), two.index.flatten()]).unique()
+    used = torch.cat([one.index.flatten(), two.index.flatten()]).unique()  # sorted
     if len(used) >= one.table:
         return one, two
-    first = Rows(torch.searchsorted(used, one.index), one.g, len(used))
-    return first, first if one is two else Rows(torch.searchsorted(used, two.index), two.g, len(used))
+    first = Rows(torch.searchsorted(used, one.index.contiguous()), one.g, len(used))
+    return first, first if one is two else Rows(torch.searchsorted(used, two.index.contiguous()), two.g, len(used))

@@ -1,0 +1,108 @@
+"""Several uses of one parameter (tied, reused, recurrent): their Jacobians add before any product is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ntkwatch.engines.factors import Dense, Factor, Outer, Rows, Slab
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Several uses of one parameter: their Jacobians add, before any product (tied, reused, recurrent)."""
+
+    parts: tuple[Factor, ...]
+    leading: int
+
+    @property
+    def n(self) -> int:
+        return self.parts[0].n
+
+    @property
+    def outputs(self) -> int:
+        return self.parts[0].outputs
+
+    @property
+    def trailing(self) -> int:
+        return self.parts[0].leading * self.parts[0].trailing // self.leading
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].device
+
+    def open(self) -> Slab:
+        opened = [(part.open(), part.leading // self.leading) for part in self.parts]
+
+        def slab(c: int, i: int, j: int, out: Tensor) -> None:
+            part = torch.empty_like(out)
+            out.zero_()
+            for fn, k in opened:
+                fn(c, i * k, j * k, part.view(self.n, (j - i) * k, -1))
+                out += part
+
+        return slab
+
+
+def densify(found: Factor) -> Dense:
+    """Any factor written out."""
+    if isinstance(found, Dense):
+        return found
+    slab, shape = found.open(), (found.outputs, found.n, found.leading, found.trailing)
+    j = torch.empty(shape, dtype=found.dtype, device=found.device)
+    for c, out in enumerate(j):
+        slab(c, 0, found.leading, out)
+    return Dense(tuple(j.flatten(2)))
+
+
+def add(parts: list[Factor]) -> Factor:
+    """The sum of uses; those of one form are joined along their positions, which adds cross terms by itself."""
+    joined: list[Factor] = []
+    for part in parts:
+        for i, other in enumerate(joined):
+            both = _join(other, part)
+            if both is not None:
+                joined[i] = both
+                break
+        else:
+            joined.append(part)
+    if len(joined) == 1:
+        return joined[0]
+    least = min(part.leading for part in joined)
+    if any(part.leading % least for part in joined):
+        return Dense(_added([densify(part).j for part in joined]))
+    return Sum(tuple(joined), least)
+
+
+def aligned(one: Factor, two: Factor) -> tuple[Factor, Factor]:
+    """Two factors of one parameter, seen as the same number of leading rows."""
+    if one.leading == two.leading:
+        return one, two
+    least = min(one.leading, two.leading)
+    if one.leading % least or two.leading % least:
+        return densify(one), densify(two)
+    return tuple(f if f.leading == least else Sum((f,), least) for f in (one, two))  # type: ignore[return-value]
+
+
+def _join(one: Factor, two: Factor) -> Factor | None:
+    if isinstance(one, Dense) and isinstance(two, Dense):
+        return Dense(_added([one.j, two.j]))
+    if isinstance(one, Rows) and isinstance(two, Rows):
+        return Rows(torch.cat([one.index, two.index], 1), _beside(one.g, two.g, 1), one.table)
+    if isinstance(one, Outer) and isinstance(two, Outer) and one.a_first == two.a_first and one.groups == two.groups:
+        return Outer(one.a.beside(two.a), _beside(one.g, two.g, 2), one.a_first)
+    return None
+
+
+def _added(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(torch.stack(each).sum(0) for each in zip(*parts, strict=True))
+
+
+def _beside(one: tuple[Tensor, ...], two: tuple[Tensor, ...], dim: int) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(each, dim) for each in zip(one, two, strict=True))
