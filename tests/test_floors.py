@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "ntkwatch"
 FLOORS = {
-    4: {"callback", "opening", "trainer", "cli", "demo", "interventions"},
+    4: {"callback", "opening", "trainer", "following", "failures", "cli", "demo", "interventions"},
     3: {"session", "monitor", "manifest", "baseline", "diagnostics", "instruments", "checks", "derived", "forecast"},
     2: {"engines"},
     1: {"model", "statistics", "guard", "probes", "sinks", "compare", "report", "words", "losses", "optimizers"},

@@ -22,6 +22,7 @@ class Diagnostic:
         when: whether the name exists for a model (BatchNorm has its own).
         reduction: the reduction it needs: "any" (whatever the run's is), "blocks" or "full".
         needs: of "targets", "loss", "optimizer", "forecast": undefined without.
+        beside: names that are reported with it, so that it can be read.
         cost: what it costs beyond the kernel and small linear algebra; "" for nothing.
     """
 
@@ -30,6 +31,7 @@ class Diagnostic:
     when: Callable[[View], bool] = lambda view: True
     reduction: str = "any"
     needs: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     cost: str = ""
 
 

@@ -199,9 +199,11 @@ def loss_if_lazy(view: View) -> float:
     """The loss on the probes that the linearised network would have now, trained on the same batches.
 
     Formula: 𝓛(f_0 + J_0·(θ_lin − θ_0), y), θ_lin trained by a copy of the run's optimizer on the linear model
-    Range: the loss's own; undefined unless a LinearForecast is attached (it needs every training batch)
+    Range: the loss's own; undefined unless a LinearForecast is attached: NTKWatch does where this is named in
+        diagnostics=, at the cost of about two training steps a step, which no budget bounds
     Source: Lee et al. 2019
-    Pitfalls: in evaluation mode at the baseline's BatchNorm statistics, whatever mode the run trains in
+    Pitfalls: read it beside loss; in evaluation mode at the baseline's BatchNorm statistics, whatever mode the run
+        trains in
     """
     at, outputs = known(view.loss), known(view.f_lazy)
     with torch.no_grad():
@@ -220,10 +222,24 @@ def forecast_error(view: View) -> Tensor:
     return ask("taylor_ratio", motion.delta_f, lazy - view.baseline_outputs)
 
 
+def forecast_start_error(view: View) -> float:
+    """Whether the forecast is trained on what the run is trained on: their gradients at the first step.
+
+    Formula: ‖g_run − g‖/‖g_run‖, g the gradient of loss= at θ_0 in evaluation mode, on the first step's batches
+    Range: [0, ∞), rounding where the two are one; undefined unless a LinearForecast is attached, and before the first
+        step
+    Source: this library's check
+    Pitfalls: dropout, BatchNorm in training mode, other terms of the training loss and hooks on gradients show here,
+        and forecast_error holds them too
+    """
+    return known(view.lazy_start)
+
+
 def _rule(compute: Compute, **options: str) -> Diagnostic:
     return Diagnostic(compute, reduction="full", needs=("loss", "optimizer"), **options)  # type: ignore[arg-type]
 
 
+FORECAST = "two training steps at every step, where named"
 ADAM = "a further full kernel under Adam or several learning rates"
 OPTIMISATION: dict[str, Diagnostic] = {
     "loss": Diagnostic(loss, needs=("loss",)),
@@ -239,6 +255,7 @@ OPTIMISATION: dict[str, Diagnostic] = {
     "preconditioned_alignment": Diagnostic(
         preconditioned_alignment, needs=("optimizer", "targets"), cost="a further kernel under Adam"
     ),
-    "loss_if_lazy": Diagnostic(loss_if_lazy, needs=("loss", "forecast")),
-    "forecast_error": Diagnostic(forecast_error, needs=("forecast",)),
+    "loss_if_lazy": Diagnostic(loss_if_lazy, needs=("loss", "forecast"), beside=("loss",), cost=FORECAST),
+    "forecast_error": Diagnostic(forecast_error, needs=("forecast",), cost=FORECAST),
+    "forecast_start_error": Diagnostic(forecast_start_error, needs=("forecast",), cost=FORECAST),
 }
