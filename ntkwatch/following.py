@@ -20,8 +20,8 @@ from ntkwatch.trainer import log, warn
 
 FILE = "forecast"
 NOT_NAMED = (
-    "the forecast trains a linear model beside the run, about two training steps for each of its own: "
-    "ask for it by name, as in diagnostics=['full', 'forecast_error', 'loss_if_lazy']"
+    "the forecast costs about two training steps for each of the run's: ask for it by name, as in "
+    "diagnostics=['full', 'loss_if_lazy', 'forecast_error']"
 )
 SAID = "the linear forecast adds about two training steps to each of the run's: in ntk/overhead, outside budget="
 
