@@ -80,7 +80,12 @@ def test_the_presets() -> None:
     assert list(select("default")) == DEFAULT
     assert select("full") == tuple(DIAGNOSTICS)
     assert reduction(select("default")) == "any"
-    assert not costs(select("default")), "the default costs nothing beyond its kernel"
+    assert list(costs(select("default"))) == [
+        "a forward-mode product at θ_0",
+        "a second kernel, in models with BatchNorm",
+    ], "all that the default costs beyond its kernel"
+    assert select(["default", "gcv"]) == select([*DEFAULT, "gcv"])
+    assert select(["loss_if_lazy"]) == ("loss", "loss_if_lazy"), "what it is read beside comes with it"
     assert reduction(select("full")) == "full"
     assert costs(["class_specialization"]) == {"a kernel reduced to 'blocks'": ["class_specialization"]}
 
@@ -98,7 +103,7 @@ NOT_UNDER = {
     "Adam": set[str](),
 }
 LATER = {"one_step_error", "one_step_halving"}  # of the first probe alone
-UNKNOWN = {"loss_if_lazy", "forecast_error"}  # need a forecast
+UNKNOWN = {"loss_if_lazy", "forecast_error", "forecast_start_error"}  # need a forecast
 NO_GUARANTEE = {"predicted_rate"}  # mean cross-entropy has zero modes
 
 

@@ -107,7 +107,7 @@ def test_the_verdict_is_its_axes_in_sentences() -> None:
     end = {"taylor_ratio": 0.33, "kernel_angle": 0.18, "kernel_scale": math.log(3), "feature_angle": 0.2}
     end |= {"after_kernel_gain": 0.1, "stability_ratio": 1.4, "loss": 0.1, "loss_if_lazy": 0.4}
     assert _line(_run(**end), "Verdict") == (
-        "The run is clearly non-linear in its weights (Taylor ratio 0.33, as the ladder's γ0 0.16); its kernel clearly "
+        "The run is clearly non-linear in its weights (Taylor ratio 0.33, as the ladder's γ0 0.17); its kernel clearly "
         "turned (0.18 rad, as the ladder's γ0 0.1); its trace went × 3; the last hidden features turned 0.2 rad. "
         "Alignment with the targets +0.100 (z 4.0 → 9.0): it turned towards the targets. As a kernel machine it is "
         "better than at the start (+0.100 held-out accuracy). It was unstable: the learning rate stood at 1.4 of the "

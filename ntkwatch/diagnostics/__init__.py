@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ntkwatch.diagnostics.alignment import ALIGNMENT, MORE_ALIGNMENT
-from ntkwatch.diagnostics.diagnostic import Diagnostic
+from ntkwatch.diagnostics.diagnostic import Diagnostic, Price
 from ntkwatch.diagnostics.errors import ERRORS
 from ntkwatch.diagnostics.generalisation import GENERALISATION
 from ntkwatch.diagnostics.layers import defined, layer_metrics
@@ -24,11 +24,13 @@ __all__ = [
     "DIAGNOSTICS",
     "Diagnostic",
     "Motion",
+    "Price",
     "View",
     "costs",
     "evaluate",
     "layer_metrics",
     "names_forecast",
+    "prices",
     "reduction",
     "select",
 ]
@@ -88,13 +90,20 @@ def reduction(names: Sequence[str]) -> str:
 
 
 def costs(names: Sequence[str]) -> dict[str, list[str]]:
-    """What these diagnostics cost beyond one kernel -> the names that ask for it; in the table's order."""
+    """What these diagnostics cost beyond one kernel, in words -> the names that ask for it; in the table's order."""
     found: dict[str, list[str]] = {}
     for name in names:
-        diagnostic = DIAGNOSTICS[name]
-        kernel = f"a kernel reduced to {diagnostic.reduction!r}" if diagnostic.reduction != "any" else ""
-        for cost in filter(None, (kernel, diagnostic.cost)):
-            found.setdefault(cost, []).append(name)
+        if (needed := DIAGNOSTICS[name].reduction) != "any":
+            found.setdefault(f"a kernel reduced to {needed!r}", []).append(name)
+    return found | {price.text: asked for price, asked in prices(names).items()}
+
+
+def prices(names: Sequence[str]) -> dict[Price, list[str]]:
+    """The same as units that a plan can price, without the richer kernel."""
+    found: dict[Price, list[str]] = {}
+    for name in names:
+        if (price := DIAGNOSTICS[name].cost) is not None:
+            found.setdefault(price, []).append(name)
     return found
 
 

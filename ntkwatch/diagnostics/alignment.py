@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ntkwatch import metrics
-from ntkwatch.diagnostics.diagnostic import Diagnostic
+from ntkwatch.diagnostics.diagnostic import Diagnostic, Price
 from ntkwatch.diagnostics.view import View, ask, ask_vector, known
 from ntkwatch.metrics.undefined import Undefined
 
@@ -172,19 +172,21 @@ ALIGNMENT: dict[str, Diagnostic] = {
     "centered_alignment": Diagnostic(centered_alignment, default=True, needs=TARGETS),
     "centered_alignment_z": Diagnostic(centered_alignment_z, default=True, needs=TARGETS),
 }
-FORWARD = "a forward pass at θ_0 and one at θ_t"
+FORWARD = Price("a forward pass at θ_0 and one at θ_t", passes=2)
+VECTORS = Price("eigenvectors of the kernel", squares=14)
+HALVES = Price("regression on 8 halves of the probes", squares=8 * 2 / 12)
 MORE_ALIGNMENT: dict[str, Diagnostic] = {
     "target_alignment": Diagnostic(target_alignment, needs=TARGETS),
     "alignment_null_mean": Diagnostic(alignment_null_mean, needs=TARGETS),
-    "power_auc": Diagnostic(power_auc, needs=TARGETS),
-    "power_auc_null": Diagnostic(power_auc_null),
-    "power_k90": Diagnostic(power_k90, needs=TARGETS),
-    "power_k90_null": Diagnostic(power_k90_null),
+    "power_auc": Diagnostic(power_auc, needs=TARGETS, cost=VECTORS),
+    "power_auc_null": Diagnostic(power_auc_null, cost=VECTORS),
+    "power_k90": Diagnostic(power_k90, needs=TARGETS, cost=VECTORS),
+    "power_k90_null": Diagnostic(power_k90_null, cost=VECTORS),
     "class_block_r2": Diagnostic(class_block_r2, needs=TARGETS),
     "class_block_gap": Diagnostic(class_block_gap, needs=TARGETS),
     "class_specialization": Diagnostic(class_specialization, reduction="blocks", needs=TARGETS),
     "feature_angle": Diagnostic(feature_angle, cost=FORWARD),
     "feature_cka": Diagnostic(feature_cka, cost=FORWARD),
     "feature_alignment": Diagnostic(feature_alignment, needs=TARGETS, cost=FORWARD),
-    "after_kernel_gain": Diagnostic(after_kernel_gain, needs=TARGETS),
+    "after_kernel_gain": Diagnostic(after_kernel_gain, needs=TARGETS, cost=HALVES),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ntkwatch.diagnostics.diagnostic import Diagnostic
+from ntkwatch.diagnostics.diagnostic import Diagnostic, Price
 from ntkwatch.diagnostics.view import View, ask, ask_vector, known
 
 RELATIVE_RIDGE = 1e-4  # of tr K/n
@@ -59,9 +59,11 @@ def loo_error(view: View) -> Tensor:
     return residuals.square().sum(1).mean()
 
 
+INVERSE = Price("inverses of the kernel", squares=3 * 14)
+SHUFFLED = Price("20 shuffles of the labels", squares=SHUFFLES * 14)
 GENERALISATION: dict[str, Diagnostic] = {
-    "complexity": Diagnostic(complexity, needs=("targets",)),
-    "complexity_random": Diagnostic(complexity_random, needs=("targets",)),
-    "gcv": Diagnostic(gcv, needs=("targets",)),
-    "loo_error": Diagnostic(loo_error, needs=("targets",)),
+    "complexity": Diagnostic(complexity, needs=("targets",), cost=INVERSE),
+    "complexity_random": Diagnostic(complexity_random, needs=("targets",), cost=SHUFFLED),
+    "gcv": Diagnostic(gcv, needs=("targets",), cost=INVERSE),
+    "loo_error": Diagnostic(loo_error, needs=("targets",), cost=INVERSE),
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ntkwatch import metrics
-from ntkwatch.diagnostics.diagnostic import Compute, Diagnostic
+from ntkwatch.diagnostics.diagnostic import Compute, Diagnostic, Price
 from ntkwatch.diagnostics.view import View, ask, known
 from ntkwatch.metrics.undefined import Undefined
 from ntkwatch.optimizers import Rule
@@ -235,16 +235,18 @@ def forecast_start_error(view: View) -> float:
     return known(view.lazy_start)
 
 
-def _rule(compute: Compute, **options: str) -> Diagnostic:
+def _rule(compute: Compute, **options: Price) -> Diagnostic:
     return Diagnostic(compute, reduction="full", needs=("loss", "optimizer"), **options)  # type: ignore[arg-type]
 
 
-FORECAST = "two training steps at every step, where named"
-ADAM = "a further full kernel under Adam or several learning rates"
+LAZY = Price("outputs of the linear forecast, where one is fed", passes=2)
+CURVED = Price("curvature of the loss in Θ [nC, nC]", fulls=12)
+ADAM = Price("curvature in the optimizer's step; a further kernel under Adam or several rates", fulls=12, kernels=1)
+MOMENTS = Price("a further kernel under Adam", kernels=1)
 OPTIMISATION: dict[str, Diagnostic] = {
     "loss": Diagnostic(loss, needs=("loss",)),
     "loss_rate": Diagnostic(loss_rate, needs=("loss",)),
-    "gauss_newton_mu_max": Diagnostic(gauss_newton_mu_max, reduction="full", needs=("loss",)),
+    "gauss_newton_mu_max": Diagnostic(gauss_newton_mu_max, reduction="full", needs=("loss",), cost=CURVED),
     "stability_ratio": _rule(stability_ratio, cost=ADAM),
     "max_stable_lr": _rule(max_stable_lr, cost=ADAM),
     "time_constant_fastest": _rule(time_constant_fastest, cost=ADAM),
@@ -252,10 +254,8 @@ OPTIMISATION: dict[str, Diagnostic] = {
     "predicted_rate": _rule(predicted_rate, cost=ADAM),
     "lr_weighted_angle": Diagnostic(lr_weighted_angle, needs=("optimizer",)),
     "lr_weighted_trace": Diagnostic(lr_weighted_trace, needs=("optimizer",)),
-    "preconditioned_alignment": Diagnostic(
-        preconditioned_alignment, needs=("optimizer", "targets"), cost="a further kernel under Adam"
-    ),
-    "loss_if_lazy": Diagnostic(loss_if_lazy, needs=("loss", "forecast"), beside=("loss",), cost=FORECAST),
-    "forecast_error": Diagnostic(forecast_error, needs=("forecast",), cost=FORECAST),
-    "forecast_start_error": Diagnostic(forecast_start_error, needs=("forecast",), cost=FORECAST),
+    "preconditioned_alignment": Diagnostic(preconditioned_alignment, needs=("optimizer", "targets"), cost=MOMENTS),
+    "loss_if_lazy": Diagnostic(loss_if_lazy, needs=("loss", "forecast"), beside=("loss",), cost=LAZY),
+    "forecast_error": Diagnostic(forecast_error, needs=("forecast",), cost=LAZY),
+    "forecast_start_error": Diagnostic(forecast_start_error, needs=("forecast",), cost=LAZY),
 }
