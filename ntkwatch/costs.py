@@ -20,7 +20,6 @@ from ntkwatch.engines.planning import PASSES
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import Network, OutputsFn, batch_size, inputs_of
 
-SHOWN = 3  # names of those that share a cost
 FORECAST = (
     "the linear forecast takes a forward-mode product, a forward and a backward pass of every training batch besides, "
     "about two training steps a step"
@@ -88,8 +87,8 @@ class _Probe:
         kernels = [price.kernels * sum(getattr(row, what) for row in self.kernel.table) for what in _COLUMNS]
         algebra = self._algebra(price)
         flops, moved, seconds = (sum(parts) for parts in zip(passes, kernels, algebra, strict=True))
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        return Row(f"+ {price.text}", ", ".join(names[:SHOWN]) + more, flops, moved, seconds)
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return Row(f"+ {price.text}", f"{names[0]}{more}", flops, moved, seconds)
 
     def spectrum(self) -> Row:
         """The eigenvalues that every probe records."""

@@ -32,6 +32,8 @@ from ntkwatch.record import Measurement, RecordWriter
 
 __all__ = ["ENGINES", "REDUCTIONS", "Monitor", "check_choice"]
 
+STATISTICS = {"statistics_shift", "statistics_angle"}  # these alone need a second kernel, at the statistics of now
+
 
 class Monitor:
     """Measures the empirical NTK of `model` on fixed probes and compares it with the first measurement.
@@ -189,7 +191,7 @@ class Monitor:
             start, start_layers = base.kernel, base.layers
         elif base is not None:
             start, start_layers = self._baseline_on(batch)
-        live = self._kernel(batch, None) if self.statistics else None
+        live = self._kernel(batch, None) if self.statistics and STATISTICS & {*self.diagnostics} else None
         previous = self._compared(probes)
         view = View(
             step=step,

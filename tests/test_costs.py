@@ -34,7 +34,7 @@ PRICED: dict[str, tuple[str, str, float]] = {
     "Taylor": ("taylor_ratio", "+ a forward-mode product at θ_0", 2 * FORWARD),
     "gradients": ("neural_feature_correlation_mean", "+ C backward passes", (1 + 2 * C) * FORWARD),
     "Θ": ("zero_modes_full", "+ eigenvalues of Θ [nC, nC]", 6.0 * (N * C) ** 3),
-    "weights": ("spectral_update_max", "+ singular values of the weights", 10.0 * (16 * 4 * 4 + C * 16 * C)),
+    "weights": ("spectral_update_max", "+ singular values of the weights", 14.0 * (16 * 4 * 4 + C * 16 * C)),
 }
 
 

@@ -21,8 +21,8 @@ class Price:
         passes: forward passes over the probes; a backward pass counts two, a forward-mode product two.
         per_output: further passes for each of the C outputs.
         kernels: further kernels as rich as the measured one.
-        squares, fulls: multiply-adds over n³ and (nC)³: 6 for eigenvalues, 14 with vectors.
-        weights: multiply-adds over those of each weight matrix times its transpose.
+        squares, fulls: operations over n³ and (nC)³: 6 for eigenvalues, 14 with vectors, as timed beside products.
+        weights: operations over those of each weight matrix times its transpose.
         sweeps: how often the kernel's entries are read for each probe left out.
     """
 

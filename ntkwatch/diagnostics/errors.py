@@ -83,7 +83,7 @@ def kernel_angle_corrected(view: View) -> Tensor:
 
 kernel_angle_corrected.__doc__ = CORRECTED
 
-COST = Price("each probe left out in turn", sweeps=12)
+COST = Price("each probe left out in turn", sweeps=60)
 ERRORS: dict[str, Diagnostic] = {
     **{
         f"{name}_se": Diagnostic(

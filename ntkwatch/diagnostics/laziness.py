@@ -193,7 +193,7 @@ def one_step_halving(view: View) -> float:
 
 TANGENT = Price("a forward-mode product at θ_0", passes=2)
 STATISTICS = Price("a second kernel, in models with BatchNorm", kernels=1)
-SINGULAR = Price("singular values of the weights", weights=10)
+SINGULAR = Price("singular values of the weights", weights=14)
 BACKWARD = Price("C backward passes", passes=1, per_output=2)
 STEPS = Price("two gradient steps on a copy", passes=10)
 LAZINESS: dict[str, Diagnostic] = {

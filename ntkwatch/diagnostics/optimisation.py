@@ -240,8 +240,8 @@ def _rule(compute: Compute, **options: Price) -> Diagnostic:
 
 
 LAZY = Price("outputs of the linear forecast, where one is fed", passes=2)
-CURVED = Price("curvature of the loss in Θ [nC, nC]", fulls=12)
-ADAM = Price("curvature in the optimizer's step; a further kernel under Adam or several rates", fulls=12, kernels=1)
+CURVED = Price("curvature of the loss in Θ [nC, nC]", fulls=24)
+ADAM = Price("curvature in the optimizer's step; a further kernel under Adam or several rates", fulls=24, kernels=1)
 MOMENTS = Price("a further kernel under Adam", kernels=1)
 OPTIMISATION: dict[str, Diagnostic] = {
     "loss": Diagnostic(loss, needs=("loss",)),
