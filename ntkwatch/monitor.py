@@ -32,6 +32,7 @@ from ntkwatch.record import Measurement, RecordWriter
 
 __all__ = ["ENGINES", "REDUCTIONS", "Monitor", "check_choice"]
 
+NO_NNGP = "no NNGP kernel is known: set monitor.nngp = infinite.kernel(infinite.from_module(model), x).nngp"
 STATISTICS = {"statistics_shift", "statistics_angle"}  # these alone need a second kernel, at the statistics of now
 
 
@@ -96,6 +97,7 @@ class Monitor:
         self.previous: tuple[int, Tensor] | None = None
         self.path_length: float | None = 0.0  # Σ angle over successive probes; None where an earlier part is not known
         self.forecast: LinearForecast | str = NO_FORECAST  # or why there is none
+        self.nngp: Tensor | str = NO_NNGP  # [n, n] of the probes, or why there is none
         self._folder = Path(record) if record is not None else None
         self._writer: RecordWriter | None = None
         self._clock: tuple[float, float] | None = None
@@ -215,6 +217,7 @@ class Monitor:
             loss=self._loss_at(kernel.outputs, probes),
             optimizer=read_rule(optimizer, self.network.parameters),
             **self._lazy(batch),
+            nngp=self.nngp if probes is None else "resample=True: the NNGP kernel is of other inputs",
             instruments=self._instruments(batch),
             start_step=base.step if base is not None else step,
         )

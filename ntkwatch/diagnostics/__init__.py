@@ -12,12 +12,14 @@ from functools import partial
 from ntkwatch.diagnostics.alignment import ALIGNMENT, MORE_ALIGNMENT
 from ntkwatch.diagnostics.diagnostic import Diagnostic, Price
 from ntkwatch.diagnostics.errors import ERRORS
+from ntkwatch.diagnostics.flow import FIXED_KERNEL
 from ntkwatch.diagnostics.generalisation import GENERALISATION
 from ntkwatch.diagnostics.layers import defined, layer_metrics
 from ntkwatch.diagnostics.laziness import LAZINESS, MORE_LAZINESS
 from ntkwatch.diagnostics.motion import MOTION
 from ntkwatch.diagnostics.optimisation import OPTIMISATION
 from ntkwatch.diagnostics.spectrum import MORE_SPECTRUM, SPECTRUM
+from ntkwatch.diagnostics.uncertainty import UNCERTAINTY
 from ntkwatch.diagnostics.view import Motion, View
 
 __all__ = [
@@ -45,7 +47,9 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
     **MORE_ALIGNMENT,
     **MORE_LAZINESS,
     **OPTIMISATION,
+    **FIXED_KERNEL,
     **GENERALISATION,
+    **UNCERTAINTY,
     **ERRORS,
 }
 DERIVED_FROM = ("any", "blocks", "full")  # each holds what the ones before it do

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from ntkwatch import metrics
 from ntkwatch.diagnostics.diagnostic import Diagnostic, Price
+from ntkwatch.diagnostics.generalisation import HALVES, halves
 from ntkwatch.diagnostics.view import View, ask, ask_vector, known
 from ntkwatch.metrics.undefined import Undefined
-
-SIDES = 8  # random halvings of the probes behind after_kernel_gain
 
 
 def centered_alignment(view: View) -> Tensor:
@@ -153,18 +152,15 @@ def feature_alignment(view: View) -> Tensor:
     return ask("centered_alignment", h @ h.T, known(view.targets))
 
 
-def after_kernel_gain(view: View) -> float:
+def after_kernel_gain(view: View) -> Tensor:
     """Held-out accuracy of ridge regression with K_t minus with K_0, over 8 seeded halvings of the probes."""
-    y, n = view.labels, len(view.square)
-    if n < 8:
-        raise Undefined(f"half of {n} probes is too few to hold out")
-    generator = torch.Generator().manual_seed(view.seed)
+    y = view.labels
     gains = []
-    for _ in range(SIDES):
-        order = torch.randperm(n, generator=generator)
+    for train, test in halves(view):
+        order = torch.cat([train, test])
         k, k0 = (kernel[order][:, order] for kernel in (view.square, view.square_0))
-        gains.append(float(ask("after_kernel_gain", k, k0, y[order], n // 2)))
-    return sum(gains) / SIDES
+        gains.append(ask("after_kernel_gain", k, k0, y[order], len(train)))
+    return torch.stack(gains).mean()
 
 
 TARGETS = ("targets",)
@@ -174,7 +170,6 @@ ALIGNMENT: dict[str, Diagnostic] = {
 }
 FORWARD = Price("a forward pass at θ_0 and one at θ_t", passes=2)
 VECTORS = Price("eigenvectors of the kernel", squares=14)
-HALVES = Price("regression on 8 halves of the probes", squares=8 * 2 / 12)
 MORE_ALIGNMENT: dict[str, Diagnostic] = {
     "target_alignment": Diagnostic(target_alignment, needs=TARGETS),
     "alignment_null_mean": Diagnostic(alignment_null_mean, needs=TARGETS),

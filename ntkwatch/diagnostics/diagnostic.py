@@ -45,7 +45,7 @@ class Diagnostic:
         default: in the preset "default".
         when: whether the name exists for a model (BatchNorm has its own).
         reduction: the reduction it needs: "any" (whatever the run's is), "blocks" or "full".
-        needs: of "targets", "loss", "optimizer", "forecast": undefined without.
+        needs: of "targets", "loss", "optimizer", "forecast", "nngp": undefined without.
         beside: names that are reported with it, so that it can be read.
         cost: what it costs beyond the kernel and a few passes over its entries; None for nothing.
     """

@@ -145,7 +145,7 @@ def loss_rate(view: View) -> float:
 
 
 # ── optimizer-aware kernels ───────────────────────────────────────────────────────────────────────────────────────────
-def _lr_weighted(view: View) -> tuple[Tensor, Tensor]:
+def lr_weighted(view: View) -> tuple[Tensor, Tensor]:
     """Σ_g η_g K_g now and at the baseline, both at the learning rates of now; [n, n]."""
     rule: Rule = known(view.optimizer)
     now, start = (
@@ -164,7 +164,7 @@ def lr_weighted_angle(view: View) -> Tensor:
     Pitfalls: equals kernel_angle under one learning rate; unlike it, it does not depend on how matched rescalings of
         weights and rates split a layer's size
     """
-    return ask("kernel_angle", *_lr_weighted(view))
+    return ask("kernel_angle", *lr_weighted(view))
 
 
 def lr_weighted_trace(view: View) -> Tensor:
@@ -175,7 +175,7 @@ def lr_weighted_trace(view: View) -> Tensor:
     Source: Yang & Hu 2021 (per-layer learning rates)
     Pitfalls: without momentum (times 1/(1 − β) in the long run) and without Adam's preconditioner
     """
-    return torch.log10(_lr_weighted(view)[0].trace())
+    return torch.log10(lr_weighted(view)[0].trace())
 
 
 def preconditioned_alignment(view: View) -> Tensor:
@@ -194,52 +194,10 @@ def preconditioned_alignment(view: View) -> Tensor:
     return ask("centered_alignment", kernel, known(view.targets))
 
 
-# ── the forecast ──────────────────────────────────────────────────────────────────────────────────────────────────────
-def loss_if_lazy(view: View) -> float:
-    """The loss on the probes that the linearised network would have now, trained on the same batches.
-
-    Formula: 𝓛(f_0 + J_0·(θ_lin − θ_0), y), θ_lin trained by a copy of the run's optimizer on the linear model
-    Range: the loss's own; undefined unless a LinearForecast is attached: NTKWatch does where this is named in
-        diagnostics=, at the cost of about two training steps a step, which no budget bounds
-    Source: Lee et al. 2019
-    Pitfalls: read it beside loss; in evaluation mode at the baseline's BatchNorm statistics, whatever mode the run
-        trains in
-    """
-    at, outputs = known(view.loss), known(view.f_lazy)
-    with torch.no_grad():
-        return float(at.at(outputs.to(at.outputs.device)))
-
-
-def forecast_error(view: View) -> Tensor:
-    """How far the run left the linearised network trained on the same batches.
-
-    Formula: ‖Δf − Δf̂‖/(‖Δf‖ + ‖Δf̂‖), Δf̂ the motion of the linearised network under a copy of the optimizer
-    Range: [0, 1]; undefined while nothing moved, and unless a LinearForecast is attached
-    Source: Lee et al. 2019; the symmetric ratio is this library's
-    Pitfalls: usually, not always, at least taylor_ratio: the two trajectories part, the linearisation is the same
-    """
-    motion, lazy = known(view.motion), known(view.f_lazy)
-    return ask("taylor_ratio", motion.delta_f, lazy - view.baseline_outputs)
-
-
-def forecast_start_error(view: View) -> float:
-    """Whether the forecast is trained on what the run is trained on: their gradients at the first step.
-
-    Formula: ‖g_run − g‖/‖g_run‖, g the gradient of loss= at θ_0 in evaluation mode, on the first step's batches
-    Range: [0, ∞), rounding where the two are one; undefined unless a LinearForecast is attached, and before the first
-        step
-    Source: this library's check
-    Pitfalls: dropout, BatchNorm in training mode, other terms of the training loss and hooks on gradients show here,
-        and forecast_error holds them too
-    """
-    return known(view.lazy_start)
-
-
 def _rule(compute: Compute, **options: Price) -> Diagnostic:
     return Diagnostic(compute, reduction="full", needs=("loss", "optimizer"), **options)  # type: ignore[arg-type]
 
 
-LAZY = Price("outputs of the linear forecast, where one is fed", passes=2)
 CURVED = Price("curvature of the loss in Θ [nC, nC]", fulls=24)
 ADAM = Price("curvature in the optimizer's step; a further kernel under Adam or several rates", fulls=24, kernels=1)
 MOMENTS = Price("a further kernel under Adam", kernels=1)
@@ -255,7 +213,4 @@ OPTIMISATION: dict[str, Diagnostic] = {
     "lr_weighted_angle": Diagnostic(lr_weighted_angle, needs=("optimizer",)),
     "lr_weighted_trace": Diagnostic(lr_weighted_trace, needs=("optimizer",)),
     "preconditioned_alignment": Diagnostic(preconditioned_alignment, needs=("optimizer", "targets"), cost=MOMENTS),
-    "loss_if_lazy": Diagnostic(loss_if_lazy, needs=("loss", "forecast"), beside=("loss",), cost=LAZY),
-    "forecast_error": Diagnostic(forecast_error, needs=("forecast",), cost=LAZY),
-    "forecast_start_error": Diagnostic(forecast_start_error, needs=("forecast",), cost=LAZY),
 }

@@ -130,7 +130,7 @@ def spectral_update(w: Tensor, w0: Tensor) -> Tensor:
 
 
 def _spectral_norm(w: Tensor) -> Tensor:
-    """By the smaller Gram matrix, which keeps the digits of the largest singular value and costs a sixth of them all."""
+    """By the smaller Gram matrix: it keeps the digits of the largest singular value and costs a sixth of them all."""
     size = w.abs().max()
     if size == 0:
         return size
