@@ -271,4 +271,16 @@ def test_a_rich_run_leaves_its_forecast_and_the_two_losses_stand_side_by_side(tm
     assert loss[0] == pytest.approx(lazy[0], rel=1e-6)
     assert loss[60] != pytest.approx(lazy[60], rel=1e-3)
     assert 0.01 < watch.last.metrics["forecast_error"] < 1
-    assert "Forecast" in watch.summary()
+    assert "had it stayed linear" in watch.summary()
+
+
+def test_the_losses_share_a_chart_and_a_picture_of_the_report(tmp_path: Path) -> None:
+    from ntkwatch.report import render
+    from ntkwatch.sinks import layout
+
+    watch = NTKWatch(probes="train", budget=None, every=[0, 3, 6], diagnostics=["default", "loss_if_lazy"])
+    trainer(tmp_path, watch, max_steps=6).fit(Linear(sgd), data())
+    charts = layout(watch.last)["NTK"]
+    tags = charts["loss on the probes, and had the network stayed linear"][1]
+    assert tags == ["ntk/loss$", "ntk/loss_if_lazy$"]
+    assert "loss if lazy" in render([watch.record])
