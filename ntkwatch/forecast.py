@@ -74,7 +74,7 @@ class LinearForecast:
         here = {**self.network.parameters, **running_statistics(self.network.module), **(start or {})}
         self._start = {name: tensor.detach().to(self.network.device, copy=True) for name, tensor in here.items()}
         self.parameters = {name: self._start[name].clone() for name in self.network.parameters}
-        if optimizer.state and resumed is None:
+        if resumed is None and _has_stepped(optimizer):
             raise ValueError("the optimizer has stepped already: make the forecast before training, at θ_0")
         self.gradient_error: float | None = None
         self._stepped = resumed is not None
@@ -187,3 +187,8 @@ class LinearForecast:
             return type(optimizer)(copies, **defaults), groups
         except (TypeError, ValueError) as error:
             raise ValueError(f"{type(optimizer).__name__} cannot be copied ({error})") from error
+
+
+def _has_stepped(optimizer: torch.optim.Optimizer) -> bool:
+    """Some optimizers lay out their state, at step 0, when they are made."""
+    return any(held and float(held.get("step", 1)) > 0 for held in optimizer.state.values())

@@ -35,6 +35,11 @@ CASES: dict[str, tuple[dict[str, float], str, str]] = {
     "beyond": ({"stability_ratio": 1.6}, "Stability", "ratio 1.6: beyond the edge"),
     "overshoot": ({"linearization_error": 1.4, "kernel_scale": 0.2}, "Stability", "it is no instability"),
     "instability": ({"linearization_error": 1.4, "kernel_scale": -0.5}, "Stability", "this is instability"),
+    "forecast of something else": (
+        {"loss": 0.1, "loss_if_lazy": 0.4, "forecast_start_error": 0.7},
+        "Forecast",
+        "its first gradient was 70% off the run's",
+    ),
     "forecast": (
         {"loss": 0.1, "loss_if_lazy": 0.4, "forecast_error": 0.5},
         "Forecast",

@@ -104,7 +104,7 @@ def class_block_gap(view: View) -> Tensor:
 
 
 def class_specialization(view: View) -> Tensor:
-    """Mean diagonal of the class specialisation matrix."""
+    """the mean diagonal of this matrix over the classes among the probes, above 1 where outputs specialise."""
     blocks, y = known(view.blocks), view.labels
     if len(blocks) < 2:
         raise Undefined("specialisation compares outputs and there is one")

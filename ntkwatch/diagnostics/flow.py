@@ -104,12 +104,13 @@ def flow_error(view: View) -> Tensor:
     return ask("taylor_ratio", motion.delta_f, flowed(view) - view.baseline_outputs)
 
 
+START = "forecast_start_error"
 LAZY = Price("outputs of the linear forecast, where one is fed", passes=2)
 FLOW = Price("eigenvectors of the first kernel", squares=14)
 FIXED_KERNEL: dict[str, Diagnostic] = {
-    "loss_if_lazy": Diagnostic(loss_if_lazy, needs=("loss", "forecast"), beside=("loss",), cost=LAZY),
-    "forecast_error": Diagnostic(forecast_error, needs=("forecast",), cost=LAZY),
-    "forecast_start_error": Diagnostic(forecast_start_error, needs=("forecast",), cost=LAZY),
+    "loss_if_lazy": Diagnostic(loss_if_lazy, needs=("loss", "forecast"), beside=("loss", START), cost=LAZY),
+    "forecast_error": Diagnostic(forecast_error, needs=("forecast",), beside=(START,), cost=LAZY),
+    START: Diagnostic(forecast_start_error, needs=("forecast",), cost=LAZY),
     "loss_if_flow": Diagnostic(loss_if_flow, needs=("loss", "optimizer"), beside=("loss",), cost=FLOW),
     "flow_error": Diagnostic(flow_error, needs=("loss", "optimizer"), cost=FLOW),
 }

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 EDGE = (0.5, 0.95, 1.05)  # of the stability ratio: inside, near, at, beyond; 1 is the edge
 RIGHT = (0.35, 0.65)  # of the self-test, ½ where all is right
+OFF = 0.1  # of the run's first gradient: a forecast that is further off forecasts something else
 SAME = 0.02  # accuracy: below this a gain is a probe or two
 
 
@@ -93,7 +94,19 @@ def forecast(metrics: pd.DataFrame) -> str:
     if loss is None or lazy is None:
         return ""
     text = f"Loss on the probes {number(loss)}; the linearised network, trained on the same batches, {number(lazy)}"
-    return f"{text} (the two moved {number(error)} apart, of 1)." if error is not None else f"{text}."
+    apart = f" (the two moved {number(error)} apart, of 1)" if error is not None else ""
+    return f"{text}{apart}{off_start(metrics)}."
+
+
+def off_start(metrics: pd.DataFrame) -> str:
+    """A warning where the forecast was not trained on what the run is trained on."""
+    off = last(metrics, "forecast_start_error")
+    if off is None or off < OFF:
+        return ""
+    return (
+        f"; but its first gradient was {off:.0%} off the run's (dropout, BatchNorm, or another loss), "
+        "which is no laziness"
+    )
 
 
 def self_test(metrics: pd.DataFrame) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ntkwatch.words.axes import agreement, alignment, heading
 from ntkwatch.words.ladder import LADDER_ANGLE, LADDER_RHO, LINEAR, TURNED, reached, rung, word
-from ntkwatch.words.recorded import EDGE, SAME, last, number
+from ntkwatch.words.recorded import EDGE, SAME, last, number, off_start
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +68,7 @@ def _if_lazy(metrics: pd.DataFrame) -> str:
     loss, lazy = last(metrics, "loss"), last(metrics, "loss_if_lazy")
     if loss is None or lazy is None:
         return ""
-    return f"Loss on the probes {number(loss)}; had it stayed linear, {number(lazy)}."
+    return f"Loss on the probes {number(loss)}; had it stayed linear, {number(lazy)}{off_start(metrics)}."
 
 
 def _sentence(text: str) -> str:
