@@ -15,11 +15,12 @@ from ntkwatch.diagnostics import Price, names_forecast, prices, select
 from ntkwatch.diagnostics import reduction as richest_of
 from ntkwatch.engines import Plan
 from ntkwatch.engines.base import Precision, Reduction, Row
-from ntkwatch.engines.contract import BANDWIDTH, FLOPS
+from ntkwatch.engines.costs import BANDWIDTH
 from ntkwatch.engines.planning import PASSES
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import Network, OutputsFn, batch_size, inputs_of
 
+ALGEBRA = 4.5e10  # operations per second, in the units of Price: measured on one core, on 640 × 640
 FORECAST = (
     "the linear forecast takes a forward-mode product, a forward and a backward pass of every training batch besides, "
     "about two training steps a step"
@@ -102,7 +103,7 @@ class _Probe:
     def _algebra(self, price: Price) -> tuple[float, ...]:
         flops = price.squares * self.n**3 + price.fulls * (self.n * self.c) ** 3 + price.weights * self._weights()
         moved = price.sweeps * (self.n + 1) * self._entries() * 8
-        return flops, moved, flops / FLOPS[torch.float64] + moved / BANDWIDTH
+        return flops, moved, flops / ALGEBRA + moved / BANDWIDTH
 
     def _entries(self) -> float:
         return self.n**2 * {"full": self.c**2, "blocks": self.c}.get(self.reduction, 1)
