@@ -60,8 +60,13 @@ def _stability(metrics: pd.DataFrame) -> str:
     if "stability_ratio" not in metrics or not float(metrics["stability_ratio"].max()) > EDGE[2]:
         return ""
     highest, now = float(metrics["stability_ratio"].max()), last(metrics, "stability_ratio")
+    scale = last(metrics, "kernel_scale")
+    settled = now is not None and now <= EDGE[2]
     since = f", {number(now)} at the end" if now is not None and now < highest else ""
-    return f"It was unstable: the learning rate stood at {number(highest)} of the largest stable one{since}."
+    shrunk = (
+        "; the kernel shrank until it was stable, a catapult" if settled and scale is not None and scale < 0 else ""
+    )
+    return f"The learning rate was beyond the largest stable one, up to {number(highest)} of it{since}{shrunk}."
 
 
 def _if_lazy(metrics: pd.DataFrame) -> str:
