@@ -4,12 +4,15 @@
 
 Under the NTK parametrization, and the standard one with a learning rate of 1/width, the kernel moves less the wider
 the network is (slope about -1); under muP it moves as much at every width (slope about 0). A muP implementation that
-shows another slope is wrong: that is what this check is for.
+shows another slope is wrong: that is what this check is for. The figure in the README is its OUT/slopes.png, of
+
+    python examples/width_sweep.py --widths 64 128 256 512 1024
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import math
 import warnings
@@ -22,9 +25,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ntkwatch import NTKWatch, compare_runs
+from ntkwatch import NTKWatch, compare_runs, figures
 
 BASE_WIDTH = 32
+NAMES = {"ntk": "NTK", "standard": "standard, rate 1/width", "mup": "muP"}
 
 
 class Scaled(nn.Linear):
@@ -40,7 +44,11 @@ class Scaled(nn.Linear):
 
 
 class ParityMLP(pl.LightningModule):
-    """Odd or even digit, two hidden ReLU layers, ½ mean squared error, SGD; `scheme` is "ntk", "standard" or "mup"."""
+    """Odd or even digit, two hidden ReLU layers, ½ mean squared error, SGD; `scheme` is "ntk", "standard" or "mup".
+
+    Outputs are those of the network minus its own at the start: muP divides the outputs by √width, so that a start of
+    its own would weigh more in narrow networks than in wide ones and tilt the line.
+    """
 
     def __init__(self, width: int, scheme: str) -> None:
         super().__init__()
@@ -54,11 +62,12 @@ class ParityMLP(pl.LightningModule):
         else:
             layers = [Scaled(n_in, n_out, 2 if n_out > 1 else 1) for n_in, n_out in sizes]
         self.net = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+        self.start = copy.deepcopy(self.net).requires_grad_(False)
         self.output_scale = 1 / gamma
         self.learning_rate = 1 / width if scheme == "standard" else 0.5 * gamma**2
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output_scale * self.net(x)
+        return self.output_scale * (self.net(x) - self.start(x))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
@@ -87,8 +96,9 @@ def main() -> None:
     args = parser.parse_args()
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    data = parity()
+    for known in (".*does not have many workers.*", ".*number of training batches.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", message=known)
+    data, compared = parity(), {}
     for scheme in ("ntk", "standard", "mup"):
         for width in args.widths:
             for seed in range(args.seeds):
@@ -99,10 +109,14 @@ def main() -> None:
                     enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
                 )  # fmt: skip
                 trainer.fit(ParityMLP(width, scheme), DataLoader(data, len(data)))
-        slope = compare_runs([args.out / scheme]).slopes["relative_change"]
+        comparison = compare_runs([args.out / scheme])
+        slope = comparison.slopes["relative_change"]
+        compared[NAMES[scheme]] = (comparison.table, slope)
         interval = f"[{slope.low:+.2f}, {slope.high:+.2f}]"
         print(f"{scheme:8s}  slope of the relative kernel change {slope.value:+.2f}  {interval}")
-    print(f"tables and figures: ntkwatch widths {args.out}/mup/")
+    title = "Change of the kernel, ‖K − K₀‖/‖K₀‖, on digits"
+    figures.save(figures.slopes_together(compared, "relative_change", title=title), args.out / "slopes.png")
+    print(f"wrote {args.out}/slopes.png; tables and figures of one: ntkwatch widths {args.out}/mup/")
 
 
 if __name__ == "__main__":

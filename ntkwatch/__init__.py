@@ -23,7 +23,7 @@ _HOMES = {
     "UnsupportedModel": "model",
     "empirical_ntk": "engines",
     "layer_ntks": "engines",
-    "plan": "engines",
+    "plan": "costs",
     "compare_runs": "compare",
     "Comparison": "compare",
 }
@@ -52,7 +52,8 @@ if TYPE_CHECKING:
     from ntkwatch import infinite, metrics
     from ntkwatch.callback import NTKWatch
     from ntkwatch.compare import Comparison, compare_runs
-    from ntkwatch.engines import empirical_ntk, layer_ntks, plan
+    from ntkwatch.costs import plan
+    from ntkwatch.engines import empirical_ntk, layer_ntks
     from ntkwatch.model import UnsupportedModel
     from ntkwatch.monitor import Monitor
     from ntkwatch.probes import ProbeSet

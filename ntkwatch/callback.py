@@ -14,6 +14,8 @@ from torch import Tensor
 from ntkwatch import probes as probing
 from ntkwatch.diagnostics import select
 from ntkwatch.distributed import Ranks, sharded
+from ntkwatch.failures import Failures
+from ntkwatch.following import Follower, follow
 from ntkwatch.monitor import ENGINES, REDUCTIONS, check_choice
 from ntkwatch.opening import Opening, Settings
 from ntkwatch.record import Measurement, RecordError, load_run
@@ -27,8 +29,6 @@ if TYPE_CHECKING or "lightning.pytorch" not in sys.modules:
     from pytorch_lightning import Callback
 else:  # the import name that the run already uses: a second copy of the package would cost seconds
     from lightning.pytorch import Callback
-
-PATIENCE = 3  # failures in a row before probing is switched off
 
 
 class NTKWatch(Callback):
@@ -44,7 +44,8 @@ class NTKWatch(Callback):
         outputs: callable (model, batch) -> [n, C], where the model's own output is something else.
         targets: None (from the batch), a tensor for the probes, or a callable of the batch.
         loss: callable (outputs, targets) -> mean loss, for the diagnostics that need one.
-        diagnostics: "default", "full" or a list of names.
+        diagnostics: "default", "full" or a list of names (and presets); `loss_if_lazy` and `forecast_error` only by
+            name: they train a linear model beside the run.
         resample: fresh probes at every measurement, θ_0 and θ_t both evaluated on them.
         save_kernels: keep every kernel in the record, not only the first.
         on_error: "warn" or "raise": what a failing probe does in mid-run.
@@ -103,11 +104,12 @@ class NTKWatch(Callback):
 
     def _forget(self) -> None:
         """A clean slate for one fit; a checkpoint's state is loaded after this."""
-        self._off: str | None = None
+        self._failures = Failures(self._on_error, self._explicit)
         self._session: Session | None = None
+        self._follower: Follower | None = None
         self._ranks = Ranks.detect()
         self._restored: dict[str, Any] | None = None
-        self._failures = self._step = self._global_step = 0
+        self._step = self._global_step = 0
         self._probed_at: int | None = None
         self._carried: dict[str, Any] = {}
         self._values: dict[str, float] = {}  # the newest defined ones, on every rank
@@ -125,13 +127,13 @@ class NTKWatch(Callback):
         self._forget()
         self._trial = bool(trainer.fast_dev_run)
         if trainer.barebones:
-            self._switch_off("Trainer(barebones=True) runs without extras")
+            self._failures.switch_off("Trainer(barebones=True) runs without extras")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Choose the probes, look at the model; what was passed explicitly and does not fit raises here."""
-        if self._off is None and (reason := sharded(pl_module)) is not None:
-            self._switch_off(f"{reason}; sharded parameters cannot be measured yet: use DDP or one device")
-        if self._off is not None:
+        if self._failures.off is None and (reason := sharded(pl_module)) is not None:
+            self._failures.switch_off(f"{reason}; sharded parameters cannot be measured yet: use DDP or one device")
+        if self._failures.off is not None:
             return
         self._ranks = Ranks.detect()
         self._global_step = trainer.global_step
@@ -149,28 +151,37 @@ class NTKWatch(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """K_0, before the first training step; the first batch calibrates BatchNorm and gives streamed probes."""
-        if self._off is not None or self._begun:
+        if self._failures.off is not None or self._begun:
             return
         self._begun = True
         self._together(trainer, "settling the baseline", partial(self._begin, trainer, pl_module, batch), start=True)
         self._continued = self._share(self._continued, False)
-        if self._off is None and not self._continued:
+        if self._failures.off is None and not self._continued:
             if self._restored is None:
                 self._candidate()
             self._together(trainer, "the baseline probe", partial(self._baseline, trainer), start=True)
 
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """The learning rates of this step, for the linear forecast: a scheduler changes them before the batch ends."""
+        if self._follower is not None:
+            self._follower.stepping()
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count optimizer-stepping batches; measure where the schedule says so."""
-        if trainer.global_step == self._global_step:
+        stepped = trainer.global_step != self._global_step
+        if self._follower is not None and self._failures.off is None:
+            with self.schedule.aside(), true_precision(trainer):
+                self._follower.batch(batch, outputs, stepped)
+        if not stepped:
             return  # gradients are being accumulated
         self._global_step = trainer.global_step
         self._step += 1
-        if self._off is None and not self._trial and self._candidate():
+        if self._failures.off is None and not self._trial and self._candidate():
             self._probe(trainer, last=False)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """The last step is always measured."""
-        if self._off is None and not self._trial and self._probed_at not in (None, self._step):
+        if self._failures.off is None and not self._trial and self._probed_at not in (None, self._step):
             self._probe(trainer, last=True)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -181,12 +192,14 @@ class NTKWatch(Callback):
         if stage != "fit":
             return
         if self._hide_columns is not None:
-            self._quietly("the progress bar", self._hide_columns)
+            self._failures.quietly("the progress bar", self._hide_columns)
             self._hide_columns = None  # a closure: the callback stays picklable
         if self._session is not None:
-            self._quietly("closing the loggers", self._session.finish)
-            self._carried = self._session.state()  # `trainer.save_checkpoint` after the fit still resumes the record
-            self._session = None
+            self._failures.quietly("closing the loggers", self._session.finish)
+            self._carried = self._state(
+                self._session
+            )  # `trainer.save_checkpoint` after the fit still resumes the record
+            self._session = self._follower = None
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only, under 1 MB."""
@@ -196,8 +209,12 @@ class NTKWatch(Callback):
             "grid": self._grid.state_dict(),
             "values": dict(self._values),
         }
-        state["session"] = self._session.state() if self._session is not None else self._carried
+        state["session"] = self._state(self._session) if self._session is not None else self._carried
         return state
+
+    def _state(self, session: Session) -> dict[str, Any]:
+        forecast = self._follower.state(session.record) if self._follower is not None and session.begun else None
+        return session.state() | ({"forecast": forecast} if forecast else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the record of the run that the checkpoint is from."""
@@ -215,7 +232,7 @@ class NTKWatch(Callback):
         try:
             return self._grid.due(self._step)
         except Exception as error:
-            self._failed(f"every= at step {self._step}", f"{type(error).__name__}: {error}", error, start=False)
+            self._failures.probe(f"every= at step {self._step}", f"{type(error).__name__}: {error}", error, start=False)
             return False
 
     # ── one probe ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -254,6 +271,8 @@ class NTKWatch(Callback):
             self._continued = self._continue(self._session)
             if not self._continued:
                 self._session.begin([trainer.precision_plugin.convert_input(batch)])
+            earlier = self._restored if self._continued else None
+            self._follower = follow(trainer, pl_module, self._session, self._settings, earlier, self._failures.beside)
         for line in self._session.introduction():
             log.info(f"NTKWatch: {line}")
         self.record = self._session.record
@@ -289,9 +308,10 @@ class NTKWatch(Callback):
         values = self._session.sinks.values if self._session is not None and measurement is not None else None
         said, values = self._share((said, values), (None, None))
         if said is not None:
-            self._failed(what, said, error, start)
+            self._failures.probe(what, said, error, start)
         elif values is not None:
-            self._failures, self._probed_at = 0, self._step
+            self._failures.succeeded()
+            self._probed_at = self._step
             self.last = measurement
             self._values.update({tag: value for tag, value in values.items() if tag.startswith("ntk/")})
             publish(self._values, trainer.callback_metrics)
@@ -301,27 +321,5 @@ class NTKWatch(Callback):
         try:
             return self._ranks.broadcast(value)
         except Exception as error:
-            self._switch_off(f"the ranks do not answer each other ({error})")
+            self._failures.switch_off(f"the ranks do not answer each other ({error})")
             return otherwise
-
-    def _failed(self, what: str, said: str, error: Exception | None, start: bool) -> None:
-        if self._on_error == "raise" or (start and self._explicit):
-            raise error or RuntimeError(said)
-        self._failures += 1
-        if start:
-            remedy = "pass outputs=, targets= or probes= to NTKWatch (on_error='raise' shows the traceback)"
-            self._switch_off(f"{what} failed ({said}): {remedy}")
-        elif self._failures == PATIENCE:
-            self._switch_off(f"{what} failed ({said}), the {PATIENCE}rd time in a row")
-        else:
-            warn(f"{what} failed ({said}); training goes on")
-
-    def _quietly(self, what: str, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:
-            warn(f"{what} failed ({type(error).__name__}: {error}); training goes on")
-
-    def _switch_off(self, why: str) -> None:
-        self._off = why
-        warn(f"switched off: {why}")

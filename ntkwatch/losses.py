@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ntkwatch.metrics.undefined import Undefined
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
+ROWS = 4  # that tell how a loss meets flat targets
 NO_LOSS = "no loss is known: pass loss=, a callable (outputs, targets) -> mean loss, or define ntk_loss on the module"
 
 
@@ -60,10 +62,37 @@ class LossAt:
 
     def at(self, outputs: Tensor) -> Tensor:
         """𝓛 of other outputs [n, C] for the same targets, 0-d."""
-        targets = self.targets.to(outputs.device)
-        if targets.is_floating_point():
-            targets = targets.to(outputs.dtype)
-            targets = targets[:, None] if targets.ndim == 1 and outputs.shape[1] == 1 else targets
+        return self._called(outputs, self._column(self.targets) if self._takes_column else self.targets)
+
+    @cached_property
+    def _takes_column(self) -> bool:
+        """Whether one output [n, 1] is to meet flat targets as [n, 1]: where the loss then is that of its rows.
+
+        Met the other way round both broadcast to [n, n], silently in most losses.
+        """
+        if self.targets.ndim != 1 or self.outputs.shape[1] != 1:
+            return False
+        column, flat = (self._gap(shape) for shape in (self._column, lambda y: y))
+        return column <= flat
+
+    def _gap(self, shape: Callable[[Tensor], Tensor]) -> float:
+        """How far the loss of some rows is from the mean, or the sum, of their own; infinite where it fails."""
+        f, y = self.outputs[:ROWS].detach(), shape(self.targets[:ROWS])
+        try:
+            with torch.no_grad():
+                together = self._called(f, y)
+                apart = torch.stack([self._called(f[i : i + 1], y[i : i + 1]) for i in range(len(f))])
+        except Undefined:
+            return math.inf
+        return float(torch.stack([(together - apart.mean()).abs(), (together - apart.sum()).abs()]).min())
+
+    @staticmethod
+    def _column(y: Tensor) -> Tensor:
+        return y[:, None]
+
+    def _called(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        targets = targets.to(outputs.device)
+        targets = targets.to(outputs.dtype) if targets.is_floating_point() else targets
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message=".*target size.*different.*")

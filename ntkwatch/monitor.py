@@ -20,7 +20,7 @@ from ntkwatch.derived import Derived, on_cpu
 from ntkwatch.diagnostics import View
 from ntkwatch.engines.auto import Choice, choose
 from ntkwatch.engines.base import Kernel, Reduction
-from ntkwatch.forecast import LinearForecast
+from ntkwatch.forecast import NO_FORECAST, LinearForecast
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.instruments import Instruments
 from ntkwatch.losses import LossAt, loss_of
@@ -31,6 +31,9 @@ from ntkwatch.probes import ProbeSet, encode_targets
 from ntkwatch.record import Measurement, RecordWriter
 
 __all__ = ["ENGINES", "REDUCTIONS", "Monitor", "check_choice"]
+
+NO_NNGP = "no NNGP kernel is known: set monitor.nngp = infinite.kernel(infinite.from_module(model), x).nngp"
+STATISTICS = {"statistics_shift", "statistics_angle"}  # these alone need a second kernel, at the statistics of now
 
 
 class Monitor:
@@ -93,7 +96,8 @@ class Monitor:
         self.statistics: dict[str, Tensor] = {}
         self.previous: tuple[int, Tensor] | None = None
         self.path_length: float | None = 0.0  # Σ angle over successive probes; None where an earlier part is not known
-        self.forecast: LinearForecast | None = None
+        self.forecast: LinearForecast | str = NO_FORECAST  # or why there is none
+        self.nngp: Tensor | str = NO_NNGP  # [n, n] of the probes, or why there is none
         self._folder = Path(record) if record is not None else None
         self._writer: RecordWriter | None = None
         self._clock: tuple[float, float] | None = None
@@ -189,7 +193,7 @@ class Monitor:
             start, start_layers = base.kernel, base.layers
         elif base is not None:
             start, start_layers = self._baseline_on(batch)
-        live = self._kernel(batch, None) if self.statistics else None
+        live = self._kernel(batch, None) if self.statistics and STATISTICS & {*self.diagnostics} else None
         previous = self._compared(probes)
         view = View(
             step=step,
@@ -212,7 +216,8 @@ class Monitor:
             path_length=self._path(value, previous),
             loss=self._loss_at(kernel.outputs, probes),
             optimizer=read_rule(optimizer, self.network.parameters),
-            f_lazy=self._f_lazy(batch),
+            **self._lazy(batch),
+            nngp=self.nngp if probes is None else "resample=True: the NNGP kernel is of other inputs",
             instruments=self._instruments(batch),
             start_step=base.step if base is not None else step,
         )
@@ -238,10 +243,16 @@ class Monitor:
         angle = float(metrics.kernel_angle(value, previous[1]))
         return self.path_length + angle if math.isfinite(angle) else "a kernel is zero or not finite"
 
-    def _f_lazy(self, batch: Any) -> Tensor | str:
-        if self.forecast is None:
-            return "the forecast needs every training batch: set monitor.forecast = LinearForecast(...) and step it"
-        return self.forecast.outputs(batch)
+    def _lazy(self, batch: Any) -> dict[str, Any]:
+        """The linear forecast's outputs on the batch, and how its first gradient met the run's."""
+        if isinstance(self.forecast, str):
+            return {"f_lazy": self.forecast, "lazy_start": self.forecast}
+        if unfrozen := self.network.unfrozen():
+            reason = f"{unfrozen[0]} trains now and did not at the baseline: the forecast leaves it out"
+            return {"f_lazy": reason, "lazy_start": reason}
+        start = self.forecast.gradient_error
+        missing = "the forecast has not met the gradients of a first step"
+        return {"f_lazy": self.forecast.outputs(batch), "lazy_start": missing if start is None else start}
 
     def _instruments(self, batch: Any) -> Instruments:
         assert self.choice is not None

@@ -23,7 +23,7 @@ _SPARSEST = 3  # … and at its thinnest every eighth k: steps 1, 4, 16, 64, …
 _RECENT = 3  # probes that the next one's cost is predicted from
 _ALWAYS = 64  # a depth that no level reaches: never thinned
 _CLOSING = 0.6  # seconds kept back for the end: the last probe and the last pictures are never dropped
-_STATE = ("_first", "_seen", "last_fired", "level", "_first_cost", "_costs")
+_STATE = ("_first", "_seen", "last_fired", "level", "_first_cost", "_costs", "_aside")
 
 
 class Schedule:
@@ -60,6 +60,7 @@ class Schedule:
         self._first: int | None = None  # the first step seen
         self._seen = -1
         self._spent = self._elapsed = 0.0  # seconds, this run's earlier sessions included
+        self._aside = 0.0  # seconds that the budget does not bound
         self._since: float | None = None  # clock at the start of this session
         self._probing_since: float | None = None
         self._pending = False  # a step fired whose probe has not been timed yet
@@ -115,7 +116,7 @@ class Schedule:
         """
         assert self.budget is not None
         assert self._first is not None
-        income = self.budget * (self.elapsed - self.spent) * step / max(step - self._first, 1)
+        income = self.budget * (self.elapsed - self._aside - self.spent) * step / max(step - self._first, 1)
         purse = income + self._credit / 2
         if purse <= 0:
             return self._grid.sparsest
@@ -142,6 +143,15 @@ class Schedule:
                 self._costs = [*self._costs, cost][-_RECENT:]
             self._pending = False
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time inside is overhead, but no probe's: what was asked for at every step cannot be thinned by a budget."""
+        since = self._clock()
+        try:
+            yield
+        finally:
+            self._aside += self._clock() - since
+
     @property
     def predicted(self) -> float:
         """Seconds that the next probe will take: the longest of the last three; the first while it is the only one."""
@@ -159,14 +169,14 @@ class Schedule:
 
     @property
     def overhead(self) -> float:
-        """Share of wall time since the start spent probing, 0 to 1."""
+        """Share of wall time since the start spent probing and aside, 0 to 1."""
         elapsed = self.elapsed
-        return self.spent / elapsed if elapsed > 0 else 0.0
+        return (self.spent + self._aside) / elapsed if elapsed > 0 else 0.0
 
     @property
     def _credit(self) -> float:
         assert self.budget is not None
-        return self.allowance + self.budget * self.elapsed - self.spent
+        return self.allowance + self.budget * (self.elapsed - self._aside) - self.spent
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives only: what a resumed run needs to go on as if it had not stopped."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ntkwatch.baseline import Baseline
+from ntkwatch.diagnostics import costs
 from ntkwatch.engines.tangent import warm_up
 from ntkwatch.model import leaves, map_leaves
 from ntkwatch.monitor import Monitor
@@ -135,6 +136,7 @@ class Session:
             f"{len(monitor.probes)} probes from {monitor.probes.source}: {monitor.probes.how}",
             f"engine {monitor.choice.reason if monitor.choice else 'not chosen yet'}",
             monitor.calibration,
+            f"diagnostics cost {'; '.join(extra)}" if (extra := costs(monitor.diagnostics)) else None,
             f"record {self.folder}" if self.folder is not None else None,
         ]
         return [line for line in lines if line is not None]

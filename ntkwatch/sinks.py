@@ -38,6 +38,7 @@ CHARTS = {  # title → metrics of one unit; what is not named here gets a chart
     "kernel distance to init (1 − cos)": ("kernel_distance",),
     "relative change of the kernel": ("relative_change",),
     "relative distance of the parameters": ("parameter_distance",),
+    "loss on the probes, and had the network stayed linear": ("loss", "loss_if_lazy", "loss_if_flow"),
     "overhead (share of wall time)": ("overhead",),
 }
 

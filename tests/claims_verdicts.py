@@ -68,7 +68,10 @@ def verdict(name: str, folder: Path, steps: int = 120, rows: int = 256, probes: 
     x, y = digits(rows)
     batch = TensorDataset(x, label(y))
     watch = NTKWatch(
-        probes=(x[:probes], label(y)[:probes]), every=[0, 1, 2, 5, 10, 20, 50, 120], budget=None, diagnostics="full"
+        probes=(x[:probes], label(y)[:probes]),
+        every=[0, 1, 2, 5, 10, 20, 50, 120],
+        budget=None,
+        diagnostics=["full", "loss_if_lazy", "forecast_error"],
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

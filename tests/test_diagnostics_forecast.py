@@ -20,6 +20,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "groups": lambda m: torch.optim.SGD([{"params": [m.weight], "lr": 0.1}, {"params": [m.bias]}], lr=0.01),
     "Adam": lambda m: torch.optim.Adam(m.parameters(), lr=0.02),
     "AdamW": lambda m: torch.optim.AdamW(m.parameters(), lr=0.02, weight_decay=0.1),
+    "Adagrad": lambda m: torch.optim.Adagrad(m.parameters(), lr=0.05),
+    "NAdam": lambda m: torch.optim.NAdam(m.parameters(), lr=0.02),
     "RMSprop": lambda m: torch.optim.RMSprop(m.parameters(), lr=0.01),
 }
 

@@ -16,7 +16,6 @@ from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.instruments import ScaledNetwork
 from ntkwatch.losses import LossAt
-from ntkwatch.metrics.undefined import Undefined
 from ntkwatch.model import Network
 from ntkwatch.optimizers import Rule, read_rule
 
@@ -171,13 +170,31 @@ def test_the_modules_own_loss_is_used_and_a_given_one_comes_first() -> None:
     assert own == pytest.approx(2 * given)
 
 
-def test_one_output_and_flat_targets_do_not_broadcast() -> None:
+FLAT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse of a column": mse,
+    "mse of a flat output": lambda f, y: mse(f[:, 0], y),
+    "differences of columns": lambda f, y: (f - y).square().mean(),
+    "differences of flat outputs": lambda f, y: (f.squeeze(-1) - y).square().mean(),
+    "a sum": lambda f, y: (f.squeeze(-1) - y).square().sum() / 5,
+}
+
+
+@pytest.mark.parametrize("case", FLAT)
+def test_one_output_and_flat_targets_do_not_broadcast(case: str) -> None:
+    """[n, 1] against [n] is [n, n] in most losses, and silently so: the pairing is that of the loss's own rows."""
     f, y = torch.randn(5, 1, dtype=torch.float64), torch.randn(5)
-    at = LossAt(mse, f, y)
-    assert at.value == pytest.approx(float((f[:, 0] - y).square().mean()))
+    at = LossAt(FLAT[case], f, y)
+    assert at.value == pytest.approx(float((f[:, 0] - y).square().mean())), case
     torch.testing.assert_close(at.hessian, torch.full((5, 1, 1), 0.4, dtype=torch.float64))
-    with pytest.raises(Undefined, match="target size"):
-        _ = LossAt(lambda f, y: mse(f[:, 0], y), f, y).value
+    assert float(at.at(f + 1)) == pytest.approx(float((f[:, 0] + 1 - y).square().mean()))
+
+
+def test_one_logit_and_flat_classes_meet() -> None:
+    f, y = torch.randn(5, 1, dtype=torch.float64), torch.arange(5) % 2
+    bce = nn.functional.binary_cross_entropy_with_logits
+    wanted = float(bce(f[:, 0], y.double()))
+    for loss in (lambda f, y: bce(f, y.to(f)), lambda f, y: bce(f[:, 0], y.to(f))):
+        assert LossAt(loss, f, y).value == pytest.approx(wanted)
 
 
 UNKNOWN: dict[str, tuple[Callable[[nn.Sequential], Any], str]] = {

@@ -23,18 +23,23 @@ def lines(end: dict[str, float], start: dict[str, float] | None = None) -> dict[
 
 CASES: dict[str, tuple[dict[str, float], str, str]] = {
     "features": ({"feature_angle": 0.5, "feature_cka": 0.8}, "Features", "turned 0.5 rad (CKA with the start 0.8)"),
-    "weights": ({"spectral_update_max": 0.25}, "Features", "changed by 0.25 of its size"),
+    "weights": ({"spectral_update_max": 0.25}, "Features", "changed by 0.25 times its size"),
     "gain": ({"after_kernel_gain": 0.1}, "Quality", "+0.100 accuracy: better"),
     "loss": ({"after_kernel_gain": -0.1}, "Quality", "-0.100 accuracy: worse"),
     "no gain": ({"after_kernel_gain": 0.01}, "Quality", "no difference (a saturated task shows none either)"),
     "power": ({"power_auc": 0.7, "power_auc_null": 0.5}, "Labels", "0.700 (shuffled labels 0.500)"),
     "complexity": ({"complexity": 2.0, "complexity_random": 3.0}, "Labels", "Complexity 2, shuffled labels 3"),
     "inside": ({"stability_ratio": 0.3, "max_stable_lr": 0.1}, "Stability", "(largest stable learning rate 0.1): well"),
-    "near": ({"stability_ratio": 0.8}, "Stability", "ratio 0.8: inside the edge, 1."),
-    "edge": ({"stability_ratio": 1.02}, "Stability", "ratio 1.02: at the edge"),
+    "near": ({"stability_ratio": 0.8}, "Stability", "ratio 0.8: inside the edge at 1."),
+    "edge": ({"stability_ratio": 1.02}, "Stability", "ratio 1.02: on the edge"),
     "beyond": ({"stability_ratio": 1.6}, "Stability", "ratio 1.6: beyond the edge"),
     "overshoot": ({"linearization_error": 1.4, "kernel_scale": 0.2}, "Stability", "it is no instability"),
     "instability": ({"linearization_error": 1.4, "kernel_scale": -0.5}, "Stability", "this is instability"),
+    "forecast of something else": (
+        {"loss": 0.1, "loss_if_lazy": 0.4, "forecast_start_error": 0.7},
+        "Forecast",
+        "its first gradient was 70% off the run's",
+    ),
     "forecast": (
         {"loss": 0.1, "loss_if_lazy": 0.4, "forecast_error": 0.5},
         "Forecast",

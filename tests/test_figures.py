@@ -67,7 +67,18 @@ def history() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["run", "width", "step", "metric", "value"])
 
 
+def kinds() -> dict[str, tuple[pd.DataFrame, Slope]]:
+    tables = {"NTK": table(), "muP": table(exponent=0.0)}
+    return {kind: (rows, fitted(rows)["kernel_angle"]) for kind, rows in tables.items()}
+
+
+LOSSES = pd.DataFrame(
+    {"loss": [1.0, 0.5, 0.1], "loss_if_lazy": [1.0, 0.6, math.nan], "absent": math.nan}, index=[0, 10, 100]
+)
 CASES: dict[str, Callable[[], Figure]] = {
+    "kinds of run": lambda: figures.slopes_together(kinds(), "kernel_angle"),
+    "losses": lambda: figures.named_curves(LOSSES, ["loss", "loss_if_lazy"], title="Losses", unit="loss"),
+    "losses, nothing": lambda: figures.named_curves(LOSSES, ["absent"], title="Losses", unit="loss"),
     "spectra": lambda: figures.spectra(SPECTRA),
     "spectra, noise floor near": lambda: figures.spectra(SPECTRA, noise_floor=1e-2),
     "spectra, noise floor far": lambda: figures.spectra(SPECTRA, noise_floor=1e-13),
@@ -350,3 +361,21 @@ def test_curves_draw_each_run_in_the_colour_of_its_width() -> None:
 def test_an_undefined_value_is_left_out_of_its_curve() -> None:
     (line,) = figures.metric_curves(history(), "taylor_ratio").axes[0].lines
     assert list(line.get_xdata()) == [1]
+
+
+def test_kinds_of_run_stand_together_with_their_points_and_slopes() -> None:
+    groups = kinds()
+    (axes,) = figures.slopes_together(groups, "kernel_angle").axes
+    clouds = [c for c in axes.collections if isinstance(c, PathCollection)]
+    for (kind, (rows, slope)), cloud, line in zip(groups.items(), clouds, axes.lines, strict=True):
+        np.testing.assert_allclose(cloud.get_offsets(), rows[["width", "kernel_angle"]])
+        x, y = line.get_data()
+        assert math.log(y[1] / y[0]) / math.log(x[1] / x[0]) == pytest.approx(slope.value), kind
+    said = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert [text.partition(":")[0] for text in said] == list(groups)
+
+
+def test_named_curves_leave_out_what_is_undefined() -> None:
+    (axes,) = figures.named_curves(LOSSES, ["loss", "loss_if_lazy"], title="Losses", unit="loss").axes
+    assert [line.get_xdata().tolist() for line in axes.lines] == [[0, 10, 100], [0, 10]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["loss", "loss if lazy"]

@@ -12,8 +12,19 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "ntkwatch"
 FLOORS = {
-    4: {"callback", "opening", "trainer", "cli", "demo", "interventions"},
-    3: {"session", "monitor", "manifest", "baseline", "diagnostics", "instruments", "checks", "derived", "forecast"},
+    4: {"callback", "opening", "trainer", "following", "failures", "cli", "demo", "interventions"},
+    3: {
+        "session",
+        "monitor",
+        "manifest",
+        "baseline",
+        "diagnostics",
+        "instruments",
+        "checks",
+        "derived",
+        "forecast",
+        "costs",
+    },
     2: {"engines"},
     1: {"model", "statistics", "guard", "probes", "sinks", "compare", "report", "words", "losses", "optimizers"},
     0: {"schedule", "metrics", "infinite", "distributed", "record", "figures", "slopes"},

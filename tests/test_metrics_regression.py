@@ -186,3 +186,45 @@ def test_after_kernel_gain_takes_its_ridge_from_each_kernels_own_trace():
     assert len(set(gains.values())) == 2, "the ridge does not matter here: nothing tested"
     for ridge, gain in gains.items():
         assert float(metrics.after_kernel_gain(k, k0, y, 60, ridge)) == pytest.approx(gain, abs=1e-12)
+
+
+def test_gp_posterior_is_the_spread_of_sixty_trained_antithetic_pairs():
+    """Known answer 3.16: real networks of width 1,024, pairs with the readout's sign flipped."""
+    from ntkwatch import infinite
+
+    width, pairs, generator = 1024, 60, torch.Generator().manual_seed(0)
+    x = torch.randn(10, 4, generator=generator)
+    x = math.sqrt(2) * x / x.norm(dim=1, keepdim=True)
+    y = torch.tensor([0.5, 0.8, -0.3, -0.6, 0.2, -0.4])[:, None]
+    train, test = slice(0, 6), slice(6, 10)
+    w = torch.randn(pairs, width, 4, generator=generator).repeat(2, 1, 1).requires_grad_()
+    v = torch.randn(pairs, width, generator=generator)
+    v = torch.cat([v, -v]).requires_grad_()
+
+    def f(x: Tensor) -> Tensor:  # [2·pairs, m]
+        return torch.einsum("enm,en->em", torch.relu(torch.einsum("end,md->enm", w, x)), v) / math.sqrt(width)
+
+    spec = infinite.Serial(infinite.Dense(2.0, 0.0), infinite.Relu(), infinite.Dense(1.0, 0.0))  # 2/√d is 1 at d = 4
+    kernel = infinite.kernel(spec, x.double())
+    k, s = kernel.ntk, kernel.nngp
+    rate = 1 / float(metrics.eigenvalues(k[train, train])[0])
+    for _ in range(400):
+        loss = 0.5 * (f(x[train]) - y[:, 0]).square().sum()
+        for p, g in zip((w, v), torch.autograd.grad(loss, (w, v)), strict=True):
+            p.data -= rate * g
+    assert loss < 1e-4, "trained"
+    found = f(x[test]).detach().double()
+    told = metrics.gp_posterior(
+        k[train, train], y.double(), k[test, train], s[train, train], s[test, train], s[test, test]
+    )
+    assert (found.mean(0) - told.mean[:, 0]).abs().max() < 0.02
+    assert (found.std(0) / told.variance.sqrt() - 1).abs().max() < 0.25
+
+
+def test_leave_one_out_equals_refitting_to_twelve_digits():
+    """Known answer 3.14."""
+    k, y, _, _ = problem(0)
+    for i, residual in enumerate(metrics.loo_residuals(k, y, 0.3)):
+        keep = [j for j in range(len(k)) if j != i]
+        refit = metrics.kernel_regression(k[keep][:, keep], y[keep], k[i : i + 1, keep], 0.3)
+        assert torch.allclose(residual, y[i] - refit[0], rtol=1e-12, atol=1e-12), f"probe {i}"

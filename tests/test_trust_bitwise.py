@@ -99,3 +99,18 @@ def test_the_callback_in_every_configuration_under_both_import_names(capsys: pyt
         print("\n" + tally.line("promise 1, NTKWatch"))
     assert tally.faults() == ""
     assert (tally.cells, tally.recorded) == (28, 28)
+
+
+@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.soak)])
+def test_a_forecast_trained_beside_the_run_leaves_it_as_it_is(every: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """The linear model steps at every batch; where it cannot follow (two optimizers), the rest is measured."""
+    from torch.nn.functional import cross_entropy
+
+    tally, jobs = Tally(), JOBS[1::every] if every > 1 else JOBS
+    for i, job in enumerate(jobs):
+        import_name = list(IMPORT_NAMES)[i % 2]
+        watched(job, import_name, tally, diagnostics=["default", "loss_if_lazy", "forecast_error"], loss=cross_entropy)
+    with capsys.disabled():
+        print("\n" + tally.line("promise 1, with the forecast"))
+    assert tally.faults() == ""
+    assert (tally.cells, tally.recorded) == (len(jobs), len(jobs))

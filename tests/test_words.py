@@ -103,6 +103,35 @@ def test_axes_that_disagree_are_named(end: dict[str, float], wanted: str) -> Non
     assert wanted in text
 
 
+def test_the_verdict_is_its_axes_in_sentences() -> None:
+    end = {"taylor_ratio": 0.33, "kernel_angle": 0.18, "kernel_scale": math.log(3), "feature_angle": 0.2}
+    end |= {"after_kernel_gain": 0.1, "stability_ratio": 1.4, "loss": 0.1, "loss_if_lazy": 0.4}
+    assert _line(_run(**end), "Verdict") == (
+        "The run is clearly non-linear in its weights (Taylor ratio 0.33, as the ladder's γ0 0.17); its kernel clearly "
+        "turned (0.18 rad, as the ladder's γ0 0.1); its trace went × 3; the last hidden features turned 0.2 rad. "
+        "Alignment with the targets +0.100 (z 4.0 → 9.0): it turned towards the targets. As a kernel machine it is "
+        "better than at the start (+0.100 held-out accuracy). The learning rate was beyond the largest stable one, "
+        "up to 1.4 of it. Loss on the probes 0.1; had it stayed linear, 0.4."
+    )
+
+
+def test_the_verdict_on_growth_alone() -> None:
+    end = {"taylor_ratio": 0.3, "kernel_angle": 0.001, "kernel_scale": 2.0}
+    assert "its trace went × 7.39, which is nearly all of its motion" in _line(_run(**end), "Verdict")
+
+
+def test_the_verdict_on_a_catapult() -> None:
+    run = _run(stability_ratio=0.4, kernel_scale=-1.0)
+    run.metrics.loc[0, "stability_ratio"] = 1.96
+    wanted = "up to 1.96 of it, 0.4 at the end; the kernel shrank until it was stable, a catapult."
+    assert wanted in _line(run, "Verdict")
+
+
+def test_a_run_whose_motion_was_not_measured_is_not_called_unmoved() -> None:
+    metrics = pd.DataFrame({"loss": [1.0, 0.5]}, index=[0, 10])
+    assert not unmoved(metrics)
+
+
 def test_axes_that_agree_are_not() -> None:
     assert "Axes disagree" not in summarise(_run())
 

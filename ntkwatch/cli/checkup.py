@@ -6,13 +6,15 @@ import importlib.util
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ntkwatch import engines
+from ntkwatch import costs
+from ntkwatch.diagnostics import select
 from ntkwatch.engines.base import Reduction
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import Network, UnsupportedModel, targets_of
@@ -25,10 +27,14 @@ class FactoryError(ValueError):
     """FILE:FACTORY that does not lead to (model, batch): what, got, do this."""
 
 
-def check(spec: str, reduction: str = "trace") -> tuple[list[str], bool]:
+def check(spec: str, reduction: str = "trace", diagnostics: Sequence[str] = ("default",)) -> tuple[list[str], bool]:
     """(lines to print, whether it can be measured) for FILE:FACTORY; raises FactoryError where that fails."""
     if reduction not in ("trace", "sum", "blocks", "full"):
         raise FactoryError(f"--reduction {reduction} is unknown: use trace, sum, blocks or full")
+    try:
+        select(diagnostics)
+    except ValueError as error:
+        raise FactoryError(f"--diagnostics: {error}") from error
     model, batch = load(spec)
     try:
         network = Network(model)
@@ -38,7 +44,7 @@ def check(spec: str, reduction: str = "trace") -> tuple[list[str], bool]:
         bad = int((~torch.isfinite(outputs)).any(dim=1).sum())
         if bad:
             return [*lines, f"PROBLEM  the outputs are not finite on {bad} of {len(outputs)} probes"], False
-        plan = engines.plan(model, batch, reduction=cast(Reduction, reduction))
+        plan = costs.plan(model, batch, reduction=cast(Reduction, reduction), diagnostics=diagnostics)
     except UnsupportedModel as error:
         return [f"PROBLEM  {error}"], False
     problems = _problems(plan, outputs.device)

@@ -207,11 +207,14 @@ def explain(metric: Annotated[str | None, typer.Argument(metavar="METRIC")] = No
 def doctor(
     factory: Annotated[str, typer.Argument(metavar="FILE:FACTORY", help="FACTORY() returns (model, batch).")],
     reduction: Annotated[str, typer.Option("--reduction", help="trace, sum, blocks or full.")] = "trace",
+    diagnostics: Annotated[
+        str, typer.Option("--diagnostics", help="default, full, or names with commas between them.")
+    ] = "default",
 ) -> None:
     """How a model would be measured, its cost, what would fail."""
     from ntkwatch.cli.checkup import check
 
-    lines, healthy = check(factory, reduction)
+    lines, healthy = check(factory, reduction, diagnostics.split(","))
     typer.echo("\n".join(lines))
     if not healthy:
         raise typer.Exit(PROBLEM)

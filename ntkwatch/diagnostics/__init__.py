@@ -6,21 +6,36 @@ A diagnostic is a function of a `View`. It returns a number, or raises `Undefine
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from ntkwatch.diagnostics.alignment import ALIGNMENT, MORE_ALIGNMENT
-from ntkwatch.diagnostics.diagnostic import Diagnostic
+from ntkwatch.diagnostics.diagnostic import Diagnostic, Price
 from ntkwatch.diagnostics.errors import ERRORS
+from ntkwatch.diagnostics.flow import FIXED_KERNEL
 from ntkwatch.diagnostics.generalisation import GENERALISATION
 from ntkwatch.diagnostics.layers import defined, layer_metrics
 from ntkwatch.diagnostics.laziness import LAZINESS, MORE_LAZINESS
 from ntkwatch.diagnostics.motion import MOTION
 from ntkwatch.diagnostics.optimisation import OPTIMISATION
 from ntkwatch.diagnostics.spectrum import MORE_SPECTRUM, SPECTRUM
+from ntkwatch.diagnostics.uncertainty import UNCERTAINTY
 from ntkwatch.diagnostics.view import Motion, View
 
-__all__ = ["DIAGNOSTICS", "Diagnostic", "Motion", "View", "costs", "evaluate", "layer_metrics", "reduction", "select"]
+__all__ = [
+    "DIAGNOSTICS",
+    "Diagnostic",
+    "Motion",
+    "Price",
+    "View",
+    "costs",
+    "evaluate",
+    "layer_metrics",
+    "names_forecast",
+    "prices",
+    "reduction",
+    "select",
+]
 
 DIAGNOSTICS: dict[str, Diagnostic] = {
     **{name: diagnostic for name, diagnostic in MOTION.items() if diagnostic.default},
@@ -32,28 +47,44 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
     **MORE_ALIGNMENT,
     **MORE_LAZINESS,
     **OPTIMISATION,
+    **FIXED_KERNEL,
     **GENERALISATION,
+    **UNCERTAINTY,
     **ERRORS,
 }
 DERIVED_FROM = ("any", "blocks", "full")  # each holds what the ones before it do
 
 
 def select(diagnostics: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of the preset "default" or "full", or of the list given, in the table's order.
+    """Names of the preset "default" or "full", or of the list given (which may hold presets), in the table's order.
 
     Raises ValueError naming what is unknown.
     """
-    if diagnostics == "full":
-        return tuple(DIAGNOSTICS)
-    if diagnostics == "default":
-        return tuple(name for name, diagnostic in DIAGNOSTICS.items() if diagnostic.default)
-    wanted = [diagnostics] if isinstance(diagnostics, str) else list(diagnostics)
-    unknown = [name for name in wanted if name not in DIAGNOSTICS]
+    wanted: set[str] = set()
+    for name in _listed(diagnostics):
+        wanted |= PRESETS[name]() if name in PRESETS else {name}
+    unknown = sorted(wanted - set(DIAGNOSTICS))
     if unknown:
         raise ValueError(
             f"unknown diagnostics {unknown}: use 'default', 'full', or a list of names out of {', '.join(DIAGNOSTICS)}"
         )
+    wanted |= {other for name in wanted for other in DIAGNOSTICS[name].beside}
     return tuple(name for name in DIAGNOSTICS if name in wanted)
+
+
+PRESETS: dict[str, Callable[[], set[str]]] = {
+    "default": lambda: {name for name, diagnostic in DIAGNOSTICS.items() if diagnostic.default},
+    "full": lambda: set(DIAGNOSTICS),
+}
+
+
+def _listed(diagnostics: str | Sequence[str]) -> list[str]:
+    return [diagnostics] if isinstance(diagnostics, str) else list(diagnostics)
+
+
+def names_forecast(diagnostics: str | Sequence[str]) -> bool:
+    """Whether a diagnostic that needs every training batch is asked for by its own name, not by a preset."""
+    return any(name in DIAGNOSTICS and "forecast" in DIAGNOSTICS[name].needs for name in _listed(diagnostics))
 
 
 def reduction(names: Sequence[str]) -> str:
@@ -63,13 +94,20 @@ def reduction(names: Sequence[str]) -> str:
 
 
 def costs(names: Sequence[str]) -> dict[str, list[str]]:
-    """What these diagnostics cost beyond one kernel -> the names that ask for it; in the table's order."""
+    """What these diagnostics cost beyond one kernel, in words -> the names that ask for it; in the table's order."""
     found: dict[str, list[str]] = {}
     for name in names:
-        diagnostic = DIAGNOSTICS[name]
-        kernel = f"a kernel reduced to {diagnostic.reduction!r}" if diagnostic.reduction != "any" else ""
-        for cost in filter(None, (kernel, diagnostic.cost)):
-            found.setdefault(cost, []).append(name)
+        if (needed := DIAGNOSTICS[name].reduction) != "any":
+            found.setdefault(f"a kernel reduced to {needed!r}", []).append(name)
+    return found | {price.text: asked for price, asked in prices(names).items()}
+
+
+def prices(names: Sequence[str]) -> dict[Price, list[str]]:
+    """The same as units that a plan can price, without the richer kernel."""
+    found: dict[Price, list[str]] = {}
+    for name in names:
+        if (price := DIAGNOSTICS[name].cost) is not None:
+            found.setdefault(price, []).append(name)
     return found
 
 

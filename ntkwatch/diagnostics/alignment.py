@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from ntkwatch import metrics
-from ntkwatch.diagnostics.diagnostic import Diagnostic
+from ntkwatch.diagnostics.diagnostic import Diagnostic, Price
+from ntkwatch.diagnostics.generalisation import HALVES, halves
 from ntkwatch.diagnostics.view import View, ask, ask_vector, known
 from ntkwatch.metrics.undefined import Undefined
-
-SIDES = 8  # random halvings of the probes behind after_kernel_gain
 
 
 def centered_alignment(view: View) -> Tensor:
@@ -105,7 +104,7 @@ def class_block_gap(view: View) -> Tensor:
 
 
 def class_specialization(view: View) -> Tensor:
-    """Mean diagonal of the class specialisation matrix."""
+    """the mean diagonal of this matrix over the classes among the probes, above 1 where outputs specialise."""
     blocks, y = known(view.blocks), view.labels
     if len(blocks) < 2:
         raise Undefined("specialisation compares outputs and there is one")
@@ -153,18 +152,15 @@ def feature_alignment(view: View) -> Tensor:
     return ask("centered_alignment", h @ h.T, known(view.targets))
 
 
-def after_kernel_gain(view: View) -> float:
+def after_kernel_gain(view: View) -> Tensor:
     """Held-out accuracy of ridge regression with K_t minus with K_0, over 8 seeded halvings of the probes."""
-    y, n = view.labels, len(view.square)
-    if n < 8:
-        raise Undefined(f"half of {n} probes is too few to hold out")
-    generator = torch.Generator().manual_seed(view.seed)
+    y = view.labels
     gains = []
-    for _ in range(SIDES):
-        order = torch.randperm(n, generator=generator)
+    for train, test in halves(view):
+        order = torch.cat([train, test])
         k, k0 = (kernel[order][:, order] for kernel in (view.square, view.square_0))
-        gains.append(float(ask("after_kernel_gain", k, k0, y[order], n // 2)))
-    return sum(gains) / SIDES
+        gains.append(ask("after_kernel_gain", k, k0, y[order], len(train)))
+    return torch.stack(gains).mean()
 
 
 TARGETS = ("targets",)
@@ -172,19 +168,20 @@ ALIGNMENT: dict[str, Diagnostic] = {
     "centered_alignment": Diagnostic(centered_alignment, default=True, needs=TARGETS),
     "centered_alignment_z": Diagnostic(centered_alignment_z, default=True, needs=TARGETS),
 }
-FORWARD = "a forward pass at θ_0 and one at θ_t"
+FORWARD = Price("a forward pass at θ_0 and one at θ_t", passes=2)
+VECTORS = Price("eigenvectors of the kernel", squares=14)
 MORE_ALIGNMENT: dict[str, Diagnostic] = {
     "target_alignment": Diagnostic(target_alignment, needs=TARGETS),
     "alignment_null_mean": Diagnostic(alignment_null_mean, needs=TARGETS),
-    "power_auc": Diagnostic(power_auc, needs=TARGETS),
-    "power_auc_null": Diagnostic(power_auc_null),
-    "power_k90": Diagnostic(power_k90, needs=TARGETS),
-    "power_k90_null": Diagnostic(power_k90_null),
+    "power_auc": Diagnostic(power_auc, needs=TARGETS, cost=VECTORS),
+    "power_auc_null": Diagnostic(power_auc_null, cost=VECTORS),
+    "power_k90": Diagnostic(power_k90, needs=TARGETS, cost=VECTORS),
+    "power_k90_null": Diagnostic(power_k90_null, cost=VECTORS),
     "class_block_r2": Diagnostic(class_block_r2, needs=TARGETS),
     "class_block_gap": Diagnostic(class_block_gap, needs=TARGETS),
     "class_specialization": Diagnostic(class_specialization, reduction="blocks", needs=TARGETS),
     "feature_angle": Diagnostic(feature_angle, cost=FORWARD),
     "feature_cka": Diagnostic(feature_cka, cost=FORWARD),
     "feature_alignment": Diagnostic(feature_alignment, needs=TARGETS, cost=FORWARD),
-    "after_kernel_gain": Diagnostic(after_kernel_gain, needs=TARGETS),
+    "after_kernel_gain": Diagnostic(after_kernel_gain, needs=TARGETS, cost=HALVES),
 }

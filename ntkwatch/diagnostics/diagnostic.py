@@ -13,6 +13,30 @@ Compute = Callable[[View], "Tensor | float"]
 
 
 @dataclass(frozen=True)
+class Price:
+    """What a diagnostic costs beyond the probe's kernel, in units that a plan can price; all that share it pay once.
+
+    Attributes:
+        text: the cost in words.
+        passes: forward passes over the probes; a backward pass counts two, a forward-mode product two.
+        per_output: further passes for each of the C outputs.
+        kernels: further kernels as rich as the measured one.
+        squares, fulls: operations over n³ and (nC)³: 6 for eigenvalues, 14 with vectors, as timed beside products.
+        weights: operations over those of each weight matrix times its transpose.
+        sweeps: how often the kernel's entries are read for each probe left out.
+    """
+
+    text: str
+    passes: float = 0.0
+    per_output: float = 0.0
+    kernels: float = 0.0
+    squares: float = 0.0
+    fulls: float = 0.0
+    weights: float = 0.0
+    sweeps: float = 0.0
+
+
+@dataclass(frozen=True)
 class Diagnostic:
     """A function of a view, whose docstring is what `ntkwatch explain` prints.
 
@@ -21,8 +45,9 @@ class Diagnostic:
         default: in the preset "default".
         when: whether the name exists for a model (BatchNorm has its own).
         reduction: the reduction it needs: "any" (whatever the run's is), "blocks" or "full".
-        needs: of "targets", "loss", "optimizer", "forecast": undefined without.
-        cost: what it costs beyond the kernel and small linear algebra; "" for nothing.
+        needs: of "targets", "loss", "optimizer", "forecast", "nngp": undefined without.
+        beside: names that are reported with it, so that it can be read.
+        cost: what it costs beyond the kernel and a few passes over its entries; None for nothing.
     """
 
     compute: Compute
@@ -30,7 +55,8 @@ class Diagnostic:
     when: Callable[[View], bool] = lambda view: True
     reduction: str = "any"
     needs: tuple[str, ...] = ()
-    cost: str = ""
+    beside: tuple[str, ...] = ()
+    cost: Price | None = None
 
 
 def documented(text: str) -> Callable[[Compute], Compute]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ntkwatch import metrics
-from ntkwatch.diagnostics.diagnostic import Compute, Diagnostic
+from ntkwatch.diagnostics.diagnostic import Compute, Diagnostic, Price
 from ntkwatch.diagnostics.laziness import moved
 from ntkwatch.diagnostics.view import View, known
 from ntkwatch.metrics.undefined import Undefined
@@ -83,7 +83,7 @@ def kernel_angle_corrected(view: View) -> Tensor:
 
 kernel_angle_corrected.__doc__ = CORRECTED
 
-COST = "n + 1 evaluations"
+COST = Price("each probe left out in turn", sweeps=60)
 ERRORS: dict[str, Diagnostic] = {
     **{
         f"{name}_se": Diagnostic(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ntkwatch import metrics
-from ntkwatch.diagnostics.diagnostic import Compute, Diagnostic
+from ntkwatch.diagnostics.diagnostic import Compute, Diagnostic, Price
 from ntkwatch.diagnostics.view import Motion, View, ask, known
 from ntkwatch.metrics.undefined import Undefined
 
@@ -191,18 +191,22 @@ def one_step_halving(view: View) -> float:
     return errors["half"] / errors["whole"]
 
 
-BACKWARD = "C backward passes"
+TANGENT = Price("a forward-mode product at θ_0", passes=2)
+STATISTICS = Price("a second kernel, in models with BatchNorm", kernels=1)
+SINGULAR = Price("singular values of the weights", weights=14)
+BACKWARD = Price("C backward passes", passes=1, per_output=2)
+STEPS = Price("two gradient steps on a copy", passes=10)
 LAZINESS: dict[str, Diagnostic] = {
-    "taylor_ratio": Diagnostic(taylor_ratio, default=True),
+    "taylor_ratio": Diagnostic(taylor_ratio, default=True, cost=TANGENT),
     "parameter_distance": Diagnostic(parameter_distance, default=True),
-    "statistics_shift": Diagnostic(statistics_shift, default=True, when=has_statistics),
-    "statistics_angle": Diagnostic(statistics_angle, default=True, when=has_statistics),
+    "statistics_shift": Diagnostic(statistics_shift, default=True, when=has_statistics, cost=STATISTICS),
+    "statistics_angle": Diagnostic(statistics_angle, default=True, when=has_statistics, cost=STATISTICS),
 }
 MORE_LAZINESS: dict[str, Diagnostic] = {
-    "linearization_error": Diagnostic(linearization_error),
+    "linearization_error": Diagnostic(linearization_error, cost=TANGENT),
     **{
         f"spectral_update_{pick}": Diagnostic(
-            _over_layers(spectral_updates, pick, SPECTRAL_DOC.format(pick=pick)), cost="singular values of the weights"
+            _over_layers(spectral_updates, pick, SPECTRAL_DOC.format(pick=pick)), cost=SINGULAR
         )
         for pick in ("mean", "max")
     },
@@ -215,8 +219,6 @@ MORE_LAZINESS: dict[str, Diagnostic] = {
     "neural_feature_correlation_update": Diagnostic(
         _over_layers(update_correlations, "mean", CORRELATION_DOC.format(pick="mean", w="(W − W_0)")), cost=BACKWARD
     ),
-    "one_step_error": Diagnostic(one_step_error, reduction="full", needs=("loss",), cost="one gradient step on a copy"),
-    "one_step_halving": Diagnostic(
-        one_step_halving, reduction="full", needs=("loss",), cost="one gradient step on a copy"
-    ),
+    "one_step_error": Diagnostic(one_step_error, reduction="full", needs=("loss",), cost=STEPS),
+    "one_step_halving": Diagnostic(one_step_halving, reduction="full", needs=("loss",), cost=STEPS),
 }

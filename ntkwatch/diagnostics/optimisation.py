@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ntkwatch import metrics
-from ntkwatch.diagnostics.diagnostic import Compute, Diagnostic
+from ntkwatch.diagnostics.diagnostic import Compute, Diagnostic, Price
 from ntkwatch.diagnostics.view import View, ask, known
 from ntkwatch.metrics.undefined import Undefined
 from ntkwatch.optimizers import Rule
@@ -145,7 +145,7 @@ def loss_rate(view: View) -> float:
 
 
 # ── optimizer-aware kernels ───────────────────────────────────────────────────────────────────────────────────────────
-def _lr_weighted(view: View) -> tuple[Tensor, Tensor]:
+def lr_weighted(view: View) -> tuple[Tensor, Tensor]:
     """Σ_g η_g K_g now and at the baseline, both at the learning rates of now; [n, n]."""
     rule: Rule = known(view.optimizer)
     now, start = (
@@ -164,7 +164,7 @@ def lr_weighted_angle(view: View) -> Tensor:
     Pitfalls: equals kernel_angle under one learning rate; unlike it, it does not depend on how matched rescalings of
         weights and rates split a layer's size
     """
-    return ask("kernel_angle", *_lr_weighted(view))
+    return ask("kernel_angle", *lr_weighted(view))
 
 
 def lr_weighted_trace(view: View) -> Tensor:
@@ -175,7 +175,7 @@ def lr_weighted_trace(view: View) -> Tensor:
     Source: Yang & Hu 2021 (per-layer learning rates)
     Pitfalls: without momentum (times 1/(1 − β) in the long run) and without Adam's preconditioner
     """
-    return torch.log10(_lr_weighted(view)[0].trace())
+    return torch.log10(lr_weighted(view)[0].trace())
 
 
 def preconditioned_alignment(view: View) -> Tensor:
@@ -194,41 +194,17 @@ def preconditioned_alignment(view: View) -> Tensor:
     return ask("centered_alignment", kernel, known(view.targets))
 
 
-# ── the forecast ──────────────────────────────────────────────────────────────────────────────────────────────────────
-def loss_if_lazy(view: View) -> float:
-    """The loss on the probes that the linearised network would have now, trained on the same batches.
-
-    Formula: 𝓛(f_0 + J_0·(θ_lin − θ_0), y), θ_lin trained by a copy of the run's optimizer on the linear model
-    Range: the loss's own; undefined unless a LinearForecast is attached (it needs every training batch)
-    Source: Lee et al. 2019
-    Pitfalls: in evaluation mode at the baseline's BatchNorm statistics, whatever mode the run trains in
-    """
-    at, outputs = known(view.loss), known(view.f_lazy)
-    with torch.no_grad():
-        return float(at.at(outputs.to(at.outputs.device)))
-
-
-def forecast_error(view: View) -> Tensor:
-    """How far the run left the linearised network trained on the same batches.
-
-    Formula: ‖Δf − Δf̂‖/(‖Δf‖ + ‖Δf̂‖), Δf̂ the motion of the linearised network under a copy of the optimizer
-    Range: [0, 1]; undefined while nothing moved, and unless a LinearForecast is attached
-    Source: Lee et al. 2019; the symmetric ratio is this library's
-    Pitfalls: usually, not always, at least taylor_ratio: the two trajectories part, the linearisation is the same
-    """
-    motion, lazy = known(view.motion), known(view.f_lazy)
-    return ask("taylor_ratio", motion.delta_f, lazy - view.baseline_outputs)
-
-
-def _rule(compute: Compute, **options: str) -> Diagnostic:
+def _rule(compute: Compute, **options: Price) -> Diagnostic:
     return Diagnostic(compute, reduction="full", needs=("loss", "optimizer"), **options)  # type: ignore[arg-type]
 
 
-ADAM = "a further full kernel under Adam or several learning rates"
+CURVED = Price("curvature of the loss in Θ [nC, nC]", fulls=24)
+ADAM = Price("curvature in the optimizer's step; a further kernel under Adam or several rates", fulls=24, kernels=1)
+MOMENTS = Price("a further kernel under Adam", kernels=1)
 OPTIMISATION: dict[str, Diagnostic] = {
     "loss": Diagnostic(loss, needs=("loss",)),
     "loss_rate": Diagnostic(loss_rate, needs=("loss",)),
-    "gauss_newton_mu_max": Diagnostic(gauss_newton_mu_max, reduction="full", needs=("loss",)),
+    "gauss_newton_mu_max": Diagnostic(gauss_newton_mu_max, reduction="full", needs=("loss",), cost=CURVED),
     "stability_ratio": _rule(stability_ratio, cost=ADAM),
     "max_stable_lr": _rule(max_stable_lr, cost=ADAM),
     "time_constant_fastest": _rule(time_constant_fastest, cost=ADAM),
@@ -236,9 +212,5 @@ OPTIMISATION: dict[str, Diagnostic] = {
     "predicted_rate": _rule(predicted_rate, cost=ADAM),
     "lr_weighted_angle": Diagnostic(lr_weighted_angle, needs=("optimizer",)),
     "lr_weighted_trace": Diagnostic(lr_weighted_trace, needs=("optimizer",)),
-    "preconditioned_alignment": Diagnostic(
-        preconditioned_alignment, needs=("optimizer", "targets"), cost="a further kernel under Adam"
-    ),
-    "loss_if_lazy": Diagnostic(loss_if_lazy, needs=("loss", "forecast")),
-    "forecast_error": Diagnostic(forecast_error, needs=("forecast",)),
+    "preconditioned_alignment": Diagnostic(preconditioned_alignment, needs=("optimizer", "targets"), cost=MOMENTS),
 }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ntkwatch import metrics
-from ntkwatch.diagnostics.diagnostic import Compute, Diagnostic
+from ntkwatch.diagnostics.diagnostic import Compute, Diagnostic, Price
 from ntkwatch.diagnostics.view import View, ask
 from ntkwatch.metrics.undefined import Undefined
 
@@ -96,6 +96,8 @@ def zero_modes_full(view: View) -> Tensor:
     return ask("zero_modes", view.full_spectrum, floor=view.full_floor)
 
 
+CENTRED = Price("eigenvalues of the centred kernel", squares=6)
+THETA = Price("eigenvalues of Θ [nC, nC]", fulls=6)
 SPECTRUM: dict[str, Diagnostic] = {
     "effective_rank": Diagnostic(_of_spectrum("effective_rank"), default=True),
     "log10_lambda_max": Diagnostic(log10_lambda(1), default=True),
@@ -106,10 +108,10 @@ MORE_SPECTRUM: dict[str, Diagnostic] = {
         name: Diagnostic(_of_spectrum(name))
         for name in ("participation_ratio", "stable_rank", "condition_number", "zero_modes")
     },
-    "stable_rank_centered": Diagnostic(stable_rank_centered),
+    "stable_rank_centered": Diagnostic(stable_rank_centered, cost=CENTRED),
     "decay_exponent": Diagnostic(decay_exponent),
     "decay_r2": Diagnostic(decay_r2),
     "decay_window_last": Diagnostic(decay_window_last),
-    "log10_lambda_min_full": Diagnostic(log10_lambda_min_full, reduction="full"),
-    "zero_modes_full": Diagnostic(zero_modes_full, reduction="full"),
+    "log10_lambda_min_full": Diagnostic(log10_lambda_min_full, reduction="full", cost=THETA),
+    "zero_modes_full": Diagnostic(zero_modes_full, reduction="full", cost=THETA),
 }

@@ -92,6 +92,7 @@ class Plan:
         reason: why this engine, one line.
         peak_bytes: predicted memory over the model's own.
         chunk_size: probes per block.
+        notes: what else to know, a sentence each.
     """
 
     engine: str
@@ -99,6 +100,7 @@ class Plan:
     peak_bytes: int
     chunk_size: int
     table: tuple[Row, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def rows(self) -> list[Row]:
         """One row per trained parameter, and one for the forward and backward passes."""
@@ -106,7 +108,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Predicted wall time of one kernel."""
+        """Predicted wall time of all rows."""
         return sum(row.seconds for row in self.table)
 
     def __str__(self) -> str:
@@ -121,6 +123,7 @@ class Plan:
         for row in self.table:
             numbers = f"{row.flops / 1e9:>9.3g}  {row.bytes / 1e6:>9.3g}  {row.seconds:>9.2g}"
             lines.append(f"{row.name:<{width}}  {row.rule:<{rule}}  {numbers}")
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 

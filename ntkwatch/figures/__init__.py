@@ -7,7 +7,16 @@ matplotlib is imported when the first one is drawn.
 from __future__ import annotations
 
 from ntkwatch.figures.kernel import kernel_heatmap, spectra
-from ntkwatch.figures.runs import metric_curves, width_slopes
+from ntkwatch.figures.runs import metric_curves, named_curves, slopes_together, width_slopes
 from ntkwatch.figures.style import rgb, save
 
-__all__ = ["kernel_heatmap", "metric_curves", "rgb", "save", "spectra", "width_slopes"]
+__all__ = [
+    "kernel_heatmap",
+    "metric_curves",
+    "named_curves",
+    "rgb",
+    "save",
+    "slopes_together",
+    "spectra",
+    "width_slopes",
+]

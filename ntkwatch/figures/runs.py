@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from ntkwatch.figures.scales import by_log, level_bar, plain_log, step_axis, ticks_at, words
-from ntkwatch.figures.style import ACCENT, QUIET, panel, remark, say, styled, subtitle
+from ntkwatch.figures.style import ACCENT, PALETTE, QUIET, panel, remark, say, styled, subtitle
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,6 +88,49 @@ def metric_curves(
     step_axis(axes, int(rows["step"].max()))
     if len(levels) > 1:
         level_bar(figure, axes, levels, colours, norm, words(x))
+    return figure
+
+
+@styled
+def slopes_together(
+    groups: Mapping[str, tuple[pd.DataFrame, SlopeLike]], name: str, *, x: str = "width", title: str | None = None
+) -> Figure:
+    """One metric against width for several kinds of run: each with its points, its line, and its slope in words.
+
+    ``groups``: kind -> (table, slope), a row a run with the columns ``x`` and ``name``; at most four kinds.
+    """
+    figure, axes = panel(title or words(name), words(x), words(name), size=(7.4, 4.8))
+    axes.set(xscale="log", yscale="log")
+    places: set[float] = set()
+    for (kind, (table, slope)), colour in zip(groups.items(), PALETTE, strict=False):
+        rows = table[(table[x] > 0) & (table[name] > 0)]
+        xs, ys = rows[x].to_numpy(float), rows[name].to_numpy(float)
+        u, v = np.log(xs), np.log(ys)
+        ends = np.array([u.min(), u.max()])
+        line = np.exp(v.mean() + slope.value * (ends - u.mean()))
+        axes.plot(np.exp(ends), line, color=colour, linewidth=2, label=f"{kind}: {slope_text(slope)}")
+        axes.scatter(xs, ys, s=40, color=colour, edgecolor="white", linewidth=0.8, zorder=5)
+        places |= set(xs)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
+    if places:
+        ticks_at(axes.xaxis, sorted(places))
+    plain_log(axes.yaxis)
+    return figure
+
+
+@styled
+def named_curves(metrics: pd.DataFrame, names: Sequence[str], *, title: str, unit: str) -> Figure:
+    """Several metrics of one unit and one run against step; ``metrics`` is indexed by step."""
+    figure, axes = panel(title, "step", unit)
+    shown = metrics[list(names)].dropna(how="all")
+    if shown.empty:
+        say(axes, "no defined value")
+        return figure
+    for name, colour in zip(names, PALETTE, strict=False):
+        values = shown[name].dropna()
+        axes.plot(values.index, values, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=words(name))
+    step_axis(axes, int(shown.index[-1]))
+    axes.legend(frameon=False)
     return figure
 
 

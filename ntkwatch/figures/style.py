@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 INK, QUIET, FAINT = "#1f2430", "#6b7280", "#d9dce3"
 ACCENT, WARM = "#0072b2", "#d55e00"  # of Okabe and Ito's palette
+PALETTE = (ACCENT, WARM, "#009e73", "#cc79a7")  # of several things in one panel
 DPI = 110
 STYLE = {
     "text.usetex": False,  # a user's LaTeX setup may lack the characters used here

@@ -49,13 +49,12 @@ from ntkwatch.metrics.laziness import (
     spectral_update,
     taylor_ratio,
 )
+from ntkwatch.metrics.learning import Eigenlearning, eigenlearning, learning_curve
 from ntkwatch.metrics.posterior import Posterior, coverage, gaussian_nll, gp_posterior, ntkgp_posterior
 from ntkwatch.metrics.power import cumulative_power, cumulative_power_null, power_auc, power_k90
 from ntkwatch.metrics.regression import (
-    Eigenlearning,
     after_kernel_gain,
     complexity,
-    eigenlearning,
     gcv,
     kernel_regression,
     loo_residuals,
@@ -115,6 +114,7 @@ __all__ = [
     "kernel_scale",
     "kernel_share",
     "kernel_velocity",
+    "learning_curve",
     "linearization_error",
     "loo_residuals",
     "max_stable_lr",

@@ -123,10 +123,20 @@ def spectral_update(w: Tensor, w0: Tensor) -> Tensor:
     if w.ndim < 2:
         raise ValueError(f"w must be [out, in, …]; got shape {tuple(w.shape)}; pass weights, not biases")
     w, w0 = finite(w, "the weight").flatten(1), finite(w0, "the baseline weight").flatten(1)
-    start = torch.linalg.matrix_norm(w0, 2)
+    start = _spectral_norm(w0)
     if start == 0:
         raise Undefined("the baseline weight is zero")
-    return torch.linalg.matrix_norm(w - w0, 2) / start
+    return _spectral_norm(w - w0) / start
+
+
+def _spectral_norm(w: Tensor) -> Tensor:
+    """By the smaller Gram matrix: it keeps the digits of the largest singular value and costs a sixth of them all."""
+    size = w.abs().max()
+    if size == 0:
+        return size
+    w = w / size  # squares neither overflow nor vanish
+    gram = w @ w.mT if len(w) <= w.shape[1] else w.mT @ w
+    return size * torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt()
 
 
 @metric()

@@ -1,4 +1,4 @@
-"""Regression with the kernel as it stands: predictions, leave-one-out, cross-validation, learning curves.
+"""Regression with the kernel as it stands: predictions, leave-one-out, cross-validation, complexity.
 
 `ridge` means K + ridge·I, never rescaled with n. Several outputs share the kernel (Θ taken as K ⊗ I) and sum over C.
 `floor` is the noise floor of kernels made from float32 factors, as in `spectrum`: modes at or below it are zero modes.
@@ -6,13 +6,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ntkwatch.metrics.arguments import columns, finite, probe_kernel, real, subject
-from ntkwatch.metrics.spectrum import eigensystem, floored
+from ntkwatch.metrics.spectrum import eigensystem
 from ntkwatch.metrics.undefined import Undefined, metric, nan
 
 
@@ -113,57 +111,6 @@ def complexity(k: Tensor, y: Tensor, *, floor: float | None = None) -> Tensor:
     """
     target = columns(y, len(k))
     return (2 / len(k) * (target * (_full_rank_inverse(k, 0.0, floor) @ target)).sum().clamp(min=0)).sqrt()
-
-
-@dataclass(frozen=True)
-class Eigenlearning:
-    """Learning curve of kernel regression: kappa [], learnability [M] of each mode, error [] (mean squared, test)."""
-
-    kappa: Tensor
-    learnability: Tensor
-    error: Tensor
-
-
-@metric(lambda spectrum, *_, **__: Eigenlearning(nan(spectrum), nan(spectrum).repeat(len(spectrum)), nan(spectrum)))
-def eigenlearning(spectrum: Tensor, coefficients: Tensor, n: float, ridge: float = 0.0) -> Eigenlearning:
-    """Test error of kernel regression on n samples, from the kernel's eigenvalues and the target's coefficients.
-
-    Formula: Σλ_i/(λ_i + κ) + ridge/κ = n; 𝓛_i = λ_i/(λ_i + κ); E = Σ(1 − 𝓛_i)²‖v_i‖² · n/(n − Σ𝓛_i²)
-    Shape: spectrum [M] of the kernel's integral operator, coefficients v [M, C], n samples -> Eigenlearning
-    Range: 𝓛_i in [0, 1], Σ𝓛_i ≤ n; undefined where n ≥ rank and ridge = 0 (the samples fix every mode, κ = 0)
-    Source: Simon et al. 2023
-    Pitfalls: noise-free targets; eigenvalues of K/n on the probes stand for the operator's, the small ones poorly
-
-    >>> curve = eigenlearning(torch.ones(10), torch.ones(10, 1), n=4)
-    >>> round(float(curve.error), 9)
-    6.0
-    """
-    if spectrum.ndim != 1:
-        raise ValueError(f"spectrum must be [M]; got shape {tuple(spectrum.shape)}; pass metrics.eigenvalues(k)")
-    modes, floor = floored(spectrum)
-    order = spectrum.argsort(descending=True)
-    v = columns(coefficients, len(modes), "coefficients")[order]
-    rank = int((modes > floor).sum())
-    if not (n > 0 and ridge >= 0):
-        raise ValueError(f"n must be > 0 and ridge ≥ 0; got {n} and {ridge}; pass samples and an unscaled ridge")
-    if ridge == 0 and n >= rank:
-        raise Undefined(f"{n} samples fix all {rank} modes of the kernel")
-    kappa = _kappa(modes, n, ridge)
-    learnability = modes / (modes + kappa)
-    error = ((1 - learnability).square() * v.square().sum(1)).sum() * n / (n - learnability.square().sum())
-    return Eigenlearning(kappa, learnability[order.argsort()], error)
-
-
-def _kappa(modes: Tensor, n: float, ridge: float) -> Tensor:
-    """The κ > 0 with Σλ/(λ + κ) + ridge/κ = n, by bisection of its logarithm; κ ≤ (Σλ + ridge)/n."""
-    high = ((modes.sum() + ridge) / n).log()
-    low = high - 700
-    for _ in range(70):  # 700/2^70: below the spacing of float64
-        middle = (low + high) / 2
-        kappa = middle.exp()
-        too_small = (modes / (modes + kappa)).sum() + ridge / kappa > n
-        low, high = torch.where(too_small, middle, low), torch.where(too_small, high, middle)
-    return ((low + high) / 2).exp()
 
 
 @metric()

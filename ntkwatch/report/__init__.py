@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MOST_DRAWN = 6  # runs with figures of their own: a second each, and a page that a browser opens at once
 MOST_SPECTRA = 9  # lines in one spectrum
+LOSSES = ("loss", "loss_if_lazy", "loss_if_flow")
 
 
 def write_report(
@@ -128,6 +129,8 @@ def _pictures(run: Run) -> dict[str, str]:
     """Spectra over the run, and the kernel at its two ends where kernels were saved."""
     spectra = {step: run.eigenvalues(step) for step in _spread(run.steps, MOST_SPECTRA)}
     drawn = {"spectra": picture(figures.spectra(spectra))}
+    if (losses := _losses(run)) is not None:
+        drawn["loss if lazy"] = losses
     for step in dict.fromkeys((run.steps[0], run.steps[-1])):
         kernel = _square(run, step)
         if kernel is not None:
@@ -135,6 +138,15 @@ def _pictures(run: Run) -> dict[str, str]:
                 figures.kernel_heatmap(kernel, title=f"Kernel at step {step:,}")
             )
     return drawn
+
+
+def _losses(run: Run) -> str | None:
+    """The measured loss beside those of a network that stayed linear; None where there is nothing to set beside it."""
+    named = [name for name in LOSSES if name in run.metrics and run.metrics[name].notna().any()]
+    if len(named) < 2:
+        return None
+    title = "Loss on the probes, and had it stayed linear"
+    return picture(figures.named_curves(run.metrics, named, title=title, unit="loss"))
 
 
 def _square(run: Run, step: int) -> Tensor | None:

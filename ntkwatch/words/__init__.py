@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ntkwatch.words.axes import layers_at, path, speed
 from ntkwatch.words.ladder import LADDER, LADDER_ANGLE, LADDER_RHO, place, rung
-from ntkwatch.words.summary import layers_at, optimizer_name, path, speed, summarise, summary_lines, unmoved
+from ntkwatch.words.summary import optimizer_name, summarise, summary_lines, unmoved
 from ntkwatch.words.text import printable, sparkline
 
 __all__ = [

@@ -27,11 +27,18 @@ def rung(value: float, ladder: Sequence[float]) -> float:
     return math.inf
 
 
-def place(gamma: float, words: Sequence[str]) -> str:
-    """A rung of the ladder in words; `words` are for the foot, up to .1, up to .3, and beyond."""
+def word(gamma: float, words: Sequence[str]) -> str:
+    """A rung of the ladder in a word; `words` are for the foot, up to .1, up to .3, and beyond."""
+    return words[0] if gamma == 0 else words[1] if gamma < 0.1 else words[2] if gamma < 0.3 else words[3]
+
+
+def reached(gamma: float) -> str:
+    """Where on the ladder a rung is."""
     if gamma == 0:
-        return f"{words[0]}, below the ladder's foot, γ0 .01"
-    if math.isinf(gamma):
-        return f"{words[3]}, above the ladder's top, γ0 3"
-    word = words[1] if gamma < 0.1 else words[2] if gamma < 0.3 else words[3]
-    return f"{word}, as the ladder's γ0 {gamma:.2g}"
+        return "below the ladder's foot, γ0 .01"
+    return "above the ladder's top, γ0 3" if math.isinf(gamma) else f"as the ladder's γ0 {gamma:.2g}"
+
+
+def place(gamma: float, words: Sequence[str]) -> str:
+    """The rung in a word, and where it is."""
+    return f"{word(gamma, words)}, {reached(gamma)}"

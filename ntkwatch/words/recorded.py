@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 EDGE = (0.5, 0.95, 1.05)  # of the stability ratio: inside, near, at, beyond; 1 is the edge
 RIGHT = (0.35, 0.65)  # of the self-test, ½ where all is right
+OFF = 0.1  # of the run's first gradient: a forecast that is further off forecasts something else
 SAME = 0.02  # accuracy: below this a gain is a probe or two
 
 
@@ -29,7 +30,7 @@ def features(metrics: pd.DataFrame) -> str:
         near = f" (CKA with the start {number(cka)})" if cka is not None else ""
         said.append(f"The last hidden layer's features turned {number(angle)} rad{near}.")
     if update is not None:
-        said.append(f"The most moved weight changed by {number(update)} of its size, in spectral norm.")
+        said.append(f"The most moved weight changed by {number(update)} times its size, in spectral norm.")
     if alignment is not None:
         start = first(metrics, "neural_feature_correlation_mean")
         was = f"{number(start)} → " if start is not None else ""
@@ -72,11 +73,11 @@ def stability(metrics: pd.DataFrame) -> str:
         inside, near, beyond = EDGE
         words = (
             "well inside the edge" if ratio < inside else "inside the edge" if ratio < near
-            else "at the edge" if ratio <= beyond else "beyond the edge"
+            else "on the edge" if ratio <= beyond else "beyond the edge"
         )  # fmt: skip
         most = f"; it stood as high as {number(highest)}" if highest > max(ratio, beyond) else ""
         rate = f" (largest stable learning rate {number(limit)})" if limit is not None else ""
-        said.append(f"Stability ratio {number(ratio)}{rate}: {words}, 1{most}. Gauss–Newton on the probes.")
+        said.append(f"Stability ratio {number(ratio)}{rate}: {words} at 1{most}. Gauss–Newton on the probes.")
     if error is not None and error > 1:
         unstable = highest > 1 or (scale is not None and scale < 0)
         meaning = (
@@ -93,7 +94,19 @@ def forecast(metrics: pd.DataFrame) -> str:
     if loss is None or lazy is None:
         return ""
     text = f"Loss on the probes {number(loss)}; the linearised network, trained on the same batches, {number(lazy)}"
-    return f"{text} (the two moved {number(error)} apart, of 1)." if error is not None else f"{text}."
+    apart = f" (the two moved {number(error)} apart, of 1)" if error is not None else ""
+    return f"{text}{apart}{off_start(metrics)}."
+
+
+def off_start(metrics: pd.DataFrame) -> str:
+    """A warning where the forecast was not trained on what the run is trained on."""
+    off = last(metrics, "forecast_start_error")
+    if off is None or off < OFF:
+        return ""
+    return (
+        f"; but its first gradient was {off:.0%} off the run's (dropout, BatchNorm, or another loss), "
+        "which is no laziness"
+    )
 
 
 def self_test(metrics: pd.DataFrame) -> str:
@@ -103,8 +116,8 @@ def self_test(metrics: pd.DataFrame) -> str:
         return ""
     good = RIGHT[0] < halving < RIGHT[1]
     said = "passed" if good else "NOT passed: look at mode, tied or frozen parameters"
-    share = f"{number(halving)} of that at half the step (½ is right)"
-    return f"A small gradient step was predicted to {error:.2g} of it, {share}: {said}."
+    share = f"its error × {number(halving)} at half the step (× ½ is right)"
+    return f"A small gradient step was predicted to within {error:.2%} of it, {share}: {said}."
 
 
 # ── numbers ───────────────────────────────────────────────────────────────────────────────────────────────────────────

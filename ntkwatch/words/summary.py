@@ -7,23 +7,21 @@ far it leaves the linear regime; it calibrates the words, it is no threshold.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ntkwatch.words.ladder import LADDER, LADDER_ANGLE, LADDER_NOTE, LADDER_RHO, LINEAR, TURNED, place, rung
-from ntkwatch.words.recorded import first, last, number, recorded, with_error
+from ntkwatch.words.axes import direction, layers_at, speed, strength, where
+from ntkwatch.words.ladder import LADDER_NOTE
+from ntkwatch.words.recorded import last, recorded
 from ntkwatch.words.text import printable, wrap
+from ntkwatch.words.verdict import verdict
 
 if TYPE_CHECKING:
     import pandas as pd
 
-DISAGREE = 5.0  # a factor in γ_0, a rung and a half of the ladder
-STEADY = 0.005  # a change of alignment that is none
-NULL_Z = 2.0  # |z| below this is what shuffled labels give
-FEWEST_FOR_SPEED = 4  # probes
 STILL = ("Stability", "Self-test", "Labels")  # axes that say something before anything moved
+MOTION = ("kernel_angle", "kernel_distance", "relative_change", "taylor_ratio", "parameter_distance", "forecast_error")
 REGIME = (
     "One run states its own linearity. Whether this is a lazy regime needs a sweep of the width or the output scale: "
     "ntkwatch widths RUN…"
@@ -65,13 +63,16 @@ def summary_lines(run: Readable) -> list[tuple[str, str]]:
     if end < newest:
         lines.append(("Divergence", f"{_why_not_finite(run)} The numbers below are of step {end:,}, the last before."))
     if end == begin or unmoved(seen.metrics):
-        lines.append(("Motion", f"Nothing has moved yet: the kernel at step {end} is the one at step {begin}."))
+        still = " (the learning rate is 0)" if "the learning rate is 0" in _why(run, end) else ""
+        lines.append(("Motion", f"Nothing has moved yet: the kernel at step {end} is the one at step {begin}{still}."))
         lines += [line for line in recorded(seen.metrics) if line[0] in STILL]
     else:
-        lines += [*_strength(seen), ("Direction", _direction(seen)), ("Speed", speed(seen.metrics))]
-        lines += [("Where", _where(layers_at(run.layer_metrics, end))), *recorded(seen.metrics)]
+        lines += [("Verdict", verdict(seen.metrics)), *strength(seen.metrics)]
+        lines += [("Direction", direction(seen.metrics, _source(run))), ("Speed", speed(seen.metrics))]
+        lines += [("Where", where(layers_at(run.layer_metrics, end))), *recorded(seen.metrics)]
         lines.append(("Caution", _bias(run.manifest)))
-    lines += [("Cost", _cost(run)), ("Undefined", _undefined(run.reasons.get(end) or {}))]
+    tested = any(label == "Self-test" and text for label, text in lines)
+    lines += [("Cost", _cost(run)), ("Undefined", _undefined(run.reasons.get(end) or {}, tested))]
     lines += [("Baseline", run.manifest.get("baseline") or ""), ("Regime", REGIME)]
     lines.append(("Ladder", LADDER_NOTE if any("γ0" in text for _, text in lines) else ""))
     return [(label, printable(text)) for label, text in lines if text]
@@ -106,40 +107,9 @@ def _why_not_finite(run: Readable) -> str:
 
 
 def unmoved(metrics: pd.DataFrame) -> bool:
-    """True where no defined measure of motion differs from zero at any step."""
-    names = [n for n in ("kernel_angle", "relative_change", "taylor_ratio", "parameter_distance") if n in metrics]
-    return not (metrics[names].fillna(0.0).abs() > 0).any(axis=None)
-
-
-def _strength(run: Readable) -> list[tuple[str, str]]:
-    """Three axes apart: how far from the linearisation, how far the kernel turned, how much it grew."""
-    rho, angle, scale, relative = (
-        last(run.metrics, n) for n in ("taylor_ratio", "kernel_angle", "kernel_scale", "relative_change")
-    )
-    lines = []
-    if rho is not None:
-        said = with_error(run.metrics, "taylor_ratio", rho)
-        lines.append(("Linearity", f"Taylor ratio {said}: {place(rung(rho, LADDER_RHO), LINEAR)}."))
-    if angle is not None:
-        said = with_error(run.metrics, "kernel_angle", angle)
-        lines.append(("Rotation", f"Kernel angle {said} rad: {place(rung(angle, LADDER_ANGLE), TURNED)}."))
-    if scale is not None:
-        mixed = "" if relative is None else f" Relative change {number(relative)} mixes rotation and scale."
-        lines.append(("Scale", f"The trace went × {number(math.exp(scale))} (log {scale:+.3g}).{mixed}"))
-    if rho is not None and angle is not None:
-        lines.append(("", _agreement(rung(rho, LADDER_RHO), rung(angle, LADDER_ANGLE), scale)))
-    return lines
-
-
-def _agreement(by_rho: float, by_angle: float, scale: float | None) -> str:
-    low, high = sorted(min(max(g, LADDER[0]), LADDER[-1]) for g in (by_rho, by_angle))
-    if high / low < DISAGREE:
-        return ""
-    if by_rho < by_angle:
-        return "Axes disagree: the kernel turned further than the outputs left their linearisation."
-    resized = scale is not None and abs(scale) > 0.5
-    why = "; growth or shrinking of the weights alone does that (see the scale)" if resized else ""
-    return f"Axes disagree: the outputs left their linearisation further than the kernel turned{why}."
+    """True where no defined measure of motion differs from zero at any step, and there is one."""
+    names = [name for name in MOTION if name in metrics]
+    return bool(names) and not (metrics[names].fillna(0.0).abs() > 0).any(axis=None)
 
 
 def _bias(manifest: Mapping[str, Any]) -> str:
@@ -148,68 +118,6 @@ def _bias(manifest: Mapping[str, Any]) -> str:
     several = reduction == "trace" and (manifest.get("n_outputs") or 1) > 1
     trace = "The full kernel's angle is larger than this trace kernel's, by a quarter or more." if several else ""
     return f"{few} {trace}".strip()
-
-
-def _direction(run: Readable) -> str:
-    start, end = first(run.metrics, "centered_alignment"), last(run.metrics, "centered_alignment")
-    z0, z1 = first(run.metrics, "centered_alignment_z"), last(run.metrics, "centered_alignment_z")
-    if start is None or end is None:
-        return ""
-    source = str((run.manifest.get("probes") or {}).get("source"))
-    split = {"val": " on held-out probes", "train": " on training probes"}.get(source, "")
-    change = end - start
-    text = f"Alignment with the targets{split} {start:.3f} → {end:.3f} ({change:+.3f})"
-    if z0 is None or z1 is None:
-        return f"{text}; without a z-score it cannot be told from chance."
-    text += f", z {z0:.1f} → {z1:.1f} against shuffled labels"
-    if abs(z1) < NULL_Z:
-        return f"{text}: within chance."
-    if abs(change) < STEADY:
-        return f"{text}: unchanged."
-    if change * (z1 - z0) < 0:
-        return f"{text}. These disagree: read the z-score, which nets out the kernel's own shape."
-    return f"{text}: it turned {'towards' if change > 0 else 'away from'} the targets."
-
-
-def path(metrics: pd.DataFrame) -> pd.Series | None:
-    """Length of the kernel's path up to each step, Σ angle over successive probes, rad; None where undefined."""
-    if "kernel_velocity" not in metrics or len(metrics) < 2:
-        return None
-    steps = metrics.index.to_series()
-    pieces = (metrics["kernel_velocity"] * steps.diff()).iloc[1:]
-    return None if pieces.isna().any() else pieces.cumsum()
-
-
-def speed(metrics: pd.DataFrame) -> str:
-    """When half of the kernel's path was covered, and how straight the path is."""
-    travelled, end = path(metrics), int(metrics.index[-1])
-    if travelled is None or travelled.iloc[-1] <= 0:
-        return ""
-    if len(metrics) < FEWEST_FOR_SPEED:
-        return f"{len(metrics)} probes are too few to say when the kernel moved."
-    total = float(travelled.iloc[-1])
-    half = int(travelled.index[(travelled >= total / 2).to_numpy().argmax()])
-    text = f"Half of the kernel's path ({number(total)} rad) was covered by step {half:,} of {end:,} ({half / end:.1%})"
-    angle = last(metrics, "kernel_angle")
-    if angle is not None:
-        text += f"; directness {min(angle / total, 1.0):.2f} (1 is straight)"
-    velocity = metrics["kernel_velocity"].dropna()
-    now, most = number(float(velocity.iloc[-1])), number(float(velocity.max()))
-    return f"{text}. It now turns {now} rad a step; its fastest was {most}."
-
-
-def _where(layers: Mapping[str, Mapping[str, float]]) -> str:
-    shares = {name: m["share"] for name, m in layers.items() if "share" in m}
-    angles = {name: m["angle"] for name, m in layers.items() if "angle" in m}
-    if len(shares) < 2:
-        return ""
-    largest = sorted(shares, key=lambda name: -shares[name])[:3]
-    text = "Share of the trace: " + ", ".join(f"{name} {shares[name]:.0%}" for name in largest)
-    text += f", {len(shares) - 3} more" if len(shares) > 3 else ""
-    if len(angles) < 2:
-        return f"{text}."
-    most, least = max(angles, key=lambda n: angles[n]), min(angles, key=lambda n: angles[n])
-    return f"{text}. Turned most: {most} ({number(angles[most])} rad); least: {least} ({number(angles[least])})."
 
 
 def _cost(run: Readable) -> str:
@@ -223,9 +131,12 @@ def _cost(run: Readable) -> str:
     return f"{overhead:.2%} of wall time{limit}, {probes}{f', {engine} engine' if engine else ''}."
 
 
-def _undefined(reasons: Mapping[str, str]) -> str:
+def _undefined(reasons: Mapping[str, str], tested: bool) -> str:
+    """By cause; the self-test of the first probe is told on its own axis."""
     causes: dict[str, list[str]] = {}
     for name, why in reasons.items():
+        if tested and name.startswith("one_step_"):
+            continue
         causes.setdefault(why, []).append(name)
     return "; ".join(f"{', '.join(names)}: {why}" for why, names in causes.items())
 
@@ -244,6 +155,10 @@ def optimizer_name(manifest: Mapping[str, Any]) -> str | None:
     return " + ".join(map(str, named)) if isinstance(named, list) and named else str(named) if named else None
 
 
+def _source(run: Readable) -> str:
+    return str((run.manifest.get("probes") or {}).get("source"))
+
+
 def _probing(manifest: Mapping[str, Any]) -> str:
     probes = manifest.get("probes") or {}
     source = f" from {probes['source']}" if probes.get("source") else ""
@@ -255,12 +170,3 @@ def _span(metrics: pd.DataFrame) -> str:
     if len(metrics) == 1:
         return f"Measured once, at step {metrics.index[0]:,}"
     return f"Measured {len(metrics)} times, steps {metrics.index[0]:,} to {metrics.index[-1]:,}"
-
-
-def layers_at(layer_metrics: pd.DataFrame, step: int) -> dict[str, dict[str, float]]:
-    """Module name -> its defined metrics at a step; the root module is called `model`."""
-    found: dict[str, dict[str, float]] = {}
-    if step in layer_metrics.index:
-        for (module, metric), value in layer_metrics.loc[step].dropna().items():
-            found.setdefault(module or "model", {})[metric] = float(value)
-    return found
