@@ -8,6 +8,7 @@ from ntkwatch.infinite.compose import Residual, Serial, Sum
 from ntkwatch.infinite.convert import from_module, initialisation
 from ntkwatch.infinite.kernels import InfiniteKernel, kernel
 from ntkwatch.infinite.layers import Affine, Dense, Identity, Layer, LayerNorm
+from ntkwatch.infinite.softmax import SoftmaxAttention
 from ntkwatch.infinite.trained import ConversionError
 from ntkwatch.infinite.windows import AvgPool, Conv, Flatten, GlobalAvgPool
 
@@ -35,6 +36,7 @@ __all__ = [
     "Residual",
     "Serial",
     "Sin",
+    "SoftmaxAttention",
     "Sum",
     "from_module",
     "initialisation",

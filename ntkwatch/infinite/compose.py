@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ntkwatch.infinite.field import Cross, Own, Saved
+from ntkwatch.infinite.field import Cross, Own, Saved, later
 from ntkwatch.infinite.layers import Layer, Positions, State
 from ntkwatch.infinite.stream import Stream
 
@@ -107,7 +107,8 @@ class Sum(Layer):
                 cov = cov + total.left(total.mean) * total.right(field.mean)
                 cov = cov + total.left(field.mean) * total.right(total.mean)
             stream = _joined((total.stream, total.cov, None), (field.stream, field.cov, None)) if f.samples else None
-            total = replace(total, cov=cov, mean=_plus(total.mean, field.mean), stream=stream)
+            draws = later(total.draws, field.draws)
+            total = replace(total, cov=cov, mean=_plus(total.mean, field.mean), stream=stream, draws=draws)
         return total, (saved, tuple(field.mean for field in fields))
 
     def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
@@ -139,7 +140,7 @@ def _add(f: Cross, g: Cross, a: Means, b: Means) -> Cross:
     if fa is not None and ga is not None:
         nngp.add_(f.left(fa) * f.right(gb)).add_(f.left(ga) * f.right(fb))
     ntk = g.ntk if f.ntk is None else f.ntk if g.ntk is None else f.ntk.add_(g.ntk)
-    return replace(f, nngp=nngp, ntk=ntk, stream=stream)
+    return replace(f, nngp=nngp, ntk=ntk, stream=stream, draws=later(f.draws, g.draws))
 
 
 Part = tuple[Stream | None, Tensor, Tensor | None]

@@ -11,8 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
+from ntkwatch.infinite.compose import Residual
 from ntkwatch.infinite.initialisation import Origin, Weights
 from ntkwatch.infinite.layers import Affine, Dense, Layer, LayerNorm
+from ntkwatch.infinite.softmax import SoftmaxAttention
 from ntkwatch.infinite.windows import Conv
 
 Make = Callable[[dict[str, Origin]], Layer]  # layers wait until the initialisation of all weights is known
@@ -45,6 +47,45 @@ def linear(reader: Reader, prefix: str, weight: Tensor, bias: Tensor | None, fac
     fan_out, fan_in = weight.shape
     w = reader.register(Weights(f"{prefix}weight", weight, fan_in, fan_out))
     return _weights(reader, prefix, w, weight, bias, fan_in, Dense, {}, factor)
+
+
+def attention(reader: Reader, name: str, m: nn.MultiheadAttention) -> Make:
+    """Self-attention at this head size; PyTorch draws queries, keys and values as one weight [3E, E]."""
+    if not m._qkv_same_embed_dim or m.bias_k is not None or m.add_zero_attn or not m.batch_first:
+        raise ConversionError(
+            f"{name} (MultiheadAttention) converts with batch_first=True, kdim = vdim = embed_dim and without "
+            "add_bias_kv or add_zero_attn only."
+        )
+    e = m.embed_dim
+    weight, bias = m.in_proj_weight, m.in_proj_bias
+    w = reader.register(Weights(f"{name}.in_proj_weight", weight, e, 3 * e))
+    inward = _weights(reader, f"{name}.in_proj_", w, weight, bias, e, Dense, {}, 1.0)
+    outward = linear(reader, f"{name}.out_proj.", m.out_proj.weight, m.out_proj.bias)
+
+    def make(origins: dict[str, Origin]) -> Layer:
+        one, out = inward(origins), outward(origins)
+        assert isinstance(one, Dense) and isinstance(out, Dense)
+        return SoftmaxAttention(one, one, one, out, head_size=m.head_dim)
+
+    return make
+
+
+def encoder_layer(reader: Reader, name: str, m: nn.TransformerEncoderLayer, activation: Layer) -> list[Make]:
+    """Attention and a two-layer network, each in a residual branch with its norm before or after."""
+    first = [attention(reader, f"{name}.self_attn", m.self_attn)]
+    second = [
+        linear(reader, f"{name}.linear1.", m.linear1.weight, m.linear1.bias),
+        const(activation),
+        linear(reader, f"{name}.linear2.", m.linear2.weight, m.linear2.bias),
+    ]
+    norms = [layer_norm(f"{name}.norm{i}", norm) for i, norm in ((1, m.norm1), (2, m.norm2))]
+    if m.norm_first:
+        return [residual([*norms[0], *first]), residual([*norms[1], *second])]
+    return [residual(first), *norms[0], residual(second), *norms[1]]
+
+
+def residual(branch: list[Make]) -> Make:
+    return lambda origins: Residual(*[make(origins) for make in branch])
 
 
 def convolution(reader: Reader, name: str, m: nn.Conv1d | nn.Conv2d) -> Make:

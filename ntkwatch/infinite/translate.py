@@ -16,9 +16,11 @@ from ntkwatch.infinite.trained import (
     Make,
     Reader,
     Step,
+    attention,
     batch_norm,
     const,
     convolution,
+    encoder_layer,
     functional_linear,
     layer_norm,
     linear,
@@ -43,6 +45,7 @@ ELEMENTWISE: dict[str, Callable[[], Layer]] = {
     "cos": lambda: Activation(torch.cos),
 }
 SMOOTH = (nn.Tanh, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Mish, nn.ELU, nn.SELU, nn.CELU, nn.Softsign, nn.LogSigmoid)
+ATTENTION = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 DROPOUT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
 
 
@@ -50,8 +53,12 @@ def step(reader: Reader, node: fx.Node) -> Step | None:
     """The step of a node that computes from the input, None for bookkeeping such as x.size(0)."""
     if node.op == "call_module":
         module = reader.modules[str(node.target)]
+        if isinstance(module, ATTENTION):
+            _only_itself(node, str(node.target), module)
         return _one(reader, node, *_module(reader, str(node.target), module, _first(reader, node)))
     name = getattr(node.target, "__name__", str(node.target))
+    if name in ("getitem", "__getitem__") and _is_attention(reader, node.args[0]):
+        return Step([node.args[0]], [], False)  # type: ignore[list-item]  # (output, weights)[0]
     if name in IGNORED:
         return None
     if name in ("add", "add_", "iadd", "sum_"):
@@ -59,6 +66,42 @@ def step(reader: Reader, node: fx.Node) -> Step | None:
     if name in ("mul", "truediv", "div", "imul", "itruediv", "mul_", "div_", "neg"):
         return _scale(reader, node, name)
     return _one(reader, node, *_call(reader, node, name))
+
+
+def _only_itself(node: fx.Node, name: str, m: nn.Module) -> None:
+    """Attention of one signal to itself, without masks."""
+    signals = 3 if isinstance(m, nn.MultiheadAttention) else 1
+    given = {
+        k: v for k, v in node.kwargs.items() if k not in ("need_weights", "average_attn_weights") and v is not None
+    }
+    others = [a for a in node.args[signals:] if a is not None] + [
+        k for k in given if k not in ("query", "key", "value")
+    ]
+    own = [*node.args[:signals], *[given[k] for k in ("query", "key", "value") if k in given]]
+    if others or len(set(own)) > 1:
+        raise ConversionError(
+            f"{name} ({type(m).__name__}) converts where a sequence attends to all of itself: no masks, no other keys."
+        )
+
+
+def _is_attention(reader: Reader, node: Any) -> bool:
+    """Whether a node is the pair (output, weights) of nn.MultiheadAttention."""
+    called = isinstance(node, fx.Node) and node.op == "call_module" and node in reader.steps
+    return called and isinstance(reader.modules[str(node.target)], nn.MultiheadAttention)
+
+
+def _encoder(reader: Reader, name: str, m: nn.Module) -> list[Make]:
+    """nn.MultiheadAttention, nn.TransformerEncoderLayer or nn.TransformerEncoder."""
+    if isinstance(m, nn.MultiheadAttention):
+        return [attention(reader, name, m)]
+    if isinstance(m, nn.TransformerEncoderLayer):
+        function = m.activation
+        known = ELEMENTWISE | {"gelu": Gelu}
+        act = known[function.__name__]() if getattr(function, "__name__", "") in known else None
+        return encoder_layer(reader, name, m, act or _activation(f"{name}.activation", function))
+    assert isinstance(m, nn.TransformerEncoder)
+    layers = [make for i, layer in enumerate(m.layers) for make in _encoder(reader, f"{name}.layers.{i}", layer)]
+    return layers if m.norm is None else [*layers, *layer_norm(f"{name}.norm", m.norm)]
 
 
 def _first(reader: Reader, node: fx.Node) -> Step:
@@ -86,6 +129,9 @@ def _module(reader: Reader, name: str, m: nn.Module, before: Step) -> tuple[list
     if isinstance(m, nn.Linear):
         _no_channels_first(first, f"{name} (Linear)")
         return [linear(reader, f"{name}.", m.weight, m.bias)], False
+    if isinstance(m, ATTENTION):
+        _no_channels_first(first, f"{name} ({type(m).__name__})")
+        return _encoder(reader, name, m), False
     if isinstance(m, nn.Conv1d | nn.Conv2d):
         return [convolution(reader, name, m)], True
     if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -112,8 +158,6 @@ def _activation(name: str, m: nn.Module) -> Layer:
     if isinstance(m, SMOOTH):
         return Activation(m)
     why = {
-        "MultiheadAttention": "softmax attention at 1/√d has no closed form",
-        "TransformerEncoderLayer": "softmax attention at 1/√d has no closed form",
         "MaxPool2d": "a maximum of correlated Gaussians has no closed form; use an average",
         "Embedding": "its inputs are indices, not vectors; convert what follows it",
     }.get(type(m).__name__, "no rule for this module")
