@@ -13,7 +13,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ntkwatch"
 FLOORS = {
     4: {"callback", "opening", "trainer", "cli", "demo", "interventions"},
-    3: {"session", "monitor", "manifest", "baseline", "diagnostics", "instruments", "checks", "derived", "forecast"},
+    3: {
+        "session",
+        "monitor",
+        "manifest",
+        "baseline",
+        "diagnostics",
+        "instruments",
+        "checks",
+        "derived",
+        "forecast",
+        "limit",
+    },
     2: {"engines"},
     1: {"model", "statistics", "guard", "probes", "sinks", "compare", "report", "words", "losses", "optimizers"},
     0: {"schedule", "metrics", "infinite", "distributed", "record", "figures", "slopes"},

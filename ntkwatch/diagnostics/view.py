@@ -15,6 +15,7 @@ from ntkwatch import metrics
 from ntkwatch.losses import LossAt
 from ntkwatch.metrics.undefined import Undefined
 from ntkwatch.optimizers import Rule
+from ntkwatch.record import Limit
 
 if TYPE_CHECKING:
     from ntkwatch.instruments import Instruments
@@ -42,6 +43,7 @@ class View:
     blocks: [C, n, n], where a diagnostic asked for them. layers, layers_0: parameter name -> [n, n].
     relative_floor: the noise floor of the eigenvalues over λ_max. path_length: Σ angle up to this probe.
     f_lazy: outputs [n, C] of the linear forecast. instruments: what else the model can be asked, inside the guard.
+    limit: K_∞ on some of the probes.
     """
 
     step: int
@@ -67,6 +69,7 @@ class View:
     f_lazy: Tensor | str = "no forecast is attached"
     instruments: Instruments | None = None
     start_step: int = 0
+    limit: Limit | str = "the infinite-width limit was not computed"
 
     @cached_property
     def spectrum(self) -> Tensor:

@@ -6,8 +6,10 @@ from ntkwatch.infinite.activations import ABRelu, Abs, Activation, Elementwise, 
 from ntkwatch.infinite.attention import Attention
 from ntkwatch.infinite.compose import Residual, Serial, Sum
 from ntkwatch.infinite.convert import from_module, initialisation
+from ntkwatch.infinite.cost import nominal_seconds
 from ntkwatch.infinite.kernels import InfiniteKernel, kernel
 from ntkwatch.infinite.layers import Affine, Dense, Identity, Layer, LayerNorm
+from ntkwatch.infinite.propagation import Propagation, signal_propagation
 from ntkwatch.infinite.softmax import SoftmaxAttention
 from ntkwatch.infinite.trained import ConversionError
 from ntkwatch.infinite.windows import AvgPool, Conv, Flatten, GlobalAvgPool
@@ -32,6 +34,7 @@ __all__ = [
     "Layer",
     "LayerNorm",
     "LeakyRelu",
+    "Propagation",
     "Relu",
     "Residual",
     "Serial",
@@ -41,4 +44,6 @@ __all__ = [
     "from_module",
     "initialisation",
     "kernel",
+    "nominal_seconds",
+    "signal_propagation",
 ]

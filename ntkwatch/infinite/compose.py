@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -38,9 +39,12 @@ class Serial(Layer):
         return before
 
     def pairs_in(self, pairs: bool) -> bool:
-        return self._pairs(pairs)[0]
+        return self.needs(pairs)[0]
 
-    def _pairs(self, pairs: bool) -> list[bool]:
+    def frozen(self) -> Serial:
+        return Serial(*[layer.frozen() for layer in self.layers])
+
+    def needs(self, pairs: bool) -> list[bool]:
         """Whether pairs of positions are needed before each layer, and after the last."""
         needs = [pairs]
         for layer in reversed(self.layers):
@@ -48,17 +52,23 @@ class Serial(Layer):
         return needs[::-1]
 
     def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
-        needs, saved = self._pairs(pairs), []
+        needs, saved = self.needs(pairs), []
         for layer, before, after in zip(self.layers, needs, needs[1:], strict=False):
             f, s = layer.own(f if before or not f.pairs else f.diagonal(), after)
             saved.append(s)
         return f if pairs or not f.pairs else f.diagonal(), tuple(saved)
 
     def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
-        needs = self._pairs(pairs)
+        for after in self.stages(f, a, b, pairs):
+            f = after
+        return f if pairs or not f.pairs else f.diagonal()
+
+    def stages(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Iterator[Cross]:
+        """The field after each layer; the next one may write into it."""
+        needs = self.needs(pairs)
         for layer, sa, sb, before, after in zip(self.layers, a, b, needs, needs[1:], strict=False):
             f = layer.cross(f if before or not f.pairs else f.diagonal(), sa, sb, after)
-        return f if pairs or not f.pairs else f.diagonal()
+            yield f
 
 
 @dataclass(frozen=True, init=False)
@@ -94,6 +104,9 @@ class Sum(Layer):
             return State.GAUSSIAN
         single = State.OTHER not in each and each.count(State.STREAM) == 1
         return State.STREAM if single else State.OTHER
+
+    def frozen(self) -> Sum:
+        return Sum(*[branch.frozen() for branch in self.branches])
 
     def pairs_in(self, pairs: bool) -> bool:
         return any(b.pairs_in(pairs) for b in self.branches)

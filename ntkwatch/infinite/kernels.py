@@ -201,17 +201,17 @@ def _channels_last(net: Serial, x: Tensor, name: str, dtype: torch.dtype) -> tup
     if not torch.isfinite(x).all():
         raise ValueError(f"{name} has values that are not finite; remove those rows first.")
     x = x.detach().to(dtype)
-    if x.ndim == 4 or (x.ndim == 3 and _channels_first(net)):
+    if x.ndim == 4 or (x.ndim == 3 and channels_first(net)):
         x = x.movedim(1, -1)
     return x.movedim(0, -2).contiguous(), tuple(x.shape[1:-1])
 
 
-def _channels_first(layer: Layer) -> bool | None:
+def channels_first(layer: Layer) -> bool | None:
     """Whether three-dimensional inputs are [n, C, L]: what the first layer that slides a window says, else None."""
     if isinstance(layer, Conv | AvgPool):
         return True
     for child in layer.layers if isinstance(layer, Serial) else layer.branches if isinstance(layer, Sum) else ():
-        if (answer := _channels_first(child)) is not None:
+        if (answer := channels_first(child)) is not None:
             return answer
     return None
 

@@ -54,6 +54,10 @@ class SoftmaxAttention(Layer):
         notes.add(MONTE_CARLO)
         return State.GAUSSIAN
 
+    def frozen(self) -> SoftmaxAttention:
+        parts = {name: getattr(self, name).frozen() for name in ("query", "key", "value", "out")}
+        return replace(self, **parts)
+
     def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
         k = _probes_first(f.cov, f.spatial, 1)
         factors = [_root(covariance(d, k)) for d in (self.query, self.key)]

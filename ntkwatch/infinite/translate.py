@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -97,11 +97,11 @@ def _encoder(reader: Reader, name: str, m: nn.Module) -> list[Make]:
     if isinstance(m, nn.TransformerEncoderLayer):
         function = m.activation
         known = ELEMENTWISE | {"gelu": Gelu}
-        act = known[function.__name__]() if getattr(function, "__name__", "") in known else None
-        return encoder_layer(reader, name, m, act or _activation(f"{name}.activation", function))
+        act = known.get(getattr(function, "__name__", ""))
+        return encoder_layer(reader, name, m, act() if act else _activation(f"{name}.activation", cast(Any, function)))
     assert isinstance(m, nn.TransformerEncoder)
     layers = [make for i, layer in enumerate(m.layers) for make in _encoder(reader, f"{name}.layers.{i}", layer)]
-    return layers if m.norm is None else [*layers, *layer_norm(f"{name}.norm", m.norm)]
+    return layers if m.norm is None else [*layers, *layer_norm(f"{name}.norm", cast(nn.LayerNorm, m.norm))]
 
 
 def _first(reader: Reader, node: fx.Node) -> Step:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ntkwatch.words.ladder import LADDER, LADDER_ANGLE, LADDER_NOTE, LADDER_RHO, LINEAR, TURNED, place, rung
-from ntkwatch.words.recorded import first, last, number, recorded, with_error
+from ntkwatch.words.recorded import first, last, number, recorded, wide, with_error
 from ntkwatch.words.text import printable, wrap
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def summary_lines(run: Readable) -> list[tuple[str, str]]:
         lines += [("Where", _where(layers_at(run.layer_metrics, end))), *recorded(seen.metrics)]
         lines.append(("Caution", _bias(run.manifest)))
     lines += [("Cost", _cost(run)), ("Undefined", _undefined(run.reasons.get(end) or {}))]
-    lines += [("Baseline", run.manifest.get("baseline") or ""), ("Regime", REGIME)]
+    lines += [("Baseline", run.manifest.get("baseline") or ""), ("Limit", wide(run.metrics, run.manifest))]
+    lines.append(("Regime", REGIME))
     lines.append(("Ladder", LADDER_NOTE if any("γ0" in text for _, text in lines) else ""))
     return [(label, printable(text)) for label, text in lines if text]
 
