@@ -130,7 +130,7 @@ class Monitor:
         path_length: float | None = None,
         limit: WideLimit | None = None,
     ) -> None:
-        """Continue an earlier run: its baseline, last kernel, the path's length up to there, and infinite-width limit."""
+        """Continue an earlier run: its baseline, last kernel, the path's length up to there, infinite-width limit."""
         with self._probe():
             self.choice = choose(self.network, self._batch(self.probes), self.engine)
         self.baseline, self.statistics, self.previous = baseline, dict(baseline.statistics), previous

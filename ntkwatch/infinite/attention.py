@@ -40,8 +40,8 @@ class Attention(Layer):
         if self.variant not in ("softmax", "linear"):
             raise ValueError(
                 'Attention knows variant "softmax" (logits scaled by 1/d, keys tied to queries) and "linear" (scaled '
-                f"by 1/√d, without softmax), got {self.variant!r}; softmax of 1/√d-scaled logits has no closed form, and "
-                "is SoftmaxAttention."
+                f"by 1/√d, without softmax), got {self.variant!r}; softmax of 1/√d-scaled logits has no closed form: "
+                "SoftmaxAttention estimates it."
             )
         for name in ("w_query", "w_key", "w_value", "w_out", "b_std"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):

@@ -25,8 +25,8 @@ class InfiniteKernel:
 
     samples: 0 where both are in closed form; else the points of the quasi-Monte Carlo that an activation after a sum of
     activations takes (post-activation residual blocks), with a relative error near 1/samples^0.7, or the draws of the
-    Monte Carlo that softmax attention takes. nngp_error, ntk_error: the standard errors of that one, None where there is
-    none.
+    Monte Carlo that softmax attention takes.
+    nngp_error, ntk_error: standard errors [n1, n2] of that Monte Carlo, None where there is none.
     """
 
     nngp: Tensor

@@ -105,8 +105,8 @@ class SoftmaxAttention(Layer):
         """Attention weights for chunks of the draws. factors: of queries and keys of each side."""
         if draws is None:
             raise ValueError(
-                f"{type(self).__name__} (softmax of 1/√d-scaled logits) has no closed form: pass generator= to kernel() "
-                "for a Monte Carlo estimate with an error bar."
+                "SoftmaxAttention (softmax of 1/√d-scaled logits) has no closed form: pass generator= to kernel() for a "
+                "Monte Carlo estimate with an error bar."
             )
         t = like.shape[-1]
         normal = draws.normal(2 * t, self.head_size)
@@ -183,7 +183,7 @@ def _root(k: Tensor) -> Tensor:
 
 
 def _given(first: Tensor, cross: Tensor, second: Tensor) -> Tensor:
-    """[p, T, 2T]: the second input's factor on the first's draws and on fresh ones, for its covariance with the first."""
+    """[p, T, 2T]: the second input's factor on the first's draws and on fresh ones, given their covariance."""
     on_first = torch.linalg.solve_triangular(first, cross, upper=False).mT
     values, vectors = torch.linalg.eigh(second @ second.mT - on_first @ on_first.mT)
     rest = (vectors * values.clamp_min(0).sqrt()[:, None]) @ vectors.mT
