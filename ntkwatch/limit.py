@@ -65,9 +65,17 @@ def _limit(network: Network, batch: Any, calibrated: bool) -> WideLimit:
             f"K_∞ on {min(FEWEST, len(x))} probes takes some {seconds:.0f} s (at most {ALLOWED:g} here): compute it "
             "with infinite.kernel(infinite.from_module(model), x)"
         )
-    kernel = infinite.kernel(spec, x[rows].double()).ntk.cpu()
+    found = infinite.kernel(spec, x[rows].double(), generator=torch.Generator().manual_seed(0))
     few = rows[:: -(-len(rows) // PROPAGATED)]
-    return WideLimit(Limit(kernel, rows.cpu()), infinite.signal_propagation(spec, x[few].double()).advice)
+    advice = infinite.signal_propagation(spec, x[few].double()).advice
+    if found.ntk_error is not None:
+        advice = f"{_error(found.ntk, found.ntk_error)} {advice}"
+    return WideLimit(Limit(found.ntk.cpu(), rows.cpu()), advice)
+
+
+def _error(ntk: Tensor, error: Tensor) -> str:
+    """That the limit is an estimate, and how good a one."""
+    return f"Softmax attention makes it a Monte Carlo estimate, to {float(error.norm() / ntk.norm()):.1g} of its norm."
 
 
 def _not_comparable(network: Network, batch: Any, calibrated: bool) -> str | None:

@@ -176,7 +176,7 @@ def _first(run: Run, width: float) -> _First:
 
 def _notes(firsts: Sequence[_First], missing: Sequence[tuple[str, str]]) -> list[str]:
     notes = [
-        "K_∞ is the mean over initialisations at each run's own width, scheme and parametrization; numbers are over ‖K_∞‖"
+        "K_∞ is the mean over initialisations at each run's own width, scheme and parametrization; all is over ‖K_∞‖"
     ]
     share = max(f.biases for f in firsts)
     if share > BIASES:

@@ -109,6 +109,8 @@ class _Converter:
                 raise ConversionError(f"{node.name} is used by several branches, which are then correlated.")
             self.visited.add(node)
             step = self.steps[node]
+            if step.mixed:
+                raise ConversionError(f"{node.name} rearranges channels, which converts in attention only.")
             if len(step.sources) == 1:
                 layers += [make(self.origins) for make in reversed(step.layers)]
                 node = step.sources[0]
@@ -139,6 +141,8 @@ def _is_leaf(m: nn.Module) -> bool:
 class _Tracer(fx.Tracer):
     """Follows modules without their hooks: a hook of the user's must never be handed what is no tensor."""
 
+    proxy_buffer_attributes = True  # masks are cut to the length of the input
+
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if self.is_leaf_module(m, self.path_of_module(m)):
             return super().call_module(m, forward, args, kwargs)
@@ -146,13 +150,19 @@ class _Tracer(fx.Tracer):
 
 
 def _trace(module: nn.Module) -> fx.Graph:
+    modes = {m: m.training for m in module.modules()}
     try:
+        for m in modes:
+            m.training = False  # some forwards ask
         return _Tracer().trace(module)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConversionError(
             f"torch.fx cannot trace {type(module).__name__}: {reason} Convert a part whose control flow is fixed."
         ) from error
+    finally:
+        for m, training in modes.items():
+            m.training = training
 
 
 def _dominators(steps: dict[fx.Node, Step], start: fx.Node) -> dict[fx.Node, list[fx.Node]]:

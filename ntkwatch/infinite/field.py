@@ -32,7 +32,7 @@ class Draws:
     depth: int = 0
 
     def normal(self, rows: int, columns: int | None) -> list[Tensor]:
-        """Standard normals for queries and keys, two [count/2, rows, columns]; for logits one, [count/2, rows, rows]."""
+        """Normals for queries and keys, two [count/2, rows, columns]; for logits one, [count/2, rows, rows]."""
         return _normal(self.seed + 7919 * self.depth, (self.count + 1) // 2, rows, columns)
 
 

@@ -105,8 +105,8 @@ class SoftmaxAttention(Layer):
         """Attention weights for chunks of the draws. factors: of queries and keys of each side."""
         if draws is None:
             raise ValueError(
-                "SoftmaxAttention (softmax of 1/√d-scaled logits) has no closed form: pass generator= to kernel() for a "
-                "Monte Carlo estimate with an error bar."
+                "SoftmaxAttention (softmax of 1/√d-scaled logits) has no closed form: pass generator= to kernel() "
+                "for a Monte Carlo estimate with an error bar."
             )
         t = like.shape[-1]
         normal = draws.normal(2 * t, self.head_size)

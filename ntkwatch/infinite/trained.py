@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,11 +26,15 @@ class ConversionError(ValueError):
 
 @dataclass(frozen=True)
 class Step:
-    """sources: the nodes it computes from (several: their sum). channels_first: of its output."""
+    """sources: the nodes it computes from (several: their sum). channels_first: of its output.
+
+    mixed: it rearranges or mixes channels of projections, as heads of attention do; `heads` finds out how.
+    """
 
     sources: list[fx.Node]
     layers: list[Make]
     channels_first: bool
+    mixed: bool = False
 
 
 class Reader(Protocol):
@@ -63,8 +67,7 @@ def attention(reader: Reader, name: str, m: nn.MultiheadAttention) -> Make:
     outward = linear(reader, f"{name}.out_proj.", m.out_proj.weight, m.out_proj.bias)
 
     def make(origins: dict[str, Origin]) -> Layer:
-        one, out = inward(origins), outward(origins)
-        assert isinstance(one, Dense) and isinstance(out, Dense)
+        one, out = (cast(Dense, make(origins)) for make in (inward, outward))
         return SoftmaxAttention(one, one, one, out, head_size=m.head_dim)
 
     return make

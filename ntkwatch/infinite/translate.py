@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ntkwatch.infinite.activations import Abs, Activation, Erf, Gelu, LeakyRelu, Relu, Sin
+from ntkwatch.infinite.heads import attention_between
 from ntkwatch.infinite.layers import Affine, Layer
 from ntkwatch.infinite.trained import (
     ConversionError,
@@ -27,6 +28,8 @@ from ntkwatch.infinite.trained import (
 )
 from ntkwatch.infinite.windows import AvgPool, Flatten, GlobalAvgPool
 
+MIXING = {"view", "reshape", "unflatten", "chunk", "split", "tensor_split", "unbind", "transpose", "permute", "matmul"}
+MIXING |= {"scaled_dot_product_attention", "bmm", "einsum", "getitem"}
 IGNORED = {"size", "dim", "getattr", "getitem", "__getitem__"}
 PASS = {"contiguous", "dropout", "dropout1d", "dropout2d", "to", "float", "double", "identity"}
 ELEMENTWISE: dict[str, Callable[[], Layer]] = {
@@ -51,6 +54,8 @@ DROPOUT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
 
 def step(reader: Reader, node: fx.Node) -> Step | None:
     """The step of a node that computes from the input, None for bookkeeping such as x.size(0)."""
+    if (mixed := _mixed(reader, node)) is not None:
+        return mixed
     if node.op == "call_module":
         module = reader.modules[str(node.target)]
         if isinstance(module, ATTENTION):
@@ -66,6 +71,32 @@ def step(reader: Reader, node: fx.Node) -> Step | None:
     if name in ("mul", "truediv", "div", "imul", "itruediv", "mul_", "div_", "neg"):
         return _scale(reader, node, name)
     return _one(reader, node, *_call(reader, node, name))
+
+
+def _mixed(reader: Reader, node: fx.Node) -> Step | None:
+    """A step of attention written by hand: among its heads, or the Linear behind them; None for any other node."""
+    signals = [n for n in node.all_input_nodes if n in reader.steps]
+    name = getattr(node.target, "__name__", str(node.target))
+    if not any(reader.steps[n].mixed for n in signals):
+        from_linear = all(_is_linear(reader, n) for n in signals)
+        flat = name in ("view", "reshape") and _flattens(list(node.args[1:]))
+        turned = name in MIXING or (name == "getattr" and node.args[1] in ("mT", "mH"))
+        return Step(signals, [], False, mixed=True) if from_linear and turned and not flat else None
+    module = reader.modules[str(node.target)] if node.op == "call_module" else None
+    if isinstance(module, nn.Linear):
+        out = linear(reader, f"{node.target}.", module.weight, module.bias)
+        source, make = attention_between(reader, signals[0], out)
+        return Step([source], [make], False)
+    return Step(signals, [], False, mixed=True)
+
+
+def _is_linear(reader: Reader, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(reader.modules[str(node.target)], nn.Linear)
+
+
+def _flattens(shape: list[Any]) -> bool:
+    """x.view(n, -1) and its like."""
+    return len(shape) == 2 and (shape[1] == -1 or shape[0] == -1)
 
 
 def _only_itself(node: fx.Node, name: str, m: nn.Module) -> None:
@@ -181,7 +212,7 @@ def _call(reader: Reader, node: fx.Node, name: str) -> tuple[list[Make], bool]:
         return [functional_linear(reader, node)], False
     if name == "flatten" and rest in ([1], [1, -1]):
         return [const(Flatten())], False
-    if name in ("view", "reshape") and len(rest) == 2 and (rest[1] == -1 or rest[0] == -1):
+    if name in ("view", "reshape") and _flattens(rest):
         return [const(Flatten())], False
     if name == "mean":
         return [const(_mean(node, rest, first))], False
