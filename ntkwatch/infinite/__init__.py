@@ -11,6 +11,7 @@ from ntkwatch.infinite.kernels import InfiniteKernel, kernel
 from ntkwatch.infinite.layers import Affine, Dense, Identity, Layer, LayerNorm
 from ntkwatch.infinite.propagation import Propagation, signal_propagation
 from ntkwatch.infinite.softmax import SoftmaxAttention
+from ntkwatch.infinite.tokens import Position, Token
 from ntkwatch.infinite.trained import ConversionError
 from ntkwatch.infinite.windows import AvgPool, Conv, Flatten, GlobalAvgPool
 
@@ -34,6 +35,7 @@ __all__ = [
     "Layer",
     "LayerNorm",
     "LeakyRelu",
+    "Position",
     "Propagation",
     "Relu",
     "Residual",
@@ -41,6 +43,7 @@ __all__ = [
     "Sin",
     "SoftmaxAttention",
     "Sum",
+    "Token",
     "from_module",
     "initialisation",
     "kernel",

@@ -7,7 +7,7 @@ from torch import Tensor
 from ntkwatch.infinite.activations import Activation, Elementwise
 from ntkwatch.infinite.attention import Attention
 from ntkwatch.infinite.compose import Serial, Sum
-from ntkwatch.infinite.kernels import channels_first
+from ntkwatch.infinite.kernels import layout
 from ntkwatch.infinite.layers import Layer, Positions, State
 from ntkwatch.infinite.softmax import SoftmaxAttention
 from ntkwatch.infinite.windows import AvgPool, Conv
@@ -24,9 +24,7 @@ def nominal_seconds(spec: Layer, x: Tensor, x2: Tensor | None = None, *, samples
     net = spec if isinstance(spec, Serial) else Serial(spec)
     notes: set[str] = set()
     net.state(State.OTHER, notes)
-    last = x.ndim == 3 and not channels_first(net)
-    positions = tuple(x.shape[1:2] if last else x.shape[2:])
-    channels = x.shape[-1] if last or x.ndim == 2 else x.shape[1]
+    channels, positions = layout(net, x, "x")
     pairs = len(x) * (len(x) + 1) / 2 if x2 is None else len(x) * len(x2)
     wanted = net.pairs_in(False) and bool(positions)
     work = _entries(positions, wanted) * channels / 4

@@ -20,8 +20,11 @@ from torch import Tensor, fx, nn
 from ntkwatch.infinite.initialisation import Origin
 from ntkwatch.infinite.layers import Dense, Layer
 from ntkwatch.infinite.softmax import SoftmaxAttention
-from ntkwatch.infinite.trained import ConversionError, Make, Reader
+from ntkwatch.infinite.trained import ConversionError, Make, Reader, Step, linear
 
+ATTENTION = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+MIXING = {"view", "reshape", "unflatten", "chunk", "split", "tensor_split", "unbind", "transpose", "permute", "matmul"}
+MIXING |= {"scaled_dot_product_attention", "bmm", "einsum", "getitem"}
 ROWS, TOKENS = 2, 4  # of the random projections
 
 
@@ -33,6 +36,48 @@ class Heads:
     causal: bool
     scale: float
     order: tuple[int, int, int]
+
+
+def mixed_step(reader: Reader, node: fx.Node) -> Step | None:
+    """A step of attention written by hand: among its heads, or the Linear behind them; None for any other node."""
+    signals = [n for n in node.all_input_nodes if n in reader.steps]
+    name = getattr(node.target, "__name__", str(node.target))
+    if not any(reader.steps[n].mixed for n in signals):
+        from_linear = all(_is_linear(reader, n) for n in signals)
+        flat = name in ("view", "reshape") and flattens(list(node.args[1:]))
+        turned = name in MIXING or (name == "getattr" and node.args[1] in ("mT", "mH"))
+        return Step(signals, [], False, mixed=True) if from_linear and turned and not flat else None
+    module = reader.modules[str(node.target)] if node.op == "call_module" else None
+    if isinstance(module, nn.Linear):
+        out = linear(reader, f"{node.target}.", module.weight, module.bias)
+        source, make = attention_between(reader, signals[0], out)
+        return Step([source], [make], False)
+    return Step(signals, [], False, mixed=True)
+
+
+def _is_linear(reader: Reader, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(reader.modules[str(node.target)], nn.Linear)
+
+
+def flattens(shape: list[Any]) -> bool:
+    """x.view(n, -1) and its like."""
+    return len(shape) == 2 and (shape[1] == -1 or shape[0] == -1)
+
+
+def only_itself(node: fx.Node, name: str, m: nn.Module) -> None:
+    """Attention of one signal to itself, without masks."""
+    signals = 3 if isinstance(m, nn.MultiheadAttention) else 1
+    given = {
+        k: v for k, v in node.kwargs.items() if k not in ("need_weights", "average_attn_weights") and v is not None
+    }
+    others = [a for a in node.args[signals:] if a is not None] + [
+        k for k in given if k not in ("query", "key", "value")
+    ]
+    own = [*node.args[:signals], *[given[k] for k in ("query", "key", "value") if k in given]]
+    if others or len(set(own)) > 1:
+        raise ConversionError(
+            f"{name} ({type(m).__name__}) converts where a sequence attends to all of itself: no masks, no other keys."
+        )
 
 
 def attention_between(reader: Reader, node: fx.Node, out: Make) -> tuple[fx.Node, Make]:

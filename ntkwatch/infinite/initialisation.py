@@ -45,7 +45,7 @@ class Weights:
         """Name -> variance of one entry, for the schemes that can have drawn this parameter."""
         if self.measured == 0:
             return {"zero": 0.0}
-        known = {TORCH_DEFAULT: 1 / (3 * self.fan_in), "standard normal": 1.0}
+        known = {TORCH_DEFAULT: 1 / (3 * self.fan_in), "standard normal": 1.0, "normal(0, 0.02)": 4e-4}
         if not self.bias:
             known |= {
                 "Kaiming, 2/fan_in": 2 / self.fan_in,
@@ -53,7 +53,6 @@ class Weights:
                 "LeCun, 1/fan_in": 1 / self.fan_in,
                 "1/fan_out": 1 / self.fan_out,
                 "Xavier, 2/(fan_in + fan_out)": 2 / (self.fan_in + self.fan_out),
-                "normal(0, 0.02)": 4e-4,
             }
         return {name: variance for name, variance in known.items() if self._may_be(name, variance)}
 

@@ -93,8 +93,8 @@ def _estimate(
         told = None if progress is None else _shifted(progress, i)
         found.append(torch.stack(_evaluate(net, x1, x2, dtype, told, points, Draws(seed, count))))
     runs = torch.stack(found)
-    nngp, ntk = runs.mean(0)
-    nngp_error, ntk_error = runs.std(0) / REPLICATES**0.5
+    pairs = [*runs.mean(0), *(runs.std(0) / REPLICATES**0.5)]
+    nngp, ntk, nngp_error, ntk_error = (_mirrored(k) for k in pairs) if x2 is None else pairs
     return InfiniteKernel(nngp, ntk, count * REPLICATES, nngp_error, ntk_error)
 
 
@@ -113,12 +113,12 @@ def _evaluate(
     draws: Draws | None,
 ) -> tuple[Tensor, Tensor]:
     """NNGP and NTK, block by block."""
+    if x2 is not None and isinstance(x1, Tensor) and isinstance(x2, Tensor) and x1.device != x2.device:
+        raise ValueError(f"x1 is on {x1.device} and x2 on {x2.device}; put both on one.")
     a = Inputs(net, x1, "x1", dtype, samples, draws)
     b = a if x2 is None else Inputs(net, x2, "x2", dtype, samples, draws)
     if a.channels.shape[:-2] != b.channels.shape[:-2] or a.channels.shape[-1] != b.channels.shape[-1]:
         raise ValueError(f"x1 and x2 differ in more than their number: {list(a.shape)} and {list(b.shape)}.")
-    if a.channels.device != b.channels.device:
-        raise ValueError(f"x1 is on {a.channels.device} and x2 on {b.channels.device}; put both on one.")
     nngp, ntk = a.channels.new_empty(2, a.n, b.n)
     done, total = 0, a.n * (a.n + 1) // 2 if a is b else a.n * b.n
     for rows, cols in _blocks(a.n, b.n, a.entries, a.channels.device.type, symmetric=a is b):
@@ -147,6 +147,8 @@ class Inputs:
         parts = [self._field(slice(i, i + size)) for i in range(0, self.n, size)]
         self.cov = torch.cat([p.cov for p in parts], dim=-1)
         self.variance = torch.cat([p.variance for p in parts], dim=-1)
+        if not torch.isfinite(self.variance).all():
+            raise ValueError(f"{name} has rows whose square overflows {dtype}; rescale them.")
         self.saved: Saved = join([net.own(p, False)[1] for p in parts])
 
     def _field(self, rows: slice) -> Own:
@@ -192,18 +194,27 @@ def _snap(f: Cross, qa: Tensor, qb: Tensor, channels: int) -> None:
 
 def _channels_last(net: Serial, x: Tensor, name: str, dtype: torch.dtype) -> tuple[Tensor, Positions]:
     """[*S, n, C] in `dtype`, and the positions."""
+    _, positions = layout(net, x, name)
+    if x.is_complex() or x.device.type == "meta":
+        raise ValueError(f"{name} must hold real numbers, got {x.dtype} on {x.device}.")
+    if not torch.isfinite(x).all():
+        raise ValueError(f"{name} has values that are not finite; remove those rows first.")
+    x = x.detach().to(dtype)
+    if x.ndim == 4 or (x.ndim == 3 and channels_first(net)):
+        x = x.movedim(1, -1)
+    return x.movedim(0, -2).contiguous(), positions
+
+
+def layout(net: Serial, x: Tensor, name: str) -> tuple[int, Positions]:
+    """Channels and positions of inputs; raises where their shape is none that a kernel takes."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch tensor, got {type(x).__name__}.")
     if x.ndim not in (2, 3, 4) or 0 in x.shape:
         raise ValueError(
             f"{name} must be [n, d], [n, T, d], [n, C, L] or [n, C, H, W] and not empty, got {list(x.shape)}."
         )
-    if not torch.isfinite(x).all():
-        raise ValueError(f"{name} has values that are not finite; remove those rows first.")
-    x = x.detach().to(dtype)
-    if x.ndim == 4 or (x.ndim == 3 and channels_first(net)):
-        x = x.movedim(1, -1)
-    return x.movedim(0, -2).contiguous(), tuple(x.shape[1:-1])
+    first = x.ndim == 4 or (x.ndim == 3 and bool(channels_first(net)))
+    return (x.shape[1], tuple(x.shape[2:])) if first else (x.shape[-1], tuple(x.shape[1:-1]))
 
 
 def channels_first(layer: Layer) -> bool | None:

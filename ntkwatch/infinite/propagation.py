@@ -186,7 +186,7 @@ def _name(layer: Layer, i: int) -> str:
 def _on_phase(p: Propagation) -> str:
     if p.chi is None:
         return "Linear in its inputs: nothing vanishes or explodes."
-    factor = f"χ = {p.chi:.3g} a layer"
+    factor = f"χ = {p.chi:.3g} a layer" if p.chi > 1e-100 else "χ = 0"
     if p.phase == "critical":
         return f"Critical ({factor}): signals and gradients keep their scale with depth."
     reach = max(1, round(REACH * p.depth_scale))

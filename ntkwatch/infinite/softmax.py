@@ -20,6 +20,7 @@ from ntkwatch.infinite.layers import Dense, Layer, Positions, State
 from ntkwatch.infinite.windows import need_positions
 
 MONTE_CARLO = "monte carlo"  # what `state` notes
+RELATIVE_JITTER = 4096  # of eps: lets Cholesky's factor exist where positions repeat
 AT_ONCE = 2**21  # numbers of one temporary
 
 
@@ -179,7 +180,9 @@ def _root(k: Tensor) -> Tensor:
     """L with LLᵀ = k: lower triangular, also where positions repeat or are zero."""
     scale = k.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]
     eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-    return torch.linalg.cholesky(k + eye * (1e-12 * scale + torch.finfo(k.dtype).tiny))
+    return torch.linalg.cholesky(
+        k + eye * (RELATIVE_JITTER * torch.finfo(k.dtype).eps * scale + torch.finfo(k.dtype).tiny)
+    )
 
 
 def _given(first: Tensor, cross: Tensor, second: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from ntkwatch.infinite.compose import Residual
 from ntkwatch.infinite.initialisation import Origin, Weights
 from ntkwatch.infinite.layers import Affine, Dense, Layer, LayerNorm
 from ntkwatch.infinite.softmax import SoftmaxAttention
+from ntkwatch.infinite.tokens import Position
 from ntkwatch.infinite.windows import Conv
 
 Make = Callable[[dict[str, Origin]], Layer]  # layers wait until the initialisation of all weights is known
@@ -162,6 +163,19 @@ def _parameter(reader: Reader, node: Any) -> tuple[Tensor, float]:
             value, factor = _parameter(reader, b)
             return value, factor * a
     raise ConversionError(f"{node} is used as a weight but is not a parameter of the module times a constant.")
+
+
+def position(reader: Reader, node: fx.Node) -> Make | None:
+    """A learned embedding [1, T, d] or [T, d] that is added to the signal; None for any other node."""
+    if node.op != "get_attr":
+        return None
+    value, _ = _parameter(reader, node)
+    shape = value.shape[1:] if value.ndim == 3 and value.shape[0] == 1 else value.shape
+    if len(shape) != 2 or not isinstance(value, nn.Parameter):
+        return None
+    name = reader.register(Weights(str(node.target), value, shape[1], 1, bias=True))
+    grad = float(value.requires_grad)
+    return lambda origins: Position(shape[0], math.sqrt(origins[name].variance), grad)
 
 
 def batch_norm(name: str, m: nn.BatchNorm1d | nn.BatchNorm2d) -> Make:

@@ -10,8 +10,9 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ntkwatch.infinite.activations import Abs, Activation, Erf, Gelu, LeakyRelu, Relu, Sin
-from ntkwatch.infinite.heads import attention_between
+from ntkwatch.infinite.heads import ATTENTION, flattens, mixed_step, only_itself
 from ntkwatch.infinite.layers import Affine, Layer
+from ntkwatch.infinite.tokens import Token
 from ntkwatch.infinite.trained import (
     ConversionError,
     Make,
@@ -25,11 +26,10 @@ from ntkwatch.infinite.trained import (
     functional_linear,
     layer_norm,
     linear,
+    position,
 )
 from ntkwatch.infinite.windows import AvgPool, Flatten, GlobalAvgPool
 
-MIXING = {"view", "reshape", "unflatten", "chunk", "split", "tensor_split", "unbind", "transpose", "permute", "matmul"}
-MIXING |= {"scaled_dot_product_attention", "bmm", "einsum", "getitem"}
 IGNORED = {"size", "dim", "getattr", "getitem", "__getitem__"}
 PASS = {"contiguous", "dropout", "dropout1d", "dropout2d", "to", "float", "double", "identity"}
 ELEMENTWISE: dict[str, Callable[[], Layer]] = {
@@ -48,22 +48,23 @@ ELEMENTWISE: dict[str, Callable[[], Layer]] = {
     "cos": lambda: Activation(torch.cos),
 }
 SMOOTH = (nn.Tanh, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Mish, nn.ELU, nn.SELU, nn.CELU, nn.Softsign, nn.LogSigmoid)
-ATTENTION = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 DROPOUT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
 
 
 def step(reader: Reader, node: fx.Node) -> Step | None:
     """The step of a node that computes from the input, None for bookkeeping such as x.size(0)."""
-    if (mixed := _mixed(reader, node)) is not None:
+    if (mixed := mixed_step(reader, node)) is not None:
         return mixed
     if node.op == "call_module":
         module = reader.modules[str(node.target)]
         if isinstance(module, ATTENTION):
-            _only_itself(node, str(node.target), module)
+            only_itself(node, str(node.target), module)
         return _one(reader, node, *_module(reader, str(node.target), module, _first(reader, node)))
     name = getattr(node.target, "__name__", str(node.target))
     if name in ("getitem", "__getitem__") and _is_attention(reader, node.args[0]):
-        return Step([node.args[0]], [], False)  # type: ignore[list-item]  # (output, weights)[0]
+        return Step([cast(fx.Node, node.args[0])], [], False)  # (output, weights)[0]
+    if name in ("getitem", "__getitem__") and cast(fx.Node, node.args[0]) in reader.steps:
+        return _token(reader, node)
     if name in IGNORED:
         return None
     if name in ("add", "add_", "iadd", "sum_"):
@@ -71,48 +72,6 @@ def step(reader: Reader, node: fx.Node) -> Step | None:
     if name in ("mul", "truediv", "div", "imul", "itruediv", "mul_", "div_", "neg"):
         return _scale(reader, node, name)
     return _one(reader, node, *_call(reader, node, name))
-
-
-def _mixed(reader: Reader, node: fx.Node) -> Step | None:
-    """A step of attention written by hand: among its heads, or the Linear behind them; None for any other node."""
-    signals = [n for n in node.all_input_nodes if n in reader.steps]
-    name = getattr(node.target, "__name__", str(node.target))
-    if not any(reader.steps[n].mixed for n in signals):
-        from_linear = all(_is_linear(reader, n) for n in signals)
-        flat = name in ("view", "reshape") and _flattens(list(node.args[1:]))
-        turned = name in MIXING or (name == "getattr" and node.args[1] in ("mT", "mH"))
-        return Step(signals, [], False, mixed=True) if from_linear and turned and not flat else None
-    module = reader.modules[str(node.target)] if node.op == "call_module" else None
-    if isinstance(module, nn.Linear):
-        out = linear(reader, f"{node.target}.", module.weight, module.bias)
-        source, make = attention_between(reader, signals[0], out)
-        return Step([source], [make], False)
-    return Step(signals, [], False, mixed=True)
-
-
-def _is_linear(reader: Reader, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(reader.modules[str(node.target)], nn.Linear)
-
-
-def _flattens(shape: list[Any]) -> bool:
-    """x.view(n, -1) and its like."""
-    return len(shape) == 2 and (shape[1] == -1 or shape[0] == -1)
-
-
-def _only_itself(node: fx.Node, name: str, m: nn.Module) -> None:
-    """Attention of one signal to itself, without masks."""
-    signals = 3 if isinstance(m, nn.MultiheadAttention) else 1
-    given = {
-        k: v for k, v in node.kwargs.items() if k not in ("need_weights", "average_attn_weights") and v is not None
-    }
-    others = [a for a in node.args[signals:] if a is not None] + [
-        k for k in given if k not in ("query", "key", "value")
-    ]
-    own = [*node.args[:signals], *[given[k] for k in ("query", "key", "value") if k in given]]
-    if others or len(set(own)) > 1:
-        raise ConversionError(
-            f"{name} ({type(m).__name__}) converts where a sequence attends to all of itself: no masks, no other keys."
-        )
 
 
 def _is_attention(reader: Reader, node: Any) -> bool:
@@ -202,7 +161,7 @@ def _call(reader: Reader, node: fx.Node, name: str) -> tuple[list[Make], bool]:
     if name in PASS:
         return [], first
     if name in ELEMENTWISE:
-        return [const(ELEMENTWISE[name]())], first
+        return [const(_elementwise(node, name, rest))], first
     if name == "gelu":
         return [const(Gelu() if "tanh" not in rest else Activation(lambda u: F.gelu(u, approximate="tanh")))], first
     if name == "leaky_relu":
@@ -212,7 +171,7 @@ def _call(reader: Reader, node: fx.Node, name: str) -> tuple[list[Make], bool]:
         return [functional_linear(reader, node)], False
     if name == "flatten" and rest in ([1], [1, -1]):
         return [const(Flatten())], False
-    if name in ("view", "reshape") and _flattens(rest):
+    if name in ("view", "reshape") and flattens(rest):
         return [const(Flatten())], False
     if name == "mean":
         return [const(_mean(node, rest, first))], False
@@ -221,6 +180,16 @@ def _call(reader: Reader, node: fx.Node, name: str) -> tuple[list[Make], bool]:
     if name in ("avg_pool1d", "avg_pool2d") and len(rest) == len(node.args) - 1 <= 3:
         return [const(AvgPool(*[_shape(r) for r in rest]))], True
     raise ConversionError(f"{node.name} ({name}{_shown(rest)}) cannot be converted: no rule for it.")
+
+
+def _elementwise(node: fx.Node, name: str, rest: list[Any]) -> Layer:
+    """An activation, with its arguments where it was given some (elu's alpha, softplus' beta)."""
+    if not [r for r in rest if not isinstance(r, bool)]:
+        return ELEMENTWISE[name]()
+    if any(isinstance(r, fx.Node) for r in rest) or not callable(node.target):
+        raise ConversionError(f"{node.name} ({name}{_shown(rest)}) cannot be converted: its arguments are no numbers.")
+    kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+    return Activation(lambda u: node.target(u, *node.args[1:], **kwargs))  # type: ignore[operator]
 
 
 def _mean(node: fx.Node, rest: list[Any], first: bool) -> Layer:
@@ -232,8 +201,25 @@ def _mean(node: fx.Node, rest: list[Any], first: bool) -> Layer:
     return GlobalAvgPool()
 
 
+def _token(reader: Reader, node: fx.Node) -> Step:
+    """x[:, i] of tokens."""
+    source, index = cast(fx.Node, node.args[0]), node.args[1]
+    which = list(index) if isinstance(index, tuple) else [index]
+    whole = [i for i in which[2:] if i not in (slice(None), Ellipsis)] == []
+    if len(which) < 2 or which[0] != slice(None) or not isinstance(which[1], int) or not whole:
+        raise ConversionError(f"{node.name} (x[{_shown(which)[2:]}]) converts where it takes one token, x[:, i].")
+    _no_channels_first(reader.steps[source].channels_first, node.name)
+    return Step([source], [const(Token(which[1]))], False)
+
+
 def _add(reader: Reader, node: fx.Node) -> Step:
     a, b = node.args[:2]
+    for signal, other in ((a, b), (b, a)):
+        if not (isinstance(signal, fx.Node) and isinstance(other, fx.Node) and signal in reader.steps):
+            continue
+        if (make := position(reader, other)) is not None:
+            _no_channels_first(reader.steps[signal].channels_first, node.name)
+            return Step([signal], [make], False)
     if not (isinstance(a, fx.Node) and isinstance(b, fx.Node) and a in reader.steps and b in reader.steps):
         raise ConversionError(f"{node.name} adds what does not come from the input; only sums of branches convert.")
     return Step([a, b], [], reader.steps[a].channels_first)
