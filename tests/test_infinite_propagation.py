@@ -120,9 +120,9 @@ def test_degenerate_networks() -> None:
 
 
 def test_the_table() -> None:
-    text = str(signal_propagation(deep(Erf(), 6.0, 0.0, 2), four_points()))
+    text = str(signal_propagation(deep(Erf(), 6.0, 0.0, 6), four_points()))
     assert "condition" in text
-    assert text.count("Dense") == 3
+    assert text.count("Dense") == 7
     assert "Chaotic" in text
 
 
