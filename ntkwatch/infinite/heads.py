@@ -45,6 +45,7 @@ def mixed_step(reader: Reader, node: fx.Node) -> Step | None:
     if not any(reader.steps[n].mixed for n in signals):
         from_linear = all(_is_linear(reader, n) for n in signals)
         flat = name in ("view", "reshape") and flattens(list(node.args[1:]))
+        flat |= name == "getitem" and token_index(node.args[1]) is not None
         turned = name in MIXING or (name == "getattr" and node.args[1] in ("mT", "mH"))
         return Step(signals, [], False, mixed=True) if from_linear and turned and not flat else None
     module = reader.modules[str(node.target)] if node.op == "call_module" else None
@@ -62,6 +63,13 @@ def _is_linear(reader: Reader, node: fx.Node) -> bool:
 def flattens(shape: list[Any]) -> bool:
     """x.view(n, -1) and its like."""
     return len(shape) == 2 and (shape[1] == -1 or shape[0] == -1)
+
+
+def token_index(index: Any) -> int | None:
+    """i of x[:, i]; None for any other index."""
+    which = index if isinstance(index, tuple) else (index,)
+    one = len(which) > 1 and which[0] == slice(None) and isinstance(which[1], int)
+    return which[1] if one and all(i == slice(None) or i is Ellipsis for i in which[2:]) else None
 
 
 def only_itself(node: fx.Node, name: str, m: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ntkwatch.infinite.activations import Abs, Activation, Erf, Gelu, LeakyRelu, Relu, Sin
-from ntkwatch.infinite.heads import ATTENTION, flattens, mixed_step, only_itself
+from ntkwatch.infinite.heads import ATTENTION, flattens, mixed_step, only_itself, token_index
 from ntkwatch.infinite.layers import Affine, Layer
 from ntkwatch.infinite.tokens import Token
 from ntkwatch.infinite.trained import (
@@ -204,12 +204,10 @@ def _mean(node: fx.Node, rest: list[Any], first: bool) -> Layer:
 def _token(reader: Reader, node: fx.Node) -> Step:
     """x[:, i] of tokens."""
     source, index = cast(fx.Node, node.args[0]), node.args[1]
-    which = list(index) if isinstance(index, tuple) else [index]
-    whole = [i for i in which[2:] if i not in (slice(None), Ellipsis)] == []
-    if len(which) < 2 or which[0] != slice(None) or not isinstance(which[1], int) or not whole:
-        raise ConversionError(f"{node.name} (x[{_shown(which)[2:]}]) converts where it takes one token, x[:, i].")
+    if (token := token_index(index)) is None:
+        raise ConversionError(f"{node.name} (x[{index}]) converts where it takes one token, x[:, i].")
     _no_channels_first(reader.steps[source].channels_first, node.name)
-    return Step([source], [const(Token(which[1]))], False)
+    return Step([source], [const(Token(token))], False)
 
 
 def _add(reader: Reader, node: fx.Node) -> Step:
