@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := OMP_NUM_THREADS=2 $(BIN)/python
 STAMP := .venv/.installed
 
-.PHONY: setup demo test soak check bench claims clean
+.PHONY: setup demo test soak check bench bench-jax claims clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,9 @@ soak: setup            ## the long sweeps, with their full counts
 
 bench: setup           ## the layerwise engine against the tutorial contraction, ratios in one run
 	$(RUN) tests/bench/engines.py
+
+bench-jax: setup       ## infinite beside neural-tangents: builds its JAX environment, then table, speed, growth
+	$(RUN) -m tests.bench.neural_tangents --speed
 
 claims: setup          ## what the literature says beside what is measured, minutes
 	$(RUN) -m tests.claims

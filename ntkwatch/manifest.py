@@ -44,6 +44,7 @@ def describe(monitor: Monitor) -> dict[str, Any]:
         "seed": monitor.seed,
         "diagnostics": list(monitor.diagnostics),
         "baseline": monitor.calibration,
+        "infinite": str(monitor.limit) if "distance_to_infinite" in monitor.diagnostics else None,
     }
 
 

@@ -80,6 +80,11 @@ class Network:
             swapped = {f"module.{name}": value for name, value in state.items()}
             return self._checked(torch.func.functional_call(self._wrapper, swapped, (batch,)), batch)
 
+    @property
+    def custom_outputs(self) -> bool:
+        """Whether the outputs are something else than the module called on the batch."""
+        return self._outputs is not None or callable(getattr(self.module, "ntk_outputs", None))
+
     def _raw(self, batch: Any) -> Any:
         if self._outputs is not None:
             return self._outputs(self.module, batch)

@@ -23,6 +23,7 @@ from ntkwatch.engines.base import Kernel, Reduction
 from ntkwatch.forecast import NO_FORECAST, LinearForecast
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.instruments import Instruments
+from ntkwatch.limit import WideLimit, wide_limit
 from ntkwatch.losses import LossAt, loss_of
 from ntkwatch.manifest import context, describe, not_finite
 from ntkwatch.model import Network, take, to_device
@@ -94,6 +95,7 @@ class Monitor:
         self.baseline: Baseline | None = None
         self.calibration: str | None = None
         self.statistics: dict[str, Tensor] = {}
+        self.limit = WideLimit("the run that this continues did not keep it")
         self.previous: tuple[int, Tensor] | None = None
         self.path_length: float | None = 0.0  # Σ angle over successive probes; None where an earlier part is not known
         self.forecast: LinearForecast | str = NO_FORECAST  # or why there is none
@@ -113,6 +115,8 @@ class Monitor:
             seen = [batch, *(to_device(other, self.network.device) for other in batches)]
             self.statistics, self.calibration = first_statistics(self.network, seen)
             self.choice = choose(self.network, batch, self.engine)
+            if "distance_to_infinite" in self.diagnostics:
+                self.limit = wide_limit(self.network, batch, calibrated=self.calibration is not None)
 
     def foreseen(self) -> float:
         """Seconds that a kernel of the probes may take, from one of two of them: cost grows with their number."""
@@ -124,13 +128,17 @@ class Monitor:
         return (time.perf_counter() - began) * len(self.probes) / 2
 
     def restore(
-        self, baseline: Baseline, previous: tuple[int, Tensor] | None, path_length: float | None = None
+        self,
+        baseline: Baseline,
+        previous: tuple[int, Tensor] | None,
+        path_length: float | None = None,
+        limit: WideLimit | None = None,
     ) -> None:
-        """Continue an earlier run: its baseline, the last kernel it measured, and the path's length up to there."""
+        """Continue an earlier run: its baseline, last kernel, the path's length up to there, infinite-width limit."""
         with self._probe():
             self.choice = choose(self.network, self._batch(self.probes), self.engine)
         self.baseline, self.statistics, self.previous = baseline, dict(baseline.statistics), previous
-        self.path_length = path_length
+        self.path_length, self.limit = path_length, limit or self.limit
 
     # ── a probe ───────────────────────────────────────────────────────────────────────────────────────────────────
     def measure(
@@ -151,6 +159,9 @@ class Monitor:
         self.network.check_parameters()
         if self.choice is None:
             self.start()
+        first = self.baseline is None
+        if first and step > 0:
+            self.limit = WideLimit(f"the run was first seen at step {step}, and the limit is that of step 0")
         with self._probe():
             kernel, view = self._look(step, probes, optimizer)
             finite = bool(torch.isfinite(view.kernel).all())
@@ -176,6 +187,7 @@ class Monitor:
             epoch=epoch,
             outputs=kernel.outputs.detach().cpu(),
             context=context(self, kernel, view.floor if finite else None, probes),
+            limit=view.limit if first and not isinstance(view.limit, str) else None,
         )
         return self._with_overhead(measurement, began)
 
@@ -220,6 +232,7 @@ class Monitor:
             nngp=self.nngp if probes is None else "resample=True: the NNGP kernel is of other inputs",
             instruments=self._instruments(batch),
             start_step=base.step if base is not None else step,
+            limit=self.limit.kernel if probes is None else "resample=True: the limit is that on the first probes",
         )
         return kernel, view
 

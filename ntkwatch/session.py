@@ -16,6 +16,7 @@ from torch import Tensor
 from ntkwatch.baseline import Baseline
 from ntkwatch.diagnostics import costs
 from ntkwatch.engines.tangent import warm_up
+from ntkwatch.limit import WideLimit
 from ntkwatch.model import leaves, map_leaves
 from ntkwatch.monitor import Monitor
 from ntkwatch.probes import ProbeSet
@@ -137,6 +138,7 @@ class Session:
             f"engine {monitor.choice.reason if monitor.choice else 'not chosen yet'}",
             monitor.calibration,
             f"diagnostics cost {'; '.join(extra)}" if (extra := costs(monitor.diagnostics)) else None,
+            str(monitor.limit) if "distance_to_infinite" in monitor.diagnostics else None,
             f"record {self.folder}" if self.folder is not None else None,
         ]
         return [line for line in lines if line is not None]
@@ -179,7 +181,7 @@ class Session:
         previous = self._previous(state, folder)
         self._writer = RecordWriter.resume(folder, step)
         self._writer.update_manifest(finished=None)
-        self.monitor.restore(baseline, previous, _travelled(run, previous))
+        self.monitor.restore(baseline, previous, _travelled(run, previous), _limit(run))
         self.folder = folder
         history = {earlier: run.eigenvalues(earlier) for earlier in run.steps if earlier <= step}
         self.sinks.start({**manifest, **self._extra}, history)
@@ -200,6 +202,15 @@ def _travelled(run: Run, previous: tuple[int, Tensor] | None) -> float | None:
         return None
     length = float(run.metrics["path_length"].loc[previous[0]])
     return None if length != length else length
+
+
+def _limit(run: Run) -> WideLimit:
+    """The infinite-width limit that the record keeps, or why it has none."""
+    try:
+        return WideLimit(run.limit)
+    except RecordError as error:
+        first = run.reasons.get(run.steps[0], {}) if run.steps else {}
+        return WideLimit(first.get("distance_to_infinite", str(error)))
 
 
 def _tensors(probes: ProbeSet) -> list[Tensor]:

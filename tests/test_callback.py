@@ -19,7 +19,8 @@ from tests.runs import Classifier, Rows, loaders, rows, trainer
 
 DEFAULT = {
     "kernel_distance", "kernel_angle", "kernel_scale", "relative_change", "kernel_velocity", "centered_alignment",
-    "centered_alignment_z", "effective_rank", "log10_lambda_max", "taylor_ratio", "parameter_distance", "overhead",
+    "distance_to_infinite", "centered_alignment_z", "effective_rank", "log10_lambda_max", "taylor_ratio",
+    "parameter_distance", "overhead",
     *(f"log10_lambda_{i}" for i in range(1, 6)),
 }  # fmt: skip
 

@@ -26,6 +26,7 @@ DEFAULT = [
     "kernel_scale",
     "relative_change",
     "kernel_velocity",
+    "distance_to_infinite",
     "centered_alignment",
     "centered_alignment_z",
     "effective_rank",

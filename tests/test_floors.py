@@ -24,6 +24,7 @@ FLOORS = {
         "derived",
         "forecast",
         "costs",
+        "limit",
     },
     2: {"engines"},
     1: {"model", "statistics", "guard", "probes", "sinks", "compare", "report", "words", "losses", "optimizers"},

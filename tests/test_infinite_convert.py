@@ -251,6 +251,7 @@ def test_deviation_falls_with_width(name: str) -> None:
 def test_deviation_falls_as_one_over_the_square_root_of_width(name: str) -> None:
     factory, shape, _, _ = CASES[name]
     slope = deviations(kaiming(factory), shape, [64, 128, 256, 512, 1024] if name == "mlp" else [24, 48, 96, 192], 120)
+    print(f"\n{name}: slope {slope:+.3f} of log rms distance to K_∞ on log width, 120 seeds")
     assert slope == pytest.approx(-0.5, abs=0.07), f"{name}: {slope:.3f}"
 
 
@@ -324,7 +325,6 @@ def offset() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[nn.Module, str]] = {
-    "softmax attention": (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), "no closed form"),
     "max pooling": (nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2)), "1 .MaxPool2d.*maximum"),
     "grouped convolution": (nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "0 .Conv with groups=2"),
     "tied weights": (Shared(), "used twice"),
@@ -337,6 +337,84 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "weight norm": (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))), "parametrized"),
     "unknown module": (nn.Sequential(nn.LSTM(4, 4)), "0 .LSTM. cannot be converted"),
 }
+
+
+class Calls(nn.Module):
+    """A function of the layers, for what has no module."""
+
+    def __init__(self, call: Callable[[nn.ModuleList, Tensor], Tensor], *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers, self.call = nn.ModuleList(layers), call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.layers, x)
+
+
+def two(call: Callable[[nn.ModuleList, Tensor], Tensor]) -> nn.Module:
+    return Calls(call, nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+
+
+REFUSED |= {
+    "concatenation": (two(lambda m, x: m[2](torch.cat([m[0](x), m[0](x)], -1))), "0.weight is used twice|cat does not"),
+    "a constant added": (two(lambda m, x: m[2](torch.relu(m[0](x) + 1))), "adds what does not come from the input"),
+    "several tokens": (two(lambda m, x: m[2](torch.relu(m[0](x))[:, :2].flatten(1))), r"takes one token, x\[:, i\]"),
+    "a group norm": (nn.Sequential(nn.Linear(4, 8), nn.GroupNorm(2, 8), nn.Linear(8, 2)), "1 .GroupNorm"),
+    "a learned slope": (nn.Sequential(nn.Linear(4, 8), nn.PReLU(), nn.Linear(8, 2)), "1 .PReLU"),
+    "reflection": (nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, padding_mode="reflect")), "padding_mode='reflect'"),
+    "spectral norm": (nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 2))), "parametrized"),
+    "one layer used twice": (two(lambda m, x: m[2](m[1](torch.relu(m[1](m[0](x)))))), "used twice"),
+    "an activation of raw inputs": (nn.Sequential(nn.ReLU(), nn.Linear(4, 2)), "needs Gaussian inputs"),
+    "an activation after flatten": (
+        nn.Sequential(nn.Conv1d(4, 4, 1), nn.Flatten(), nn.ReLU()),
+        "needs Gaussian inputs",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("call", "spec"),
+    [
+        (lambda u: F.elu(u, 0.3), infinite.Activation(lambda u: F.elu(u, 0.3))),
+        (lambda u: F.elu(u, alpha=0.3, inplace=True), infinite.Activation(lambda u: F.elu(u, 0.3))),
+        (lambda u: F.softplus(u, beta=2.0), infinite.Activation(lambda u: F.softplus(u, 2.0))),
+        (lambda u: F.relu(u, True), infinite.Relu()),
+        (lambda u: F.leaky_relu(u, 0.3), infinite.LeakyRelu(0.3)),
+    ],
+)
+def test_arguments_of_activations_count(call: Callable[[Tensor], Tensor], spec: infinite.Layer) -> None:
+    x = probes((4,)).double()
+    first, last = nn.Linear(4, 8), nn.Linear(8, 2)
+    got = infinite.kernel(infinite.from_module(Calls(lambda m, x: m[1](call(m[0](x))), first, last)), x).ntk
+    dense = infinite.from_module(nn.Sequential(first, last)).layers
+    assert torch.allclose(got, infinite.kernel(infinite.Serial(dense[0], spec, dense[1]), x).ntk, rtol=1e-12)
+
+
+def test_a_module_in_training_mode_is_read_as_in_evaluation() -> None:
+    """Stochastic depth and its like ask for the mode."""
+
+    def call(m: nn.ModuleList, x: Tensor) -> Tensor:
+        return m[1](F.dropout(torch.relu(m[0](x)), 0.5, m.training))
+
+    model = Calls(call, nn.Linear(4, 8), nn.Linear(8, 2)).train()
+    x = probes((4,)).double()
+    plain = nn.Sequential(model.layers[0], nn.ReLU(), model.layers[1])
+    expected = infinite.kernel(infinite.from_module(plain), x).ntk
+    assert torch.equal(infinite.kernel(infinite.from_module(model), x).ntk, expected)
+    assert all(m.training for m in model.modules())
+
+
+def test_hooks_are_not_run() -> None:
+    seen: list[object] = []
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 2))
+    for m in model.modules():
+        m.register_forward_hook(lambda m, args, out: seen.append(out))
+    infinite.from_module(model)
+    assert not seen
+
+
+def test_a_large_weight_is_read_from_a_sample() -> None:
+    model = nn.Sequential(nn.Linear(2000, 3000), nn.ReLU(), nn.Linear(3000, 2))
+    assert infinite.initialisation(model)["0.weight"].startswith("PyTorch default")
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -267,3 +267,99 @@ def test_wrong_arguments() -> None:
         infinite.kernel(relu_net(1), [[1.0]])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="layers such as"):
         Serial(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky", "abs", "erf", "gelu", "sin", "tanh"])
+def test_depth_one_hundred(name: str) -> None:
+    """Duplicates, antipodes, zeros, huge and tiny inputs through 100 layers of every activation."""
+    activation = {
+        "relu": Relu(),
+        "leaky": infinite.LeakyRelu(0.1),
+        "abs": infinite.Abs(),
+        "erf": Erf(),
+        "gelu": infinite.Gelu(),
+        "sin": infinite.Sin(),
+        "tanh": infinite.Activation(torch.tanh),
+    }[name]
+    k = infinite.kernel(Serial(*[Dense(1.4, 0.1), activation] * 100, Dense()), degenerate((6,))[:9])
+    for which, value in (("nngp", k.nngp), ("ntk", k.ntk)):
+        assert torch.isfinite(value).all(), f"{name}: {which} is not finite"
+        assert torch.equal(value, value.T), f"{name}: {which} is not symmetric"
+        assert torch.allclose(value[0], value[3], rtol=1e-9), f"{name}: {which} tells duplicates apart"
+        values = torch.linalg.eigvalsh(value)
+        floor = 9 * torch.finfo(torch.float64).eps * float(values[-1])
+        assert float(values[0]) >= -10 * floor, f"{name}: {which} has eigenvalue {float(values[0]):.2e} < -{floor:.2e}"
+
+
+def test_blocks_bound_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor that an activation works on holds more entries than a block, or than one pair of inputs."""
+    seen: list[int] = []
+    dual = infinite.ABRelu.dual
+
+    def watched(self: infinite.ABRelu, k: Tensor, *rest: object) -> object:
+        seen.append(k.numel())
+        return dual(self, k, *rest)  # type: ignore[arg-type]
+
+    def largest(*shape: int, n: int = 12, budget: int = 1000, pool: bool = False) -> int:
+        monkeypatch.setattr("ntkwatch.infinite.kernels.BLOCK_ENTRIES", {"cpu": budget, "other": budget})
+        seen.clear()
+        readout = GlobalAvgPool() if pool else Flatten()
+        infinite.kernel(Serial(Conv(3), Relu(), readout, Dense()), torch.randn(n, *shape))
+        return max(seen)
+
+    monkeypatch.setattr(infinite.ABRelu, "dual", lambda self, k, *a, **kw: watched(self, k, *a, *kw.values()))
+    assert largest(1, 4, 4) <= 1000
+    assert largest(1, 4, 4, pool=True) <= 1000
+    assert largest(1, 4, 4, n=40) <= 1000, "not with the number of inputs"
+    assert largest(1, 8, 8, pool=True) == 64**2, "one pair of inputs at least"
+    assert largest(1, 4, 4, n=40, budget=10**9) > 1000, "the watch can see"
+
+
+ODD: dict[str, tuple[tuple[int, ...], Serial]] = {
+    "one channel": ((4, 1), relu_net(2)),
+    "one row": ((1, 3), relu_net(2)),
+    "one pixel": ((2, 3, 1, 1), Serial(Conv(3), Relu(), GlobalAvgPool(), Dense())),
+    "not square, even windows": (
+        (3, 2, 4, 7),
+        Serial(Conv((2, 4), (1, 2)), Relu(), Conv(2, padding="circular"), Flatten(), Dense()),
+    ),
+    "a window larger than the image, wrapped": ((3, 2, 2, 3), Serial(Conv(5, padding="circular"), Flatten(), Dense())),
+    "a stride longer than the image": ((3, 2, 2, 3), Serial(Conv(3, 7), Relu(), Flatten(), Dense())),
+    "no layer": ((3, 4), Serial()),
+    "one token": ((3, 1, 4), Serial(infinite.Attention(), Relu(), GlobalAvgPool(), Dense())),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_shapes(name: str) -> None:
+    shape, spec = ODD[name]
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    k = infinite.kernel(spec, x)
+    assert k.ntk.shape == (shape[0], shape[0]), name
+    assert torch.isfinite(k.ntk).all(), name
+    both = infinite.kernel(spec, x, x.double()[:1])
+    assert torch.allclose(both.ntk, k.ntk[:, :1], atol=1e-7), f"{name}: x2 of another type and number"
+
+
+BAD_INPUTS: dict[str, tuple[Tensor, str]] = {
+    "one dimension": (torch.ones(3), r"got \[3\]"),
+    "five dimensions": (torch.ones(1, 1, 1, 1, 1), r"\[n, C, H, W\]"),
+    "no rows": (torch.ones(0, 3), "not empty"),
+    "no channels": (torch.ones(3, 0), "not empty"),
+    "complex": (torch.ones(2, 3, dtype=torch.complex64), "real numbers"),
+    "no data": (torch.ones(2, 3, device="meta"), "on meta"),
+    "infinite": (torch.full((2, 3), math.inf), "not finite"),
+    "squares that overflow": (torch.full((2, 3), 1e200, dtype=torch.float64), "overflows"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_inputs(name: str) -> None:
+    x, message = BAD_INPUTS[name]
+    with pytest.raises(ValueError, match=message):
+        infinite.kernel(relu_net(1), x)
+
+
+def test_inputs_on_two_devices() -> None:
+    with pytest.raises(ValueError, match="x1 is on cpu and x2 on meta"):
+        infinite.kernel(relu_net(1), torch.ones(2, 3), torch.ones(2, 3, device="meta"))

@@ -17,6 +17,7 @@ from ntkwatch import costs
 from ntkwatch.diagnostics import select
 from ntkwatch.engines.base import Reduction
 from ntkwatch.guard import leave_no_trace
+from ntkwatch.limit import wide_limit
 from ntkwatch.model import Network, UnsupportedModel, targets_of
 from ntkwatch.statistics import running_statistics, untracked_statistics
 
@@ -106,10 +107,17 @@ def _facts(network: Network, batch: Any, outputs: torch.Tensor) -> list[str]:
         f"outputs    {list(outputs.shape)} {str(outputs.dtype).removeprefix('torch.')}",
         f"targets    {f'{list(targets.shape)} {targets.dtype}' if targets is not None else NO_TARGETS}",
         f"mode       {_mode(network.module)}",
+        f"limit      {_limit(network, batch)}",
     ]
 
 
 NO_TARGETS = "none in the batch: alignment will be undefined (targets= gives them)"
+
+
+def _limit(network: Network, batch: Any) -> str:
+    """Whether K_0 has an infinite-width limit to be compared with, and how signals pass the network."""
+    with leave_no_trace(network.module):
+        return str(wide_limit(network, batch, calibrated=untracked_statistics(network.module)))
 
 
 def _mode(module: nn.Module) -> str:

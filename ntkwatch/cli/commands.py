@@ -142,6 +142,8 @@ def _write(comparison: Comparison, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     slopes = pd.DataFrame({name: s._asdict() for name, s in comparison.slopes.items()}).T.rename_axis("metric")
     tables = {"table": comparison.table, "history": comparison.history, "slopes": slopes.reset_index()}
+    if comparison.finite_width is not None:
+        tables["finite_width"] = comparison.finite_width.table
     written = []
     for name, table in tables.items():
         written.append(folder / f"{name}.csv")

@@ -17,7 +17,7 @@ from ntkwatch.words import layers_at, printable, sparkline, summary_lines
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ntkwatch.compare import Comparison, Difference
+    from ntkwatch.compare import Comparison, Difference, FiniteWidth
     from ntkwatch.record import Run
 
 PIPED_WIDTH = 200  # wide enough that no table is folded where nobody sees columns
@@ -115,8 +115,22 @@ def comparison(c: Comparison) -> RenderableType:
     optimizers = ", ".join(sorted(set(c.table["optimizer"])))
     parts.append(_title(f"{len(c.table)} runs ({optimizers}) at step {c.step:,}, the last they share"))
     parts += [runs_table(c), slopes_table(c), *_readings(c)]
+    parts += _finite_width(c.finite_width) if c.finite_width is not None else []
     parts += [pairs([("Note", f"{note}.") for note in c.notes], "yellow", READABLE)] if c.notes else []
     return _spaced(parts)
+
+
+def _finite_width(w: FiniteWidth) -> list[RenderableType]:
+    """The first kernels beside their infinite-width limit: a row per width, slopes, and how wide is wide."""
+    table = _table("K₀ at width n", "runs", "distance to K∞", "over seeds", "n·bias", "±", "n·variance")
+    for row in w.table.to_dict("records"):
+        values = [row[name] for name in ("distance", "deviation", "n_bias", "n_bias_error", "n_variance")]
+        table.add_row(f"{row['width']:g}", str(int(row["runs"])), *(number(v, 3) for v in values))
+    said = [f"{name}: slope {slope},\n  {w.reading(name)}." for name, slope in w.slopes.items()]
+    if w.wide is not None:
+        said.append(f"K₀ is within 10 % of its limit, in the root mean square, from width {number(w.wide, 3)} on.")
+    notes = pairs([("Note", f"{note}.") for note in w.notes], "yellow", READABLE)
+    return [table, Text("\n".join(said)), notes]
 
 
 def _readings(c: Comparison) -> list[RenderableType]:

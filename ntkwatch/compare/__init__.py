@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ntkwatch.compare.diff import Difference, diff_runs
+from ntkwatch.compare.finite_width import FiniteWidth
 from ntkwatch.compare.runs import CompareError, MismatchError, names_of, plain
 from ntkwatch.compare.widths import SLOPES, Comparison, compare_runs
 from ntkwatch.slopes import Slope, fit_slope, read_slope
@@ -13,6 +14,7 @@ __all__ = [
     "CompareError",
     "Comparison",
     "Difference",
+    "FiniteWidth",
     "MismatchError",
     "Slope",
     "compare_runs",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ntkwatch import figures
+from ntkwatch.compare.finite_width import LAW, FiniteWidth, finite_width
 from ntkwatch.compare.runs import (
     CompareError,
     MismatchError,
@@ -60,6 +61,11 @@ class Comparison:
         """Relative deviation of K at the first step over the seeds of each x (theory: ∝ width^−½), a row per x."""
         return _seed_spread(self.runs, self.table[self.x])
 
+    @cached_property
+    def finite_width(self) -> FiniteWidth | None:
+        """K_0 against its infinite-width limit; None for another x, and where no run kept a limit."""
+        return finite_width(self.runs, list(self.table[self.x])) if self.x == "width" else None
+
     def reading(self, name: str) -> str:
         """Which reference line the slope of `name` is nearer, and whether its interval holds that line."""
         return read_slope(name, self.slopes[name]) if self.x == "width" else "no reference line for this x"
@@ -79,6 +85,11 @@ class Comparison:
             for name in self.slopes
         }
         measured = [name for name in COURSES if name in self.table]
+        if (wide := self.finite_width) is not None:
+            drawn |= {
+                f"slope_{name}": figures.width_slopes(wide.points, wide.slopes, name, references={LAW: "−½"}, **about)
+                for name in wide.slopes
+            }
         return drawn | {f"course_{name}": figures.metric_curves(self.history, name, **about) for name in measured}
 
     def as_dict(self) -> dict[str, Any]:
@@ -89,6 +100,7 @@ class Comparison:
             "runs": plain(self.table),
             "slopes": {name: self._slope_as_dict(name) for name in self.slopes},
             "seed_spread": plain(self.seed_spread),
+            "finite_width": self.finite_width.as_dict() if self.finite_width is not None else None,
             "mismatch": self.mismatch,
             "notes": list(self.notes),
         }

@@ -92,12 +92,27 @@ def per_example_motion_index(view: View) -> int:
     return int(motion.argmax())
 
 
+def distance_to_infinite(view: View) -> Tensor:
+    """How far the kernel is from that of the infinitely wide network with the same architecture and initialisation.
+
+    Formula: ‖K_t − K_∞‖/‖K_∞‖ (Frobenius), of the trace kernel, on as many of the probes as K_∞ is cheap on
+    Range: [0, ∞); at step 0 it falls as width^−½; undefined where infinite.from_module cannot convert the model
+    Source: Jacot et al. 2018; Lee et al. 2019
+    Pitfalls: K_∞ is the mean over initialisations at the model's own width, scheme and parametrization; with torch's
+        default initialisation bias gradients, which hardly fluctuate, hide the width law. Scale counts: read
+        kernel_scale beside it
+    """
+    limit = known(view.limit)
+    return ask("relative_change", view.trace[limit.rows][:, limit.rows], limit.kernel)
+
+
 MOTION: dict[str, Diagnostic] = {
     **{
         name: Diagnostic(_against_baseline(name), default=True)
         for name in ("kernel_distance", "kernel_angle", "kernel_scale", "relative_change")
     },
     "kernel_velocity": Diagnostic(kernel_velocity, default=True),
+    "distance_to_infinite": Diagnostic(distance_to_infinite, default=True),
     "centered_distance": Diagnostic(centered_distance),
     "path_length": Diagnostic(path_length),
     "directness": Diagnostic(directness),

@@ -15,6 +15,7 @@ from ntkwatch import metrics
 from ntkwatch.losses import LossAt
 from ntkwatch.metrics.undefined import Undefined
 from ntkwatch.optimizers import Rule
+from ntkwatch.record import Limit
 
 if TYPE_CHECKING:
     from ntkwatch.instruments import Instruments
@@ -43,6 +44,7 @@ class View:
     relative_floor: the noise floor of the eigenvalues over λ_max. path_length: Σ angle up to this probe.
     f_lazy: outputs [n, C] of the linear forecast; lazy_start: its gradient_error. nngp: the analytic NNGP kernel of the
     probes, [n, n], where it was given. instruments: what else the model can be asked, inside the guard.
+    limit: K_∞ on some of the probes.
     """
 
     step: int
@@ -70,6 +72,7 @@ class View:
     nngp: Tensor | str = "no NNGP kernel is known"
     instruments: Instruments | None = None
     start_step: int = 0
+    limit: Limit | str = "the infinite-width limit was not computed"
 
     @cached_property
     def spectrum(self) -> Tensor:

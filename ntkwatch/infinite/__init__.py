@@ -6,8 +6,12 @@ from ntkwatch.infinite.activations import ABRelu, Abs, Activation, Elementwise, 
 from ntkwatch.infinite.attention import Attention
 from ntkwatch.infinite.compose import Residual, Serial, Sum
 from ntkwatch.infinite.convert import from_module, initialisation
+from ntkwatch.infinite.cost import nominal_seconds
 from ntkwatch.infinite.kernels import InfiniteKernel, kernel
 from ntkwatch.infinite.layers import Affine, Dense, Identity, Layer, LayerNorm
+from ntkwatch.infinite.propagation import Propagation, signal_propagation
+from ntkwatch.infinite.softmax import SoftmaxAttention
+from ntkwatch.infinite.tokens import Position, Token
 from ntkwatch.infinite.trained import ConversionError
 from ntkwatch.infinite.windows import AvgPool, Conv, Flatten, GlobalAvgPool
 
@@ -31,12 +35,18 @@ __all__ = [
     "Layer",
     "LayerNorm",
     "LeakyRelu",
+    "Position",
+    "Propagation",
     "Relu",
     "Residual",
     "Serial",
     "Sin",
+    "SoftmaxAttention",
     "Sum",
+    "Token",
     "from_module",
     "initialisation",
     "kernel",
+    "nominal_seconds",
+    "signal_propagation",
 ]

@@ -3,7 +3,7 @@
 Two variants have a closed form. "softmax" scales the logits by 1/d instead of 1/√d and ties the key and query weights:
 the weights then converge to the deterministic softmax(w_query·w_key·Σ(x, x)), and keys and queries get no gradient.
 "linear" keeps 1/√d and independent keys and queries but leaves out the softmax. Softmax at 1/√d, torch's own, has no
-closed form and is refused.
+closed form: `SoftmaxAttention` estimates it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Attention(Layer):
     """Multi-head self-attention with an output projection, in NTK parametrization: each weight's w_grad is its w_std².
 
     variant: "softmax" (1/d-scaled, tied keys and queries) or "linear" (1/√d-scaled, no softmax). b_std: of the output's
-    biases.
+    biases. trained: whether its weights have gradients. For softmax at 1/√d, see `SoftmaxAttention`.
     """
 
     variant: str = "softmax"
@@ -33,13 +33,15 @@ class Attention(Layer):
     w_value: float = 1.0
     w_out: float = 1.0
     b_std: float = 0.0
+    trained: bool = True
     mixes = True
 
     def __post_init__(self) -> None:
         if self.variant not in ("softmax", "linear"):
             raise ValueError(
                 'Attention knows variant "softmax" (logits scaled by 1/d, keys tied to queries) and "linear" (scaled '
-                f"by 1/√d, without softmax), got {self.variant!r}; softmax of 1/√d-scaled logits has no closed form."
+                f"by 1/√d, without softmax), got {self.variant!r}; softmax of 1/√d-scaled logits has no closed form: "
+                "SoftmaxAttention estimates it."
             )
         for name in ("w_query", "w_key", "w_value", "w_out", "b_std"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
@@ -54,6 +56,9 @@ class Attention(Layer):
 
     def state(self, before: State, notes: set[str]) -> State:
         return State.GAUSSIAN
+
+    def frozen(self) -> Attention:
+        return replace(self, trained=False)
 
     def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
         k, saved = _flat(f.cov, f.spatial), ()  # type: tuple[Tensor, Saved]
@@ -70,20 +75,23 @@ class Attention(Layer):
         theta = None if f.ntk is None else _flat(f.ntk, f.spatial)
         nngp, ntk = self._linear(k, theta) if self.variant == "linear" else self._softmax(k, theta, a[0], b[0])
         gain, bias = (self.w_value * self.w_out) ** 2, self.b_std**2
-        shape = f.nngp.shape
-        return replace(f, nngp=(nngp * gain + bias).reshape(shape), ntk=(ntk * gain + bias).reshape(shape), stream=None)
+        shape, trained = f.nngp.shape, float(self.trained)
+        ntk = (ntk * gain + bias * trained).reshape(shape)
+        return replace(f, nngp=(nngp * gain + bias).reshape(shape), ntk=ntk, stream=None)
 
     def _softmax(self, k: Tensor, theta: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         nngp = _mix(a, k, b)
-        return nngp, 2 * nngp if theta is None else (2 * nngp).add_(_mix(a, theta, b))  # values and output weights
+        own = nngp * (2.0 * self.trained)  # values and output weights
+        return nngp, own if theta is None else own.add_(_mix(a, theta, b))
 
     def _linear(self, k: Tensor, theta: Tensor | None) -> tuple[Tensor, Tensor]:
         gain = (self.w_query * self.w_key) ** 2
         square = k.square().sum(dim=(0, 1)) * gain
         nngp = k * square
+        own = nngp * (4.0 * self.trained)  # queries, keys, values and output weights
         if theta is None:
-            return nngp, 4 * nngp  # queries, keys, values and output weights
-        return nngp, 4 * nngp + theta * square + k * ((k * theta).sum(dim=(0, 1)) * (2 * gain))
+            return nngp, own
+        return nngp, own + theta * square + k * ((k * theta).sum(dim=(0, 1)) * (2 * gain))
 
 
 def _flat(t: Tensor, spatial: int) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ntkwatch.infinite.field import Cross, Own, Saved
+from ntkwatch.infinite.field import Cross, Own, Saved, later
 from ntkwatch.infinite.layers import Layer, Positions, State
 from ntkwatch.infinite.stream import Stream
 
@@ -38,9 +39,12 @@ class Serial(Layer):
         return before
 
     def pairs_in(self, pairs: bool) -> bool:
-        return self._pairs(pairs)[0]
+        return self.needs(pairs)[0]
 
-    def _pairs(self, pairs: bool) -> list[bool]:
+    def frozen(self) -> Serial:
+        return Serial(*[layer.frozen() for layer in self.layers])
+
+    def needs(self, pairs: bool) -> list[bool]:
         """Whether pairs of positions are needed before each layer, and after the last."""
         needs = [pairs]
         for layer in reversed(self.layers):
@@ -48,17 +52,23 @@ class Serial(Layer):
         return needs[::-1]
 
     def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
-        needs, saved = self._pairs(pairs), []
+        needs, saved = self.needs(pairs), []
         for layer, before, after in zip(self.layers, needs, needs[1:], strict=False):
             f, s = layer.own(f if before or not f.pairs else f.diagonal(), after)
             saved.append(s)
         return f if pairs or not f.pairs else f.diagonal(), tuple(saved)
 
     def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
-        needs = self._pairs(pairs)
+        for after in self.stages(f, a, b, pairs):
+            f = after
+        return f if pairs or not f.pairs else f.diagonal()
+
+    def stages(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Iterator[Cross]:
+        """The field after each layer; the next one may write into it."""
+        needs = self.needs(pairs)
         for layer, sa, sb, before, after in zip(self.layers, a, b, needs, needs[1:], strict=False):
             f = layer.cross(f if before or not f.pairs else f.diagonal(), sa, sb, after)
-        return f if pairs or not f.pairs else f.diagonal()
+            yield f
 
 
 @dataclass(frozen=True, init=False)
@@ -95,6 +105,9 @@ class Sum(Layer):
         single = State.OTHER not in each and each.count(State.STREAM) == 1
         return State.STREAM if single else State.OTHER
 
+    def frozen(self) -> Sum:
+        return Sum(*[branch.frozen() for branch in self.branches])
+
     def pairs_in(self, pairs: bool) -> bool:
         return any(b.pairs_in(pairs) for b in self.branches)
 
@@ -107,7 +120,8 @@ class Sum(Layer):
                 cov = cov + total.left(total.mean) * total.right(field.mean)
                 cov = cov + total.left(field.mean) * total.right(total.mean)
             stream = _joined((total.stream, total.cov, None), (field.stream, field.cov, None)) if f.samples else None
-            total = replace(total, cov=cov, mean=_plus(total.mean, field.mean), stream=stream)
+            draws = later(total.draws, field.draws)
+            total = replace(total, cov=cov, mean=_plus(total.mean, field.mean), stream=stream, draws=draws)
         return total, (saved, tuple(field.mean for field in fields))
 
     def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
@@ -139,7 +153,7 @@ def _add(f: Cross, g: Cross, a: Means, b: Means) -> Cross:
     if fa is not None and ga is not None:
         nngp.add_(f.left(fa) * f.right(gb)).add_(f.left(ga) * f.right(fb))
     ntk = g.ntk if f.ntk is None else f.ntk if g.ntk is None else f.ntk.add_(g.ntk)
-    return replace(f, nngp=nngp, ntk=ntk, stream=stream)
+    return replace(f, nngp=nngp, ntk=ntk, stream=stream, draws=later(f.draws, g.draws))
 
 
 Part = tuple[Stream | None, Tensor, Tensor | None]

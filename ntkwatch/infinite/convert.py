@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import fx, nn
 
 from ntkwatch.infinite import translate
 from ntkwatch.infinite.compose import Serial, Sum
-from ntkwatch.infinite.initialisation import Origin, Weights, origins, uncentred
+from ntkwatch.infinite.initialisation import Origin, Weights, copies, origins, uncentred
 from ntkwatch.infinite.layers import Layer, State
 from ntkwatch.infinite.trained import ConversionError, Step
 
@@ -63,6 +64,11 @@ class _Converter:
                     f"{w.name} has a mean that is not sampling error, so it is not a fresh zero-mean draw; "
                     "from_module describes a network at initialisation."
                 )
+        if (pair := copies(self.weights)) is not None:
+            raise ConversionError(
+                f"{pair[1]} is a copy of {pair[0]} (nn.TransformerEncoder copies its layers), so the two are not "
+                "independent draws: call reset_parameters() on each layer first."
+            )
         self.origins = origins(self.weights)
         assert self.end is not None
         dominators = _dominators(self.steps, start)
@@ -103,6 +109,8 @@ class _Converter:
                 raise ConversionError(f"{node.name} is used by several branches, which are then correlated.")
             self.visited.add(node)
             step = self.steps[node]
+            if step.mixed:
+                raise ConversionError(f"{node.name} rearranges channels, which converts in attention only.")
             if len(step.sources) == 1:
                 layers += [make(self.origins) for make in reversed(step.layers)]
                 node = step.sources[0]
@@ -130,14 +138,31 @@ def _is_leaf(m: nn.Module) -> bool:
     return m.__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential)
 
 
+class _Tracer(fx.Tracer):
+    """Follows modules without their hooks: a hook of the user's must never be handed what is no tensor."""
+
+    proxy_buffer_attributes = True  # masks are cut to the length of the input
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if self.is_leaf_module(m, self.path_of_module(m)):
+            return super().call_module(m, forward, args, kwargs)
+        return m.forward(*args, **kwargs)
+
+
 def _trace(module: nn.Module) -> fx.Graph:
+    modes = {m: m.training for m in module.modules()}
     try:
-        return fx.Tracer().trace(module)
+        for m in modes:
+            m.training = False  # some forwards ask
+        return _Tracer().trace(module)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConversionError(
             f"torch.fx cannot trace {type(module).__name__}: {reason} Convert a part whose control flow is fixed."
         ) from error
+    finally:
+        for m, training in modes.items():
+            m.training = training
 
 
 def _dominators(steps: dict[fx.Node, Step], start: fx.Node) -> dict[fx.Node, list[fx.Node]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +21,36 @@ Saved = Any  # nested tuples of None and tensors whose last dimension is the pro
 
 
 @dataclass(frozen=True)
+class Draws:
+    """Which random numbers a layer takes: `seed` of the replicate, `depth` counts the attention layers before it.
+
+    count: draws of the logits, half of them with the signs of the other half turned.
+    """
+
+    seed: int
+    count: int
+    depth: int = 0
+
+    def normal(self, rows: int, columns: int | None) -> list[Tensor]:
+        """Normals for queries and keys, two [count/2, rows, columns]; for logits one, [count/2, rows, rows]."""
+        return _normal(self.seed + 7919 * self.depth, (self.count + 1) // 2, rows, columns)
+
+
+@lru_cache(maxsize=4)
+def _normal(seed: int, count: int, rows: int, columns: int | None) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    shape = (1, count, rows, rows) if columns is None else (2, count, rows, columns)
+    return list(torch.randn(shape, generator=generator, dtype=torch.float64))
+
+
+def later(a: Draws | None, b: Draws | None, by: int = 0) -> Draws | None:
+    """The draws after both, `by` layers on."""
+    if a is None or b is None:
+        return None
+    return replace(a, depth=max(a.depth, b.depth) + by)
+
+
+@dataclass(frozen=True)
 class Own:
     """Every input against itself: what nonlinearities need to know before two inputs can be compared.
 
@@ -27,6 +58,7 @@ class Own:
     mean: [*S, n], the mean over channels of h (only LayerNorm and sums of branches look at it), or None where it is 0.
     stream: where activations of sums of activations come, how a channel was made; None while it is Gaussian.
     samples: of the quasi-Monte Carlo for those, 0 where there are none.
+    draws: the random numbers of softmax attention, None where nobody asked for an estimate.
     """
 
     cov: Tensor
@@ -35,6 +67,7 @@ class Own:
     pairs: bool
     stream: Stream | None = None
     samples: int = 0
+    draws: Draws | None = None
 
     @property
     def variance(self) -> Tensor:
@@ -65,6 +98,7 @@ class Cross:
     pairs: bool
     stream: Stream | None = None
     samples: int = 0
+    draws: Draws | None = None
 
     def map(self, function: Any) -> Cross:
         """The same linear map over positions of both kernels."""

@@ -12,11 +12,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
 TORCH_DEFAULT = "PyTorch default, uniform of variance 1/(3 fan_in)"
 ERRORS = 4.0
+ENOUGH = 2**20  # entries that tell a variance to .2 %; a larger weight is read in even strides
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,21 @@ class Weights:
     fan_out: int
     bias: bool = False
 
-    @property
+    @cached_property
+    def sample(self) -> Tensor:
+        """Enough of its entries, in float64."""
+        flat = self.value.detach().reshape(-1)
+        return flat[:: -(-len(flat) // ENOUGH)].double()
+
+    @cached_property
     def measured(self) -> float:
-        return float(self.value.detach().double().square().mean())
+        return float(self.sample.square().mean())
 
     def schemes(self) -> dict[str, float]:
         """Name -> variance of one entry, for the schemes that can have drawn this parameter."""
         if self.measured == 0:
             return {"zero": 0.0}
-        known = {TORCH_DEFAULT: 1 / (3 * self.fan_in), "standard normal": 1.0}
+        known = {TORCH_DEFAULT: 1 / (3 * self.fan_in), "standard normal": 1.0, "normal(0, 0.02)": 4e-4}
         if not self.bias:
             known |= {
                 "Kaiming, 2/fan_in": 2 / self.fan_in,
@@ -45,14 +53,13 @@ class Weights:
                 "LeCun, 1/fan_in": 1 / self.fan_in,
                 "1/fan_out": 1 / self.fan_out,
                 "Xavier, 2/(fan_in + fan_out)": 2 / (self.fan_in + self.fan_out),
-                "normal(0, 0.02)": 4e-4,
             }
         return {name: variance for name, variance in known.items() if self._may_be(name, variance)}
 
     def _may_be(self, name: str, variance: float) -> bool:
         if name == TORCH_DEFAULT and float(self.value.detach().abs().max()) > math.sqrt(3 * variance) * (1 + 1e-5):
             return False
-        return abs(math.log(self.measured / variance)) <= ERRORS * math.sqrt(2 / self.value.numel())
+        return abs(math.log(self.measured / variance)) <= ERRORS * math.sqrt(2 / len(self.sample))
 
 
 @dataclass(frozen=True)
@@ -79,5 +86,17 @@ def _decide(w: Weights, schemes: dict[str, float], votes: Counter[str]) -> Origi
 
 def uncentred(w: Weights) -> bool:
     """Whether the mean cannot be sampling error: a constant bias, a trained or a non-negative weight."""
-    mean = float(w.value.detach().double().mean())
-    return w.measured > 0 and abs(mean) > 6 * math.sqrt(w.measured / w.value.numel()) and w.value.numel() > 36
+    mean, n = float(w.sample.mean()), len(w.sample)
+    return w.measured > 0 and abs(mean) > 6 * math.sqrt(w.measured / n) and n > 36
+
+
+def copies(weights: Iterable[Weights]) -> tuple[str, str] | None:
+    """Two parameters with the same values, which are then not independent draws (nn.TransformerEncoder copies)."""
+    seen: dict[tuple[object, ...], Weights] = {}
+    for w in weights:
+        if w.measured == 0:
+            continue
+        other = seen.setdefault((w.value.shape, w.measured), w)
+        if other is not w and bool((other.value == w.value).all()):
+            return other.name, w.name
+    return None

@@ -44,6 +44,10 @@ class Layer(ABC):
         """What is known of the output's channels; notes "sampled" where that takes quasi-Monte Carlo."""
         return before
 
+    def frozen(self) -> Layer:
+        """The same layer with nothing trained in it."""
+        return self
+
     @abstractmethod
     def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
         """The output's own covariance, and what `cross` will need of each input."""
@@ -68,6 +72,9 @@ class Linear(Layer):
 
     def state(self, before: State, notes: set[str]) -> State:
         return State.GAUSSIAN
+
+    def frozen(self) -> Layer:
+        return replace(self, w_grad=0.0, b_grad=0.0)  # type: ignore[type-var]  # its classes are dataclasses
 
     def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
         cov = self.average(f.cov, f.spatial, f.pairs) * self.w_std**2 + self.b_std**2
@@ -139,6 +146,9 @@ class Affine(Layer):
     scale: float = 1.0
     w_grad: float = 1.0
     b_grad: float = 1.0
+
+    def frozen(self) -> Affine:
+        return replace(self, w_grad=0.0, b_grad=0.0)
 
     def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
         mean = None if f.mean is None else f.mean * self.scale

@@ -6,13 +6,16 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx, nn
 
+from ntkwatch.infinite.compose import Residual
 from ntkwatch.infinite.initialisation import Origin, Weights
 from ntkwatch.infinite.layers import Affine, Dense, Layer, LayerNorm
+from ntkwatch.infinite.softmax import SoftmaxAttention
+from ntkwatch.infinite.tokens import Position
 from ntkwatch.infinite.windows import Conv
 
 Make = Callable[[dict[str, Origin]], Layer]  # layers wait until the initialisation of all weights is known
@@ -24,11 +27,15 @@ class ConversionError(ValueError):
 
 @dataclass(frozen=True)
 class Step:
-    """sources: the nodes it computes from (several: their sum). channels_first: of its output."""
+    """sources: the nodes it computes from (several: their sum). channels_first: of its output.
+
+    mixed: it rearranges or mixes channels of projections, as heads of attention do; `heads` finds out how.
+    """
 
     sources: list[fx.Node]
     layers: list[Make]
     channels_first: bool
+    mixed: bool = False
 
 
 class Reader(Protocol):
@@ -45,6 +52,44 @@ def linear(reader: Reader, prefix: str, weight: Tensor, bias: Tensor | None, fac
     fan_out, fan_in = weight.shape
     w = reader.register(Weights(f"{prefix}weight", weight, fan_in, fan_out))
     return _weights(reader, prefix, w, weight, bias, fan_in, Dense, {}, factor)
+
+
+def attention(reader: Reader, name: str, m: nn.MultiheadAttention) -> Make:
+    """Self-attention at this head size; PyTorch draws queries, keys and values as one weight [3E, E]."""
+    if not m._qkv_same_embed_dim or m.bias_k is not None or m.add_zero_attn or not m.batch_first:
+        raise ConversionError(
+            f"{name} (MultiheadAttention) converts with batch_first=True, kdim = vdim = embed_dim and without "
+            "add_bias_kv or add_zero_attn only."
+        )
+    e = m.embed_dim
+    weight, bias = m.in_proj_weight, m.in_proj_bias
+    w = reader.register(Weights(f"{name}.in_proj_weight", weight, e, 3 * e))
+    inward = _weights(reader, f"{name}.in_proj_", w, weight, bias, e, Dense, {}, 1.0)
+    outward = linear(reader, f"{name}.out_proj.", m.out_proj.weight, m.out_proj.bias)
+
+    def make(origins: dict[str, Origin]) -> Layer:
+        one, out = (cast(Dense, make(origins)) for make in (inward, outward))
+        return SoftmaxAttention(one, one, one, out, head_size=m.head_dim)
+
+    return make
+
+
+def encoder_layer(reader: Reader, name: str, m: nn.TransformerEncoderLayer, activation: Layer) -> list[Make]:
+    """Attention and a two-layer network, each in a residual branch with its norm before or after."""
+    first = [attention(reader, f"{name}.self_attn", m.self_attn)]
+    second = [
+        linear(reader, f"{name}.linear1.", m.linear1.weight, m.linear1.bias),
+        const(activation),
+        linear(reader, f"{name}.linear2.", m.linear2.weight, m.linear2.bias),
+    ]
+    norms = [layer_norm(f"{name}.norm{i}", norm) for i, norm in ((1, m.norm1), (2, m.norm2))]
+    if m.norm_first:
+        return [residual([*norms[0], *first]), residual([*norms[1], *second])]
+    return [residual(first), *norms[0], residual(second), *norms[1]]
+
+
+def residual(branch: list[Make]) -> Make:
+    return lambda origins: Residual(*[make(origins) for make in branch])
 
 
 def convolution(reader: Reader, name: str, m: nn.Conv1d | nn.Conv2d) -> Make:
@@ -118,6 +163,19 @@ def _parameter(reader: Reader, node: Any) -> tuple[Tensor, float]:
             value, factor = _parameter(reader, b)
             return value, factor * a
     raise ConversionError(f"{node} is used as a weight but is not a parameter of the module times a constant.")
+
+
+def position(reader: Reader, node: fx.Node) -> Make | None:
+    """A learned embedding [1, T, d] or [T, d] that is added to the signal; None for any other node."""
+    if node.op != "get_attr":
+        return None
+    value, _ = _parameter(reader, node)
+    shape = value.shape[1:] if value.ndim == 3 and value.shape[0] == 1 else value.shape
+    if len(shape) != 2 or not isinstance(value, nn.Parameter):
+        return None
+    name = reader.register(Weights(str(node.target), value, shape[1], 1, bias=True))
+    grad = float(value.requires_grad)
+    return lambda origins: Position(shape[0], math.sqrt(origins[name].variance), grad)
 
 
 def batch_norm(name: str, m: nn.BatchNorm1d | nn.BatchNorm2d) -> Make:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
 from ntkwatch.infinite.activations import Abs, Activation, Erf, Gelu, LeakyRelu, Relu, Sin
+from ntkwatch.infinite.heads import ATTENTION, flattens, mixed_step, only_itself, token_index
 from ntkwatch.infinite.layers import Affine, Layer
+from ntkwatch.infinite.tokens import Token
 from ntkwatch.infinite.trained import (
     ConversionError,
     Make,
     Reader,
     Step,
+    attention,
     batch_norm,
     const,
     convolution,
+    encoder_layer,
     functional_linear,
     layer_norm,
     linear,
+    position,
 )
 from ntkwatch.infinite.windows import AvgPool, Flatten, GlobalAvgPool
 
@@ -48,10 +53,18 @@ DROPOUT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
 
 def step(reader: Reader, node: fx.Node) -> Step | None:
     """The step of a node that computes from the input, None for bookkeeping such as x.size(0)."""
+    if (mixed := mixed_step(reader, node)) is not None:
+        return mixed
     if node.op == "call_module":
         module = reader.modules[str(node.target)]
+        if isinstance(module, ATTENTION):
+            only_itself(node, str(node.target), module)
         return _one(reader, node, *_module(reader, str(node.target), module, _first(reader, node)))
     name = getattr(node.target, "__name__", str(node.target))
+    if name in ("getitem", "__getitem__") and _is_attention(reader, node.args[0]):
+        return Step([cast(fx.Node, node.args[0])], [], False)  # (output, weights)[0]
+    if name in ("getitem", "__getitem__") and cast(fx.Node, node.args[0]) in reader.steps:
+        return _token(reader, node)
     if name in IGNORED:
         return None
     if name in ("add", "add_", "iadd", "sum_"):
@@ -59,6 +72,26 @@ def step(reader: Reader, node: fx.Node) -> Step | None:
     if name in ("mul", "truediv", "div", "imul", "itruediv", "mul_", "div_", "neg"):
         return _scale(reader, node, name)
     return _one(reader, node, *_call(reader, node, name))
+
+
+def _is_attention(reader: Reader, node: Any) -> bool:
+    """Whether a node is the pair (output, weights) of nn.MultiheadAttention."""
+    called = isinstance(node, fx.Node) and node.op == "call_module" and node in reader.steps
+    return called and isinstance(reader.modules[str(node.target)], nn.MultiheadAttention)
+
+
+def _encoder(reader: Reader, name: str, m: nn.Module) -> list[Make]:
+    """nn.MultiheadAttention, nn.TransformerEncoderLayer or nn.TransformerEncoder."""
+    if isinstance(m, nn.MultiheadAttention):
+        return [attention(reader, name, m)]
+    if isinstance(m, nn.TransformerEncoderLayer):
+        function = m.activation
+        known = ELEMENTWISE | {"gelu": Gelu}
+        act = known.get(getattr(function, "__name__", ""))
+        return encoder_layer(reader, name, m, act() if act else _activation(f"{name}.activation", cast(Any, function)))
+    assert isinstance(m, nn.TransformerEncoder)
+    layers = [make for i, layer in enumerate(m.layers) for make in _encoder(reader, f"{name}.layers.{i}", layer)]
+    return layers if m.norm is None else [*layers, *layer_norm(f"{name}.norm", cast(nn.LayerNorm, m.norm))]
 
 
 def _first(reader: Reader, node: fx.Node) -> Step:
@@ -86,6 +119,9 @@ def _module(reader: Reader, name: str, m: nn.Module, before: Step) -> tuple[list
     if isinstance(m, nn.Linear):
         _no_channels_first(first, f"{name} (Linear)")
         return [linear(reader, f"{name}.", m.weight, m.bias)], False
+    if isinstance(m, ATTENTION):
+        _no_channels_first(first, f"{name} ({type(m).__name__})")
+        return _encoder(reader, name, m), False
     if isinstance(m, nn.Conv1d | nn.Conv2d):
         return [convolution(reader, name, m)], True
     if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -112,8 +148,6 @@ def _activation(name: str, m: nn.Module) -> Layer:
     if isinstance(m, SMOOTH):
         return Activation(m)
     why = {
-        "MultiheadAttention": "softmax attention at 1/√d has no closed form",
-        "TransformerEncoderLayer": "softmax attention at 1/√d has no closed form",
         "MaxPool2d": "a maximum of correlated Gaussians has no closed form; use an average",
         "Embedding": "its inputs are indices, not vectors; convert what follows it",
     }.get(type(m).__name__, "no rule for this module")
@@ -127,7 +161,7 @@ def _call(reader: Reader, node: fx.Node, name: str) -> tuple[list[Make], bool]:
     if name in PASS:
         return [], first
     if name in ELEMENTWISE:
-        return [const(ELEMENTWISE[name]())], first
+        return [const(_elementwise(node, name, rest))], first
     if name == "gelu":
         return [const(Gelu() if "tanh" not in rest else Activation(lambda u: F.gelu(u, approximate="tanh")))], first
     if name == "leaky_relu":
@@ -137,7 +171,7 @@ def _call(reader: Reader, node: fx.Node, name: str) -> tuple[list[Make], bool]:
         return [functional_linear(reader, node)], False
     if name == "flatten" and rest in ([1], [1, -1]):
         return [const(Flatten())], False
-    if name in ("view", "reshape") and len(rest) == 2 and (rest[1] == -1 or rest[0] == -1):
+    if name in ("view", "reshape") and flattens(rest):
         return [const(Flatten())], False
     if name == "mean":
         return [const(_mean(node, rest, first))], False
@@ -146,6 +180,16 @@ def _call(reader: Reader, node: fx.Node, name: str) -> tuple[list[Make], bool]:
     if name in ("avg_pool1d", "avg_pool2d") and len(rest) == len(node.args) - 1 <= 3:
         return [const(AvgPool(*[_shape(r) for r in rest]))], True
     raise ConversionError(f"{node.name} ({name}{_shown(rest)}) cannot be converted: no rule for it.")
+
+
+def _elementwise(node: fx.Node, name: str, rest: list[Any]) -> Layer:
+    """An activation, with its arguments where it was given some (elu's alpha, softplus' beta)."""
+    if not [r for r in rest if not isinstance(r, bool)]:
+        return ELEMENTWISE[name]()
+    if any(isinstance(r, fx.Node) for r in rest) or not callable(node.target):
+        raise ConversionError(f"{node.name} ({name}{_shown(rest)}) cannot be converted: its arguments are no numbers.")
+    kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+    return Activation(lambda u: node.target(u, *node.args[1:], **kwargs))  # type: ignore[operator]
 
 
 def _mean(node: fx.Node, rest: list[Any], first: bool) -> Layer:
@@ -157,8 +201,23 @@ def _mean(node: fx.Node, rest: list[Any], first: bool) -> Layer:
     return GlobalAvgPool()
 
 
+def _token(reader: Reader, node: fx.Node) -> Step:
+    """x[:, i] of tokens."""
+    source, index = cast(fx.Node, node.args[0]), node.args[1]
+    if (token := token_index(index)) is None:
+        raise ConversionError(f"{node.name} (x[{index}]) converts where it takes one token, x[:, i].")
+    _no_channels_first(reader.steps[source].channels_first, node.name)
+    return Step([source], [const(Token(token))], False)
+
+
 def _add(reader: Reader, node: fx.Node) -> Step:
     a, b = node.args[:2]
+    for signal, other in ((a, b), (b, a)):
+        if not (isinstance(signal, fx.Node) and isinstance(other, fx.Node) and signal in reader.steps):
+            continue
+        if (make := position(reader, other)) is not None:
+            _no_channels_first(reader.steps[signal].channels_first, node.name)
+            return Step([signal], [make], False)
     if not (isinstance(a, fx.Node) and isinstance(b, fx.Node) and a in reader.steps and b in reader.steps):
         raise ConversionError(f"{node.name} adds what does not come from the input; only sums of branches convert.")
     return Step([a, b], [], reader.steps[a].channels_first)

@@ -118,7 +118,7 @@ class GlobalAvgPool(Layer):
 
     def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
         mean = None if f.mean is None else _mean_over(f.mean, f.spatial)
-        return Own(_mean_over(f.cov, 2 * f.spatial), mean, 0, False, samples=f.samples), ()
+        return Own(_mean_over(f.cov, 2 * f.spatial), mean, 0, False, samples=f.samples, draws=f.draws), ()
 
     def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
         return replace(f.map(lambda t: _mean_over(t, 2 * f.spatial)), spatial=0, pairs=False, stream=None)
@@ -139,7 +139,7 @@ class Flatten(Layer):
 
     def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
         mean = None if f.mean is None else _mean_over(f.mean, f.spatial)
-        return Own(_mean_over(f.cov, f.spatial), mean, 0, False, samples=f.samples), ()
+        return Own(_mean_over(f.cov, f.spatial), mean, 0, False, samples=f.samples, draws=f.draws), ()
 
     def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
         return replace(f.map(lambda t: _mean_over(t, f.spatial)), spatial=0, pairs=False, stream=None)

@@ -16,12 +16,13 @@ No pickle anywhere.
 from __future__ import annotations
 
 from ntkwatch.record.format import SCHEMA, RecordError, load_tensors, safe_name, save_tensors
-from ntkwatch.record.measurement import Measurement
+from ntkwatch.record.measurement import Limit, Measurement
 from ntkwatch.record.run import Run, find_runs, load_run
 from ntkwatch.record.writer import RecordWriter
 
 __all__ = [
     "SCHEMA",
+    "Limit",
     "Measurement",
     "RecordError",
     "RecordWriter",

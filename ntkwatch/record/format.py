@@ -22,6 +22,7 @@ SCHEMA = 1
 MANIFEST, INDEX, SNAPSHOTS = "manifest.json", "metrics.jsonl", "snapshots"
 TEMPORARY = ".*.tmp"
 LAYER = "layer:"  # before a parameter's name, in a snapshot
+LIMIT, LIMIT_ROWS = "limit", "limit_rows"  # the infinite-width kernel, in a run's first snapshot
 _SEAL = re.compile(rb'\{"crc":"([0-9a-f]{8})",')
 _SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # device names on Windows

@@ -11,6 +11,14 @@ ROOT_MODULE = "model"  # how the root module, whose own name is "", is called in
 
 
 @dataclass(frozen=True, eq=False)
+class Limit:
+    """The kernel [m, m] that a model's first one tends to with width, trace-reduced, on these of the probes, [m]."""
+
+    kernel: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Measurement:
     """What one probe found, for n probes and C outputs; tensors are on the CPU, kernels float64.
 
@@ -21,6 +29,7 @@ class Measurement:
     ``eigenvalues`` are descending: [n], or [n·C] under full.
     ``outputs`` are [n, C]; ``seconds`` is the wall time of the whole probe.
     ``context`` says what the numbers are numbers of: reduction, engine, mode, probe_hash, precision, noise_floor …
+    ``limit`` is the infinite-width kernel, at a run's first probe alone.
     """
 
     step: int
@@ -35,6 +44,7 @@ class Measurement:
     epoch: int | None = None
     outputs: Tensor | None = None
     context: dict[str, str | int | float | bool | None] = field(default_factory=dict)
+    limit: Limit | None = None
 
     def as_flat(self) -> dict[str, float]:
         """The defined values by the names that loggers see: ``ntk/<name>`` and ``ntk_layers/<module>/<name>``."""

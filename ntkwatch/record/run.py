@@ -16,6 +16,8 @@ from torch import Tensor
 from ntkwatch.record.format import (
     INDEX,
     LAYER,
+    LIMIT,
+    LIMIT_ROWS,
     MANIFEST,
     SNAPSHOTS,
     RecordError,
@@ -24,7 +26,7 @@ from ntkwatch.record.format import (
     read_manifest,
     unseal,
 )
-from ntkwatch.record.measurement import Measurement
+from ntkwatch.record.measurement import Limit, Measurement
 
 HOME = "ntkwatch"  # the record's folder inside a logger's
 WIDTHS = (
@@ -97,6 +99,24 @@ class Run:
         """[n, C] outputs at the probes; RecordError if they were not saved."""
         return self._tensor(step, "outputs")
 
+    @property
+    def limit(self) -> Limit:
+        """The infinite-width kernel that the first one tends to; RecordError where the run did not compute it."""
+        if (found := self._limit(self._first)) is None:
+            why = self.reasons.get(self._first, {}).get(
+                "distance_to_infinite", "distance_to_infinite was not asked for"
+            )
+            raise RecordError(f"{self.folder} holds no infinite-width limit: {why}.")
+        return found
+
+    @property
+    def _first(self) -> int:
+        return self.steps[0] if self.steps else 0
+
+    def _limit(self, step: int) -> Limit | None:
+        tensors = self._snapshot(step)
+        return Limit(tensors[LIMIT], tensors[LIMIT_ROWS]) if LIMIT in tensors else None
+
     def measurement(self, step: int) -> Measurement:
         """The whole measurement of ``step``, as it was appended; RecordError if kernels were not saved."""
         names = ("metrics", "reasons", "seconds", "layer_metrics", "global_step", "epoch", "context")
@@ -106,6 +126,7 @@ class Run:
             layers=self.layers(step),
             eigenvalues=self.eigenvalues(step),
             outputs=self._snapshot(step).get("outputs"),
+            limit=self._limit(step),
             **{name: self._row(step)[name] for name in names},
         )
 

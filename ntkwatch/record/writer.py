@@ -14,6 +14,8 @@ from torch import Tensor
 from ntkwatch.record.format import (
     INDEX,
     LAYER,
+    LIMIT,
+    LIMIT_ROWS,
     MANIFEST,
     SCHEMA,
     SNAPSHOTS,
@@ -148,6 +150,8 @@ def _tensors(m: Measurement, save_kernels: bool) -> dict[str, Tensor]:
         tensors["outputs"] = m.outputs
     if save_kernels:
         tensors["kernel"] = m.kernel
+        if m.limit is not None:
+            tensors |= {LIMIT: m.limit.kernel, LIMIT_ROWS: m.limit.rows}
         tensors |= {LAYER + name: kernel for name, kernel in m.layers.items()}
     return tensors
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -118,6 +119,16 @@ def self_test(metrics: pd.DataFrame) -> str:
     said = "passed" if good else "NOT passed: look at mode, tied or frozen parameters"
     share = f"its error × {number(halving)} at half the step (× ½ is right)"
     return f"A small gradient step was predicted to within {error:.2%} of it, {share}: {said}."
+
+
+def wide(metrics: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
+    """How far the kernel is from that of the infinitely wide network, and how that one passes signals."""
+    start, end = first(metrics, "distance_to_infinite"), last(metrics, "distance_to_infinite")
+    if start is None:
+        return ""
+    now = "" if end is None or len(metrics) < 2 else f", {number(end)} now"
+    advice = str(manifest.get("infinite") or "").partition(". ")[2]
+    return f"The first kernel was {number(start)} of its norm away from the infinitely wide network's{now}. {advice}"
 
 
 # ── numbers ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ntkwatch.words.axes import direction, layers_at, speed, strength, where
 from ntkwatch.words.ladder import LADDER_NOTE
-from ntkwatch.words.recorded import last, recorded
+from ntkwatch.words.recorded import last, recorded, wide
 from ntkwatch.words.text import printable, wrap
 from ntkwatch.words.verdict import verdict
 
@@ -73,7 +73,8 @@ def summary_lines(run: Readable) -> list[tuple[str, str]]:
         lines.append(("Caution", _bias(run.manifest)))
     tested = any(label == "Self-test" and text for label, text in lines)
     lines += [("Cost", _cost(run)), ("Undefined", _undefined(run.reasons.get(end) or {}, tested))]
-    lines += [("Baseline", run.manifest.get("baseline") or ""), ("Regime", REGIME)]
+    lines += [("Baseline", run.manifest.get("baseline") or ""), ("Limit", wide(run.metrics, run.manifest))]
+    lines.append(("Regime", REGIME))
     lines.append(("Ladder", LADDER_NOTE if any("γ0" in text for _, text in lines) else ""))
     return [(label, printable(text)) for label, text in lines if text]
 

@@ -1,6 +1,7 @@
 """ntkwatch.infinite beside neural-tangents 0.6.5: agreement on random architectures, and speed.
 
-    python -m tests.bench.neural_tangents [--speed] [--freeze] [--python PATH]
+    python -m tests.bench.neural_tangents [--speed] [--freeze] [--python PATH]      # make bench-jax
+    python -m tests.bench.neural_tangents --growth                                  # of our cost alone, without JAX
 
 builds an environment with JAX 0.4.25 (newer JAX cannot run neural-tangents) in a temporary folder unless --python names
 one, prints the table, and with --freeze writes the values to tests/infinite_neural_tangents.json, which the ordinary
@@ -287,26 +288,29 @@ def growth() -> None:
     pool, flat = [*block, ["globalavgpool"], ["dense", 1.0, 0.0]], [*block, ["flatten"], ["dense", 1.0, 0.0]]
     cases: list[tuple[str, int, list[tuple[int, tuple[int, ...], list]]]] = [
         ("dense, rows", 2, [(n, (n, 64), [*layer * 5, ["dense", 1.0, 0.0]]) for n in (1000, 2000, 4000)]),
-        ("dense, depth", 1, [(d, (1500, 64), [*layer * d, ["dense", 1.0, 0.0]]) for d in (5, 10, 20)]),
+        ("dense, depth", 1, [(d, (1500, 64), [*layer * d, ["dense", 1.0, 0.0]]) for d in (10, 20, 40)]),
         ("pooling, positions", 2, [(s * s, (24, s, s, 1), pool) for s in (6, 8, 12)]),
-        ("pooling, rows", 2, [(n, (n, 8, 8, 1), pool) for n in (16, 32, 64)]),
-        ("flatten, positions", 1, [(s * s, (160, s, s, 1), flat) for s in (8, 12, 16)]),
+        ("pooling, rows", 2, [(n, (n, 8, 8, 1), pool) for n in (32, 64, 128)]),
+        ("flatten, positions", 1, [(s * s, (96, s, s, 1), flat) for s in (16, 24, 32)]),
     ]
     for name, expected, points in cases:
-        seconds = [min(_timed(shape, layers)[1] for _ in range(3)) for _, shape, layers in points]
+        seconds = [min(_timed(shape, layers)[1] for _ in range(2)) for _, shape, layers in points]
         slope = math.log(seconds[-1] / seconds[0]) / math.log(points[-1][0] / points[0][0])
         print(f"growth with {name}: exponent {slope:.2f} (expected {expected})")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for flag in ("--speed", "--freeze", "--answer"):
+    for flag in ("--speed", "--growth", "--freeze", "--answer"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--python", help="the interpreter of an environment with neural-tangents")
     args = parser.parse_args()
     if args.answer:
         request = json.load(sys.stdin)
         print(json.dumps(their_kernels(request["cases"]) if "cases" in request else seconds_theirs(request["speed"])))
+        return 0
+    if args.growth:
+        growth()
         return 0
     python = args.python or environment()
     worst = compare(python, args.freeze)
