@@ -7,7 +7,7 @@ import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ntkwatch.model import Network, map_leaves
 
+T = TypeVar("T")
 SHARE = 0.25  # of what is free: a guest in somebody's training run takes no more
 _UNKNOWN = 2 << 30  # taken as free where the system does not say
 
@@ -48,14 +49,14 @@ class LiveStorages(TorchDispatchMode):
                 self._watch(t)
         return result
 
-    def rise(self, run: Callable[[], object]) -> int:
-        """By how much `run` raises what is alive, at its worst."""
+    def rise(self, run: Callable[[], T]) -> tuple[T, int]:
+        """What `run` gives, and by how much it raises what is alive, at its worst."""
         before, start = self.peak, self.now
         self.peak = start
-        run()
+        result = run()
         rise = self.peak - start
         self.peak = max(before, self.peak)
-        return rise
+        return result, rise
 
     def reserve(self, size: int) -> None:
         """Counts `size` more bytes as having been alive for a moment."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ntkwatch.engines.base import Reduction, Row
 from ntkwatch.engines.blocks import blocks
@@ -70,15 +71,41 @@ class Rehearsal(Run):
 
 @dataclass
 class _Remembering(Contractor):
+    """Does everything once, and then only remembers how much memory it took and what shape it gave."""
+
     counter: LiveStorages = field(default_factory=LiveStorages)
-    seen: dict[Any, int] = field(default_factory=dict)
+    seen: dict[Any, tuple[int, Any]] = field(default_factory=dict)
+
+    def _once(self, key: Any, run: Callable[[], Any]) -> Any:
+        if key not in self.seen:
+            result, rise = self.counter.rise(run)
+            self.seen[key] = rise, tree_map_only(Tensor, lambda t: (tuple(t.shape), t.dtype, t.device), result)
+            return result
+        rise, made = self.seen[key]
+        self.counter.reserve(rise)
+        shaped = lambda like: torch.empty(like[0], dtype=like[1], device=like[2])  # noqa: E731
+        return [shaped(like) for like in made] if isinstance(made, list) else made and shaped(made)
 
     def add(self, out: Tensor, one: Factor, two: Factor) -> None:
-        key = (_kind(out), _kind(one), _kind(two), one is two)
-        if key in self.seen:
-            self.counter.reserve(self.seen[key])
-        else:
-            self.seen[key] = self.counter.rise(lambda: super(_Remembering, self).add(out, one, two))
+        self._once(("add", _kind((out, one, two)), one is two), lambda: super(_Remembering, self).add(out, one, two))
+
+    def _positions(self, one: Any, rows: slice) -> Any:
+        key = ("positions", _kind(one), rows.stop - rows.start)
+        return self._once(key, lambda: super(_Remembering, self)._positions(one, rows))
+
+    def _input_products(self, one: Any, a: Tensor, b: Tensor) -> Any:
+        key = ("inputs", type(one), _kind((a, b)))
+        return self._once(key, lambda: super(_Remembering, self)._input_products(one, a, b))
+
+    def _block(self, inputs: Tensor, ga: Any, gb: Any, s: int, t: int) -> Any:
+        key = ("block", _kind((inputs, ga, gb)), s, t)
+        return self._once(key, lambda: super(_Remembering, self)._block(inputs, ga, gb, s, t))
+
+    def _products(self, out: Tensor, x: Tensor, y: Tensor) -> None:
+        """In place: takes no memory."""
+
+    def _reflect(self, out: Tensor, part: Tensor, rows: slice, columns: slice) -> None:
+        """In place: takes no memory."""
 
 
 @dataclass(frozen=True)
