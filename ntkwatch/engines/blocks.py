@@ -29,7 +29,7 @@ def assemble(
     sizes1: Sequence[int],
     sizes2: Sequence[int] | None,
     cell: Callable[[int, int], dict[str, Tensor]],
-    reduction: str,
+    reduction_of: Callable[[str], str],
 ) -> dict[str, Tensor]:
     """Kernels by name from cells; `sizes2` None is a symmetric kernel, of which cells on and below the diagonal do."""
     whole: dict[str, Tensor] = {}
@@ -37,6 +37,7 @@ def assemble(
     for i in range(len(sizes1)):
         for j in range(i + 1 if sizes2 is None else len(starts2) - 1):
             for name, part in cell(i, j).items():
+                reduction = reduction_of(name)
                 if name not in whole:
                     shape = list(part.shape)
                     shape[ROWS[reduction]], shape[COLUMNS[reduction]] = starts1[-1], starts2[-1]

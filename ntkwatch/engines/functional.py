@@ -66,7 +66,7 @@ class Functional:
             return {name: contract(j1[name], j2[name], rich, dtype) for name in parameters}
 
         sizes = [[batch_size(inputs_of(b)) for b in each] for each in (blocks1, blocks2)]
-        theta = assemble(sizes[0], None if x2 is None else sizes[1], cell, rich)
+        theta = assemble(sizes[0], None if x2 is None else sizes[1], cell, lambda _: rich)
         total = torch.stack(list(theta.values())).sum(0)
         kept = {} if layers is None else {name: reduce(t, rich, layers) for name, t in theta.items()}
         floor = noise_floor(outputs.dtype, precision, max(p.numel() for p in parameters.values()))

@@ -48,13 +48,12 @@ class Layerwise:
         """
         rich = richest(reduction, layers)
         with quiet():
-            run = Run(network, state, rich, precision, self.recipe(network, x1, state), layers is not None)
+            run = Run(network, state, rich, precision, self.recipe(network, x1, state), layers)
             theta = self._backing_off(run, x1, x2, chunk_size)
-        total = theta[WHOLE] if layers is None else torch.stack(list(theta.values())).sum(0)
-        kept = {} if layers is None else {name: reduce(t, rich, layers) for name, t in theta.items()}
+        total = theta.pop(WHOLE)
         outputs = torch.cat([run.outputs[i] for i in sorted(run.outputs)])
         floor = noise_floor(outputs.dtype, precision, max(p.numel() for p in network.parameters.values()))
-        return Kernel(reduce(total, rich, reduction), kept, outputs, reduction, self.name, precision, floor)
+        return Kernel(reduce(total, rich, reduction), theta, outputs, reduction, self.name, precision, floor)
 
     def recipe(self, network: Network, x: Any, state: Mapping[str, Tensor] | None) -> Separation | None:
         """Where this network's examples come apart, read once from a few probes."""
@@ -66,7 +65,7 @@ class Layerwise:
         """Probes per block: all, or as many as are predicted to fit in the limit, or as memory turned out to hold."""
         n = max(batch_size(inputs_of(x)) for x in (x1, x2) if x is not None)
         known = self._chunks.setdefault(run.network, {})
-        limit, key = limit_bytes(run.network.device), (n, run.reduction, run.apart)
+        limit, key = limit_bytes(run.network.device), (n, run.reduction, run.layers)
         if key not in known and run.bound(n) <= limit:
             return n
         if key not in known:
@@ -82,7 +81,7 @@ class Layerwise:
             if chunk == 1:
                 raise MemoryError(_too_large(run))
             chunk = -(-chunk // 2)
-            self._chunks.setdefault(run.network, {})[n, run.reduction, run.apart] = chunk
+            self._chunks.setdefault(run.network, {})[n, run.reduction, run.layers] = chunk
         return theta
 
 

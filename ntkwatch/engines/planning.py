@@ -40,7 +40,7 @@ def _layerwise(
     chunk_size: int | None,
 ) -> Plan:
     n, recipe = batch_size(inputs_of(x)), engine.recipe(network, x, None)
-    run = Run(network, None, reduction, precision, recipe, apart=False)
+    run = Run(network, None, reduction, precision, recipe, layers=None)
     with quiet():
         forward = try_forward(run, x)
         chunk = min(n, chunk_size or engine.chunk(run, x))

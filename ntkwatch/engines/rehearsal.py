@@ -145,7 +145,7 @@ def _rehearse(
     run: Run, state: Mapping[str, Tensor] | None, x: Any, chunk: int, answers: Sequence[Any] = ()
 ) -> Rehearsal:
     counter = LiveStorages(answers)
-    done = Rehearsal(run.network, state, run.reduction, run.precision, run.recipe, run.apart, counter=counter)
+    done = Rehearsal(run.network, state, run.reduction, run.precision, run.recipe, run.layers, counter=counter)
     done.kernels(blocks(x, chunk))
     return done
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntkwatch.engines.base import Precision, Reduction, work_dtype
+from ntkwatch.engines.base import Precision, Reduction, reduce, work_dtype
 from ntkwatch.engines.blocks import assemble
 from ntkwatch.engines.capture import Capture, Found
 from ntkwatch.engines.contract import Contractor
@@ -22,21 +22,18 @@ WHOLE = ""  # the name of a kernel of all parameters together
 
 @dataclass
 class Run:
-    """One kernel: the same network, state and reduction over all blocks.
-
-    With `apart` there is a kernel for every parameter, else one for all of them, named by WHOLE.
-    """
+    """One kernel: the same network, state and reduction over all blocks, and of each parameter its own in `layers`."""
 
     network: Network
     state: Mapping[str, Tensor] | None
     reduction: Reduction
     precision: Precision
     recipe: Separation | None
-    apart: bool = True
+    layers: Reduction | None = "trace"
     outputs: dict[int, Tensor] = field(default_factory=dict)
 
     def kernels(self, blocks1: list[Any], blocks2: list[Any] | None) -> dict[str, Tensor]:
-        """{parameter: kernel} over all blocks."""
+        """{WHOLE: kernel in `reduction`, parameter: kernel in `layers`} over all blocks."""
         self.outputs.clear()
         sizes1 = [batch_size(inputs_of(b)) for b in blocks1]
         sizes2 = None if blocks2 is None else [batch_size(inputs_of(b)) for b in blocks2]
@@ -50,33 +47,48 @@ class Run:
                 self.outputs[i] = row[i].outputs
             return self._contract(row[i], row[i] if blocks2 is None and i == j else self._capture(others[j]))
 
-        return assemble(sizes1, sizes2, cell, self.reduction)
+        return assemble(sizes1, sizes2, cell, lambda name: self.reduction if name == WHOLE else str(self.layers))
 
     def bound(self, n: int) -> float:
         """Bytes that n probes in one block stay below: the graph, all its gradients at once, copies in float64."""
         if self.recipe is None:
             return math.inf
-        outputs, kernels = self.recipe.outputs, len(self.network.parameters) if self.apart else 1
-        pairs = n * n * {"full": outputs**2, "blocks": outputs}.get(self.reduction, 1)
-        return n * (2 * self.recipe.saved + 8 * outputs * self.recipe.captured) + 16 * (kernels + 4) * pairs
+        outputs, entries = self.recipe.outputs, {"full": self.recipe.outputs**2, "blocks": self.recipe.outputs}
+        kept = 0 if self.layers is None else len(self.network.parameters) * entries.get(self.layers, 1)
+        kernels = 16 * n * n * (kept + 5 * entries.get(self.reduction, 1))
+        return n * (2 * self.recipe.saved + 8 * outputs * self.recipe.captured) + kernels
 
     def _capture(self, block: Any) -> Capture:
         return Capture(self.network, block, self.state, summed=self.reduction == "sum", recipe=self.recipe)
 
     def _contract(self, one: Capture, two: Capture) -> dict[str, Tensor]:
-        """One block of each parameter's kernel; zero where the outputs do not depend on the parameter."""
-        (n, c), m = one.outputs.shape, len(two.outputs)
+        """One block of each kernel; zero where the outputs do not depend on the parameter."""
+        (n, c), m, device = one.outputs.shape, len(two.outputs), one.outputs.device
         reduction = self.reduction if c > 1 else "trace"  # of one output they are all the same
         contract = self.contractor(reduction, work_dtype(one.outputs.dtype, self.precision), one is two)
-        names = self.network.parameters if self.apart else (WHOLE,)
-        found = {name: contract.zeros(c, n, m, one.outputs.device) for name in names}
+        whole = contract.zeros(c, n, m, device)
+        kept: dict[str, Tensor] = {}
         for outputs in [slice(None)] if reduction == "full" else self.groups(one):
             for a, b in _pairs(one, two, outputs):
                 self.note(a, n, m, contract)
-                out = found[a.name if self.apart else WHOLE]
+                out = whole if self.layers is None else contract.zeros(c, n, m, device)
                 contract.add(out[outputs] if reduction == "blocks" else out, a.factor, b.factor)
-        shape = {"full": (n, c, m, c), "blocks": (c, n, m)}.get(self.reduction, (n, m))
-        return {name: contract.finish(k, c).reshape(shape) for name, k in found.items()}
+                if self.layers is not None:
+                    whole += out
+                    own = self._shaped(contract.finish(out, c), c)
+                    if self.layers != self.reduction:  # a copy: a view would hold the richer one
+                        own = reduce(own, self.reduction, self.layers).contiguous()
+                    kept[a.name] = kept[a.name] + own if a.name in kept else own
+        whole = self._shaped(contract.finish(whole, c), c)
+        if self.layers is not None:
+            unused = torch.zeros_like(reduce(whole, self.reduction, self.layers))
+            kept = {name: kept.get(name, unused) for name in self.network.parameters}
+        return {WHOLE: whole, **kept}
+
+    def _shaped(self, k: Tensor, c: int) -> Tensor:
+        """In the shape of the reduction, also where a single output was taken for its trace."""
+        n, m = (k.shape[0], k.shape[2]) if k.ndim == 4 else k.shape[-2:]
+        return k.reshape({"full": (n, c, m, c), "blocks": (c, n, m)}.get(self.reduction, (n, m)))
 
     def contractor(self, reduction: Reduction, dtype: torch.dtype, same: bool) -> Contractor:
         """What contracts the factors of a pair of blocks."""
