@@ -192,3 +192,15 @@ class LinearForecast:
 def _has_stepped(optimizer: torch.optim.Optimizer) -> bool:
     """Some optimizers lay out their state, at step 0, when they are made."""
     return any(held and float(held.get("step", 1)) > 0 for held in optimizer.state.values())
+
+
+def at_probe(forecast: LinearForecast | str, network: Network, batch: Any) -> dict[str, Any]:
+    """The forecast's outputs on the batch as `f_lazy`, and how its first gradient met the run's as `lazy_start`."""
+    if isinstance(forecast, str):
+        return {"f_lazy": forecast, "lazy_start": forecast}
+    if unfrozen := network.unfrozen():
+        reason = f"{unfrozen[0]} trains now and did not at the baseline: the forecast leaves it out"
+        return {"f_lazy": reason, "lazy_start": reason}
+    missing = "the forecast has not met the gradients of a first step"
+    start = forecast.gradient_error
+    return {"f_lazy": forecast.outputs(batch), "lazy_start": missing if start is None else start}

@@ -20,7 +20,7 @@ from ntkwatch.derived import Derived, on_cpu
 from ntkwatch.diagnostics import View
 from ntkwatch.engines.auto import Choice, choose
 from ntkwatch.engines.base import Kernel, Reduction
-from ntkwatch.forecast import NO_FORECAST, LinearForecast
+from ntkwatch.forecast import NO_FORECAST, LinearForecast, at_probe
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.instruments import Instruments
 from ntkwatch.limit import WideLimit, wide_limit
@@ -84,7 +84,7 @@ class Monitor:
         self.reduction: Reduction = reduction  # type: ignore[assignment]  # checked above
         self.hparams = dict(hparams or {})
         self.network = Network(model, outputs)
-        self.probes = _probe_set(probes, targets)
+        self.probes = ProbeSet.of(probes, targets)
         self.n_outputs = count_outputs(self.network, self._batch(self.probes), len(self.probes), reduction)
         self.loss = loss_of(self.network.module, loss)
         self._measured, self._left_out = to_measure(
@@ -228,7 +228,7 @@ class Monitor:
             path_length=self._path(value, previous),
             loss=self._loss_at(kernel.outputs, probes),
             optimizer=read_rule(optimizer, self.network.parameters),
-            **self._lazy(batch),
+            **at_probe(self.forecast, self.network, batch),
             nngp=self.nngp if probes is None else "resample=True: the NNGP kernel is of other inputs",
             instruments=self._instruments(batch),
             start_step=base.step if base is not None else step,
@@ -255,17 +255,6 @@ class Monitor:
             return "the path before this process was not followed"
         angle = float(metrics.kernel_angle(value, previous[1]))
         return self.path_length + angle if math.isfinite(angle) else "a kernel is zero or not finite"
-
-    def _lazy(self, batch: Any) -> dict[str, Any]:
-        """The linear forecast's outputs on the batch, and how its first gradient met the run's."""
-        if isinstance(self.forecast, str):
-            return {"f_lazy": self.forecast, "lazy_start": self.forecast}
-        if unfrozen := self.network.unfrozen():
-            reason = f"{unfrozen[0]} trains now and did not at the baseline: the forecast leaves it out"
-            return {"f_lazy": reason, "lazy_start": reason}
-        start = self.forecast.gradient_error
-        missing = "the forecast has not met the gradients of a first step"
-        return {"f_lazy": self.forecast.outputs(batch), "lazy_start": missing if start is None else start}
 
     def _instruments(self, batch: Any) -> Instruments:
         assert self.choice is not None
@@ -324,11 +313,3 @@ class Monitor:
     def manifest(self) -> dict[str, Any]:
         """Everything that a reader needs in order to know what the numbers mean; complete after `start`."""
         return describe(self)
-
-
-def _probe_set(probes: Any, targets: Tensor | Callable[[Any], Tensor] | None) -> ProbeSet:
-    if isinstance(probes, ProbeSet) and targets is None:
-        return probes
-    batch = probes.batch if isinstance(probes, ProbeSet) else probes
-    given = targets(batch) if callable(targets) else targets
-    return ProbeSet.from_batch(batch, targets=given)

@@ -43,6 +43,13 @@ class ProbeSet:
         return inputs_of(self.batch)
 
     @classmethod
+    def of(cls, probes: Any, targets: Targets = None) -> ProbeSet:
+        """A ProbeSet as it is, or with other targets; anything else is a batch."""
+        if isinstance(probes, ProbeSet):
+            return probes if targets is None else cls.from_batch(probes.batch, targets)
+        return cls.from_batch(probes, targets)
+
+    @classmethod
     def from_batch(
         cls,
         batch: Any,
