@@ -136,7 +136,7 @@ class Session:
             f"{len(monitor.probes)} probes from {monitor.probes.source}: {monitor.probes.how}",
             f"engine {monitor.choice.reason if monitor.choice else 'not chosen yet'}",
             monitor.calibration,
-            f"diagnostics cost {'; '.join(extra)}" if (extra := costs(monitor.diagnostics)) else None,
+            f"a probe takes, beyond one kernel: {'; '.join(extra)}" if (extra := costs(monitor.diagnostics)) else None,
             f"record {self.folder}" if self.folder is not None else None,
         ]
         return [line for line in lines if line is not None]
