@@ -137,7 +137,7 @@ class Session:
             f"{len(monitor.probes)} probes from {monitor.probes.source}: {monitor.probes.how}",
             f"engine {monitor.choice.reason if monitor.choice else 'not chosen yet'}",
             monitor.calibration,
-            f"diagnostics cost {'; '.join(extra)}" if (extra := costs(monitor.diagnostics)) else None,
+            f"a probe takes, beyond one kernel: {'; '.join(extra)}" if (extra := costs(monitor.diagnostics)) else None,
             str(monitor.limit) if "distance_to_infinite" in monitor.diagnostics else None,
             f"record {self.folder}" if self.folder is not None else None,
         ]

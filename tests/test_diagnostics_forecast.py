@@ -132,6 +132,30 @@ def test_what_cannot_be_followed_is_refused(case: str) -> None:
         LinearForecast(model, make(model), loss)
 
 
+def test_a_forecast_diverges_where_the_run_is_a_catapult() -> None:
+    """Beyond the largest stable rate the kernel shrinks until the rate is stable; the linear model's cannot."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 256, bias=False), nn.Linear(256, 1, bias=False))
+    batch = (torch.randn(20, 16), torch.randn(20, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    monitor = Monitor(model, batch, loss=mse, diagnostics=["loss", "loss_if_lazy", "max_stable_lr", "forecast_error"])
+    limit = monitor.measure(0, optimizer=optimizer).metrics["max_stable_lr"]
+    assert limit is not None
+    optimizer.param_groups[0]["lr"] = 1.75 * limit
+    monitor.forecast = forecast = LinearForecast(model, optimizer, mse)
+    for _ in range(160):
+        optimizer.zero_grad()
+        mse(model(batch[0]), batch[1]).backward()
+        optimizer.step()
+        forecast.step(batch)
+    found = monitor.measure(160, optimizer=optimizer)
+    assert found.metrics["loss"] is not None
+    assert found.metrics["loss"] < 1
+    assert found.metrics["loss_if_lazy"] is None
+    assert "the linearised network diverged" in found.reasons["loss_if_lazy"]
+    assert "the linearised network diverged" in found.reasons["forecast_error"]
+
+
 def test_without_a_forecast_the_curve_says_what_it_needs() -> None:
     found = Monitor(nn.Linear(4, 2).double(), batches(1)[0], loss=mse, diagnostics=["loss_if_lazy"]).measure(0)
     assert "LinearForecast" in found.reasons["loss_if_lazy"]

@@ -127,6 +127,12 @@ def test_the_verdict_on_a_catapult() -> None:
     assert wanted in _line(run, "Verdict")
 
 
+def test_the_verdict_on_a_forecast_that_diverged() -> None:
+    run = _run(loss=0.1, loss_if_lazy=math.nan)
+    run.reasons = {10: {"loss_if_lazy": "the linearised network diverged under the run's learning rates"}}
+    assert "Loss on the probes 0.1; had it stayed linear, it had diverged." in _line(run, "Verdict")
+
+
 def test_a_run_whose_motion_was_not_measured_is_not_called_unmoved() -> None:
     metrics = pd.DataFrame({"loss": [1.0, 0.5]}, index=[0, 10])
     assert not unmoved(metrics)

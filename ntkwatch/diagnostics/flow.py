@@ -11,6 +11,14 @@ from ntkwatch.diagnostics.optimisation import lr_weighted
 from ntkwatch.diagnostics.view import View, ask, known
 from ntkwatch.metrics.undefined import Undefined
 
+DIVERGED = "the linearised network diverged under the run's learning rates"
+
+
+def _finite(lazy: Tensor) -> Tensor:
+    if not bool(torch.isfinite(lazy).all()):
+        raise Undefined(DIVERGED)
+    return lazy
+
 
 def loss_if_lazy(view: View) -> float:
     """The loss on the probes that the linearised network would have now, trained on the same batches.
@@ -22,7 +30,7 @@ def loss_if_lazy(view: View) -> float:
     Pitfalls: read it beside loss; in evaluation mode at the baseline's BatchNorm statistics, whatever mode the run
         trains in
     """
-    at, outputs = known(view.loss), known(view.f_lazy)
+    at, outputs = known(view.loss), _finite(known(view.f_lazy))
     with torch.no_grad():
         return float(at.at(outputs.to(at.outputs.device)))
 
@@ -35,7 +43,7 @@ def forecast_error(view: View) -> Tensor:
     Source: Lee et al. 2019; the symmetric ratio is this library's
     Pitfalls: usually, not always, at least taylor_ratio: the two trajectories part, the linearisation is the same
     """
-    motion, lazy = known(view.motion), known(view.f_lazy)
+    motion, lazy = known(view.motion), _finite(known(view.f_lazy))
     return ask("taylor_ratio", motion.delta_f, lazy - view.baseline_outputs)
 
 

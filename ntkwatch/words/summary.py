@@ -67,7 +67,7 @@ def summary_lines(run: Readable) -> list[tuple[str, str]]:
         lines.append(("Motion", f"Nothing has moved yet: the kernel at step {end} is the one at step {begin}{still}."))
         lines += [line for line in recorded(seen.metrics) if line[0] in STILL]
     else:
-        lines += [("Verdict", verdict(seen.metrics)), *strength(seen.metrics)]
+        lines += [("Verdict", verdict(seen.metrics, run.reasons.get(end))), *strength(seen.metrics)]
         lines += [("Direction", direction(seen.metrics, _source(run))), ("Speed", speed(seen.metrics))]
         lines += [("Where", where(layers_at(run.layer_metrics, end))), *recorded(seen.metrics)]
         lines.append(("Caution", _bias(run.manifest)))

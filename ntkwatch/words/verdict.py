@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ntkwatch.words.axes import agreement, alignment, heading
@@ -15,9 +16,13 @@ if TYPE_CHECKING:
 RESIZED = 0.5  # |log of the trace ratio|: growth or shrinking worth a word
 
 
-def verdict(metrics: pd.DataFrame) -> str:
-    """Strength, direction, quality, stability, and where they disagree; what was not recorded is left out."""
-    said = [_strength(metrics), _direction(metrics), _quality(metrics), _stability(metrics), _if_lazy(metrics)]
+def verdict(metrics: pd.DataFrame, reasons: Mapping[str, str] | None = None) -> str:
+    """Strength, direction, quality, stability, and where they disagree; what was not recorded is left out.
+
+    reasons: of what is undefined at the last step.
+    """
+    said = [_strength(metrics), _direction(metrics), _quality(metrics), _stability(metrics)]
+    said.append(_if_lazy(metrics, (reasons or {}).get("loss_if_lazy", "")))
     return " ".join(part for part in (*said, agreement(metrics)) if part)
 
 
@@ -69,11 +74,12 @@ def _stability(metrics: pd.DataFrame) -> str:
     return f"The learning rate was beyond the largest stable one, up to {number(highest)} of it{since}{shrunk}."
 
 
-def _if_lazy(metrics: pd.DataFrame) -> str:
+def _if_lazy(metrics: pd.DataFrame, reason: str) -> str:
     loss, lazy = last(metrics, "loss"), last(metrics, "loss_if_lazy")
-    if loss is None or lazy is None:
+    if loss is None or (lazy is None and "diverged" not in reason):
         return ""
-    return f"Loss on the probes {number(loss)}; had it stayed linear, {number(lazy)}{off_start(metrics)}."
+    linear = f"had it stayed linear, {number(lazy)}" if lazy is not None else "had it stayed linear, it had diverged"
+    return f"Loss on the probes {number(loss)}; {linear}{off_start(metrics)}."
 
 
 def _sentence(text: str) -> str:
