@@ -58,7 +58,7 @@ def _limit(network: Network, batch: Any, calibrated: bool) -> WideLimit:
     x = inputs_of(batch).detach()
     spec = infinite.from_module(network.module)
     x = x.cpu() if x.device.type == "mps" else x  # which has no float64
-    rows = _affordable(spec, x)
+    rows = _affordable(spec, x, len(x), ALLOWED)
     if len(rows) < FEWEST and len(rows) < len(x):
         seconds = infinite.nominal_seconds(spec, x[:FEWEST])
         return WideLimit(
@@ -66,8 +66,8 @@ def _limit(network: Network, batch: Any, calibrated: bool) -> WideLimit:
             "with infinite.kernel(infinite.from_module(model), x)"
         )
     found = infinite.kernel(spec, x[rows].double(), generator=torch.Generator().manual_seed(0))
-    few = rows[:: -(-len(rows) // PROPAGATED)]
-    advice = infinite.signal_propagation(spec, x[few].double()).advice
+    few = _affordable(spec, x, min(PROPAGATED, len(x)), ALLOWED / 8)  # it works on all pairs at once
+    advice = infinite.signal_propagation(spec, x[few].double()).advice if len(few) > 1 else ""
     if found.ntk_error is not None:
         advice = f"{_error(found.ntk, found.ntk_error)} {advice}"
     return WideLimit(Limit(found.ntk.cpu(), rows.cpu()), advice)
@@ -90,11 +90,11 @@ def _not_comparable(network: Network, batch: Any, calibrated: bool) -> str | Non
     return None
 
 
-def _affordable(spec: infinite.Layer, x: Tensor) -> Tensor:
-    """As many of the probes as the allowance pays for, evenly spread."""
+def _affordable(spec: infinite.Layer, x: Tensor, most: int, seconds: float) -> Tensor:
+    """As many of the probes as the seconds pay for, at most `most`, evenly spread; none where one is too many."""
     one = infinite.nominal_seconds(spec, x[:1])
-    m = len(x)
-    while m > 1 and one * m * (m + 1) / 2 > ALLOWED:
+    m = most
+    while m > 0 and one * m * (m + 1) / 2 > seconds:
         m -= 1
-    spread = [round(i * (len(x) - 1) / max(m - 1, 1)) for i in range(m)] if one <= ALLOWED else []
+    spread = [round(i * (len(x) - 1) / max(m - 1, 1)) for i in range(m)]
     return torch.tensor(spread, dtype=torch.long, device=x.device)

@@ -37,6 +37,7 @@ CHARTS = {  # title → metrics of one unit; what is not named here gets a chart
     "kernel velocity (rad per step)": ("kernel_velocity",),
     "kernel distance to init (1 − cos)": ("kernel_distance",),
     "relative change of the kernel": ("relative_change",),
+    "relative distance to the infinitely wide kernel": ("distance_to_infinite",),
     "relative distance of the parameters": ("parameter_distance",),
     "loss on the probes, and had the network stayed linear": ("loss", "loss_if_lazy", "loss_if_flow"),
     "overhead (share of wall time)": ("overhead",),

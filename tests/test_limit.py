@@ -203,6 +203,35 @@ def test_the_model_is_as_it_was() -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+class Logging(Classifier):
+    """A forward that logs, keeps what it sees and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(x.detach().mean())
+        if self.training:
+            self.log("mean", x.mean())
+        return self.net(x)
+
+
+def test_a_forward_with_side_effects_is_left_alone(tmp_path: Path) -> None:
+    found = []
+    for callbacks in ([], [NTKWatch(probes=12, budget=None)]):
+        torch.manual_seed(0)
+        model = Logging()
+        run = trainer(tmp_path / str(len(callbacks)), *callbacks)
+        run.fit(model, *loaders())
+        assert all(isinstance(seen, Tensor) for seen in model.seen)
+        found.append((model.calls, len(model.seen), run.global_step, model.net[0].weight.detach().clone()))
+    assert found[0][:3] == found[1][:3]
+    assert torch.equal(found[0][3], found[1][3])
+
+
 # ── record and resume ─────────────────────────────────────────────────────────────────────────────────────────────────
 def test_the_record_keeps_it(tmp_path: Path) -> None:
     monitor = Monitor(mlp(), rows(5), record=tmp_path / "a")
