@@ -256,6 +256,7 @@ def test_deviation_falls_as_one_over_the_square_root_of_width(name: str) -> None
 
 
 def test_initialisation_is_read_from_the_weights() -> None:
+    torch.manual_seed(0)
     cases: list[tuple[Callable[[Tensor], object], str]] = [
         (lambda w: nn.init.kaiming_uniform_(w, a=math.sqrt(5)), "PyTorch default"),
         (nn.init.kaiming_normal_, "Kaiming, 2/fan_in"),

@@ -73,14 +73,17 @@ class Origin:
 def origins(weights: Iterable[Weights]) -> dict[str, Origin]:
     """Parameter name -> its origin."""
     candidates = {w.name: (w, w.schemes()) for w in weights}
-    votes = Counter(scheme for _, schemes in candidates.values() for scheme in schemes)
+    # What few entries leave open, others of the kind decide: biases are drawn otherwise than weights.
+    votes = Counter((w.bias, scheme) for w, schemes in candidates.values() for scheme in schemes)
     return {name: _decide(w, schemes, votes) for name, (w, schemes) in candidates.items()}
 
 
-def _decide(w: Weights, schemes: dict[str, float], votes: Counter[str]) -> Origin:
+def _decide(w: Weights, schemes: dict[str, float], votes: Counter[tuple[bool, str]]) -> Origin:
     if not schemes:
         return Origin(w.measured, "measured")
-    best = max(schemes, key=lambda s: (votes[s], -abs(math.log(w.measured / schemes[s])) if schemes[s] else 0.0))
+    best = max(
+        schemes, key=lambda s: (votes[w.bias, s], -abs(math.log(w.measured / schemes[s])) if schemes[s] else 0.0)
+    )
     return Origin(schemes[best], best)
 
 
