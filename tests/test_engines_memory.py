@@ -8,14 +8,18 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import memory_models
 import pytest
-from memory_models import MODELS, REDUCTIONS
+import torch
+from memory_models import MODELS, REDUCTIONS, mlp
+
+from ntkwatch.engines import empirical_ntk, plan
 
 HERE = Path(__file__).parent
 CELLS = [(name, reduction) for name in MODELS for reduction in REDUCTIONS]
-FEW = random.Random(3).sample(CELLS, 6)
+FEW = random.Random(3).sample(CELLS, 4)
 RSS = 64 << 20  # what the C library's heap may hold on to beyond the tensors alive at once
 MIB = 1 << 20
 
@@ -60,3 +64,51 @@ def measured(name: str, reduction: str) -> dict[str, int]:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, env=environment)
     return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+LIMITS = (2000, 1000, 500, 400, 300, 200, 150, 100, 80, 60, 40, 10)  # MiB beyond what the process has mapped
+
+
+def limited(mib: int, file: Path, blind: bool) -> dict[str, Any]:
+    command = [sys.executable, str(HERE / "memory_limits.py"), "MLP", "full", str(mib), str(file)]
+    done = subprocess.run([*command, *(["blind"] if blind else [])], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{mib} MiB, {'blind' if blind else 'seeing'}: {done.stderr[-500:]}"
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def sweep(limits: tuple[int, ...], blind: bool, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module, x = memory_models.build("MLP")
+    right = empirical_ntk(module, x, reduction="full")
+    refused = []
+    for mib in limits:
+        file = folder / f"{mib}.pt"
+        found = limited(mib, file, blind)
+        with capsys.disabled():
+            outcome = found["error"][:70] or f"{found['chunk']} probes a block, {found['seconds']:.1f} s"
+            print(f"\npromise 18, {mib} MiB of address space{', not told of it' if blind else ''}: {outcome}", end="")
+        if found["error"]:
+            refused.append(mib)
+            assert "raise the memory limit" in found["error"], f"{mib} MiB: {found['error']}"
+        else:
+            off = float((torch.load(file) - right).norm() / right.norm())
+            assert off < 1e-5, f"{mib} MiB, {found['chunk']} probes a block: off by {off:.1e}"
+    assert all(mib <= 60 for mib in refused), f"refused at {refused} MiB"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_limited_address_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep((300, 10), False, tmp_path, capsys)
+    sweep((150,), True, tmp_path, capsys)
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+@pytest.mark.parametrize("blind", [False, True])
+def test_limited_address_space_sweep(blind: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sum(mib >= 60 for mib in LIMITS) == 10
+    sweep(LIMITS, blind, tmp_path, capsys)
+
+
+def test_wide_trace_stays_under_a_gigabyte() -> None:
+    found = plan(mlp(), torch.randn(512, 784))
+    assert found.peak_bytes < 1 << 30, f"{found.peak_bytes / MIB:.0f} MiB at n = 512"

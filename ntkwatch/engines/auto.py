@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from ntkwatch.engines.base import Engine
-from ntkwatch.engines.functional import Functional, is_out_of_memory, math_attention
+from ntkwatch.engines.functional import Functional, math_attention
 from ntkwatch.engines.layerwise import Layerwise
+from ntkwatch.engines.memory import check_free, first_line, is_out_of_memory, ran_out
 from ntkwatch.engines.selfcheck import self_check
 from ntkwatch.engines.separation import check_uncoupled
 from ntkwatch.model import Network, UnsupportedModel
@@ -41,9 +42,21 @@ def choose(network: Network, x: Any, engine: str = "auto") -> Choice:
     Raises:
         ValueError: an unknown engine.
         UnsupportedModel: no engine can do it; every reason is given.
+        MemoryError: a few probes are too many for the memory there is.
     """
     if engine not in ("auto", "layerwise", "functional"):
         raise ValueError(f"engine must be 'auto', 'layerwise' or 'functional', got {engine!r}")
+    check_free(network.device)
+    try:
+        return _choose(network, x, engine)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    raise ran_out("in the self-check, which takes a few probes", network.device, reason)
+
+
+def _choose(network: Network, x: Any, engine: str) -> Choice:
     with math_attention():
         check_uncoupled(network, x)
     if engine == "functional":
@@ -75,7 +88,7 @@ def _trial(engine: Engine, network: Network, x: Any) -> tuple[float | None, str 
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError) as failure:
         if is_out_of_memory(failure):
             raise
-        return None, f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure) else ''}"
+        return None, first_line(failure)
     tolerance = _TOLERANCE.get(next(iter(network.parameters.values())).dtype, 3e-3)
     if error <= tolerance:
         return error, None

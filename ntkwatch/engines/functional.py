@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntkwatch.engines.base import Kernel, Precision, Reduction, noise_floor, reduce, richest, work_dtype
 from ntkwatch.engines.blocks import assemble, blocks
+from ntkwatch.engines.memory import is_out_of_memory
 from ntkwatch.model import (
     Network,
     UnsupportedModel,
@@ -136,12 +137,3 @@ def math_attention() -> Iterator[None]:
     """Attention by its formula: the fused kernels have no batching rule and no forward mode."""
     with sdpa_kernel(SDPBackend.MATH), quiet():
         yield
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is out-of-memory; on the CPU that is a plain RuntimeError."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in str(error) or "not enough memory" in str(error)
-    )

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ntkwatch.engines.base import Kernel, Precision, Reduction, noise_floor, reduce, richest
 from ntkwatch.engines.blocks import blocks
-from ntkwatch.engines.functional import is_out_of_memory, quiet
-from ntkwatch.engines.memory import free_bytes, limit_bytes
+from ntkwatch.engines.functional import quiet
+from ntkwatch.engines.memory import first_line, is_out_of_memory, limit_bytes, ran_out
 from ntkwatch.engines.rehearsal import predict, try_forward
 from ntkwatch.engines.run import WHOLE, Run
 from ntkwatch.engines.separation import Separation, separate_few
@@ -77,9 +77,9 @@ class Layerwise:
         """Halves the blocks as often as memory runs out, and remembers the size that went through."""
         n = max(batch_size(inputs_of(x)) for x in (x1, x2) if x is not None)
         chunk = min(n, chunk_size or self.chunk(run, x1, x2))
-        while (theta := _attempt(run, x1, x2, chunk)) is None:
+        while isinstance(theta := _attempt(run, x1, x2, chunk), str):
             if chunk == 1:
-                raise MemoryError(_too_large(run))
+                raise ran_out(f"on a {run.reduction!r} kernel, one probe at a time", run.network.device, theta)
             chunk = -(-chunk // 2)
             self._chunks.setdefault(run.network, {})[n, run.reduction, run.layers] = chunk
         return theta
@@ -92,20 +92,11 @@ def _fitting(run: Run, x: Any, n: int, limit: int) -> int:
     return chunk
 
 
-def _attempt(run: Run, x1: Any, x2: Any, chunk: int) -> dict[str, Tensor] | None:
-    """None when memory ran out: the caller retries outside of the handler, when the frames are gone."""
+def _attempt(run: Run, x1: Any, x2: Any, chunk: int) -> dict[str, Tensor] | str:
+    """The kernels, or why memory ran out: the caller retries outside of the handler, when the frames are gone."""
     try:
         return run.kernels(blocks(x1, chunk), None if x2 is None else blocks(x2, chunk))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-    return None
-
-
-def _too_large(run: Run) -> str:
-    free, held = free_bytes(run.network.device) / 2**20, sum(p.numel() for p in run.network.parameters.values())
-    return (
-        f"memory ran out with one probe at a time ({held:,} trained parameters, {free:.0f} MiB free on "
-        f"{run.network.device}): raise the memory limit, take a smaller reduction than {run.reduction!r}, fewer "
-        "outputs, or part of the parameters with params="
-    )
+        return first_line(error)

@@ -20,6 +20,9 @@ from ntkwatch.model import Network, map_leaves
 
 T = TypeVar("T")
 SHARE = 0.25  # of what is free: a guest in somebody's training run takes no more
+MIB = 1 << 20
+_LEAST = 32 * MIB
+_WORDS = ("can't allocate memory", "not enough memory", "could not create a primitive", "could not create a memory")
 _UNKNOWN = 2 << 30  # taken as free where the system does not say
 
 
@@ -148,3 +151,33 @@ def _address_space() -> int:
 def limit_bytes(device: torch.device) -> int:
     """What a kernel may take by default."""
     return int(SHARE * free_bytes(device))
+
+
+def first_line(error: BaseException) -> str:
+    """Its kind and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+
+
+def check_free(device: torch.device) -> None:
+    """Raises MemoryError where so little is free that the interpreter itself may fail."""
+    free = free_bytes(device)
+    if free < _LEAST:
+        raise MemoryError(
+            f"{free / MIB:.0f} MiB of memory are free on {device}, and a kernel needs {_LEAST / MIB:.0f} at the least: "
+            "raise the memory limit, or free some"
+        )
+
+
+def ran_out(what: str, device: torch.device, error: str) -> MemoryError:
+    """The error that says that memory ran out, and what to do."""
+    return MemoryError(
+        f"memory ran out {what} ({free_bytes(device) / MIB:.0f} MiB are free on {device} now; {error}): raise the "
+        "memory limit, or take fewer outputs, a smaller reduction, or part of the parameters with params="
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is out-of-memory; on the CPU that is a plain RuntimeError, in oneDNN's words or torch's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ntkwatch.engines.functional import is_out_of_memory, math_attention
+from ntkwatch.engines.functional import math_attention
+from ntkwatch.engines.memory import is_out_of_memory
 from ntkwatch.model import Network, UnsupportedModel
 
 _FAILURES = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError)
