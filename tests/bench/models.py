@@ -87,5 +87,5 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 
 QUICK: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "small MLP n=8": (lambda: mlp(64, 2), lambda: torch.randn(8, 784)),
-    "small CNN n=4": (cnn, lambda: torch.randn(4, 3, 16, 16)),
+    "small CNN n=4": (cnn, lambda: torch.randn(4, 3, 8, 8)),
 }
