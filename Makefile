@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := OMP_NUM_THREADS=2 $(BIN)/python
 STAMP := .venv/.installed
+PEERS := .venv-peers
 
 .PHONY: setup demo test soak check bench bench-jax claims clean
 
@@ -28,8 +29,15 @@ test: setup check      ## everything that CI runs
 soak: setup            ## the long sweeps, with their full counts
 	$(RUN) -m pytest -m soak -s
 
-bench: setup           ## the layerwise engine against the tutorial contraction, ratios in one run
-	$(RUN) tests/bench/engines.py
+bench: $(PEERS)/.installed  ## speed, memory and agreement beside other libraries, in an environment of its own; FLAGS="--output FILE"
+	OMP_NUM_THREADS=2 $(PEERS)/bin/python -m tests.bench.run $(FLAGS)
+
+$(PEERS)/.installed: pyproject.toml constraints.txt tests/bench/peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --requirement tests/bench/peers.txt
+	touch $@
 
 bench-jax: setup       ## infinite beside neural-tangents: builds its JAX environment, then table, speed, growth
 	$(RUN) -m tests.bench.neural_tangents --speed
@@ -38,4 +46,4 @@ claims: setup          ## what the literature says beside what is measured, minu
 	$(RUN) -m tests.claims
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(PEERS) .pytest_cache .mypy_cache .ruff_cache

@@ -84,3 +84,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "ResNet-18 n=8": (resnet18, lambda: torch.randn(8, 3, 32, 32)),
     "GPT n=16": (GPT, lambda: torch.randint(0, 256, (16, 64))),
 }
+
+QUICK: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "small MLP n=8": (lambda: mlp(64, 2), lambda: torch.randn(8, 784)),
+    "small CNN n=4": (cnn, lambda: torch.randn(4, 3, 8, 8)),
+}
