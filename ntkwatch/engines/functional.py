@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from functools import reduce as reduce_with
 from typing import Any
 
 import torch
@@ -14,9 +16,9 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ntkwatch.engines.base import Kernel, Precision, Reduction, noise_floor, reduce, richest, work_dtype
+from ntkwatch.engines.base import Kernel, Precision, Reduction, at_hand, noise_floor, reduce, richest, work_dtype
 from ntkwatch.engines.blocks import assemble, blocks
-from ntkwatch.engines.memory import is_out_of_memory
+from ntkwatch.engines.memory import backing_off, is_out_of_memory, limit_bytes
 from ntkwatch.model import (
     Network,
     UnsupportedModel,
@@ -28,6 +30,7 @@ from ntkwatch.model import (
     map_leaves,
 )
 
+_STRETCH = 1 << 13  # terms of one product: no float32 sum grows longer
 _BLOCK_BYTES = 1 << 30  # Jacobians of one pair of blocks, when chunk_size is not given
 
 
@@ -48,36 +51,55 @@ class Functional:
         chunk_size: int | None = None,
         precision: Precision = "double",
     ) -> Kernel:
-        """See `Engine.kernel`. Raises UnsupportedModel where torch.func cannot transform the model."""
-        parameters = trained_at(network, state)
+        """See `Engine.kernel`.
+
+        Raises:
+            UnsupportedModel: torch.func cannot transform the model.
+            MemoryError: one probe at a time is too much.
+        """
+        parameters, precision = trained_at(network, state), at_hand(precision, network.device)
         dtype = work_dtype(next(iter(parameters.values())).dtype, precision)
         with torch.no_grad():
             outputs = network.outputs(x1, state).detach()
-        chunk = chunk_size or self.chunk(parameters, outputs.shape[1])
+        n = max(batch_size(inputs_of(x)) for x in (x1, x2) if x is not None)
+        chunk = min(n, chunk_size or self.chunk(parameters, outputs.shape[1], limit_bytes(network.device)))
         rich = richest(reduction, layers)
-        blocks1 = blocks(x1, chunk)
-        blocks2 = blocks1 if x2 is None else blocks(x2, chunk)
+
+        def attempt(size: int) -> dict[str, Tensor]:
+            return self._blocks(network, blocks(x1, size), None if x2 is None else blocks(x2, size), state, rich, dtype)
+
+        theta = backing_off(attempt, chunk, network.device)
+        total = torch.stack(list(theta.values())).sum(0)
+        kept = {} if layers is None else {name: reduce(t, rich, layers) for name, t in theta.items()}
+        floor = noise_floor(outputs.dtype, precision)
+        return Kernel(reduce(total, rich, reduction), kept, outputs, reduction, self.name, precision, floor)
+
+    def _blocks(
+        self,
+        network: Network,
+        blocks1: list[Any],
+        other: list[Any] | None,
+        state: Mapping[str, Tensor] | None,
+        reduction: Reduction,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        parameters, blocks2 = trained_at(network, state), blocks1 if other is None else other
 
         @lru_cache(maxsize=2)
         def jacobian(first: bool, i: int) -> dict[str, Tensor]:
             return self._jacobian(network, (blocks1 if first else blocks2)[i], parameters, state)
 
         def cell(i: int, j: int) -> dict[str, Tensor]:
-            j1, j2 = jacobian(True, i), jacobian(x2 is None, j)
-            return {name: contract(j1[name], j2[name], rich, dtype) for name in parameters}
+            j1, j2 = jacobian(True, i), jacobian(other is None, j)
+            return {name: contract(j1[name], j2[name], reduction, dtype) for name in parameters}
 
         sizes = [[batch_size(inputs_of(b)) for b in each] for each in (blocks1, blocks2)]
-        theta = assemble(sizes[0], None if x2 is None else sizes[1], cell, lambda _: rich)
-        total = torch.stack(list(theta.values())).sum(0)
-        kept = {} if layers is None else {name: reduce(t, rich, layers) for name, t in theta.items()}
-        floor = noise_floor(outputs.dtype, precision, max(p.numel() for p in parameters.values()))
-        return Kernel(reduce(total, rich, reduction), kept, outputs, reduction, self.name, precision, floor)
+        return assemble(sizes[0], None if other is None else sizes[1], cell, lambda _: reduction)
 
-    def chunk(self, parameters: Mapping[str, Tensor], n_outputs: int) -> int:
-        """Probes per block such that two blocks of Jacobians and the cast of one parameter's fit in the limit."""
-        per_probe = n_outputs * 2 * sum(p.numel() * p.element_size() for p in parameters.values())
-        largest = n_outputs * 16 * max(p.numel() for p in parameters.values())
-        return max(1, _BLOCK_BYTES // (per_probe + largest))
+    def chunk(self, parameters: Mapping[str, Tensor], n_outputs: int, limit: int) -> int:
+        """Probes per block such that two blocks of Jacobians, and as much in passing, fit in the limit."""
+        per_probe = n_outputs * 4 * sum(p.numel() * p.element_size() for p in parameters.values())
+        return max(1, min(_BLOCK_BYTES, limit) // per_probe)
 
     def _jacobian(
         self, network: Network, block: Any, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor] | None
@@ -112,16 +134,15 @@ def trained_at(network: Network, state: Mapping[str, Tensor] | None) -> dict[str
 
 
 def contract(j1: Tensor, j2: Tensor, reduction: Reduction, dtype: torch.dtype) -> Tensor:
-    """The kernel of two blocks of one parameter's Jacobians [n, C, ...], products in `dtype`."""
-    a, b = (j.detach().reshape(*j.shape[:2], -1).to(dtype) for j in (j1, j2))
+    """The kernel of two blocks of one parameter's Jacobians [n, C, ...], products in `dtype`, none of many terms."""
+    a, b = (j.detach().reshape(*j.shape[:2], -1) for j in (j1, j2))
     n_outputs = a.shape[1]
-    if reduction == "full":
-        return torch.einsum("ncp,mdp->ncmd", a, b)
-    if reduction == "blocks":
-        return torch.einsum("ncp,mcp->cnm", a, b)
     if reduction == "sum":
         a, b = a.sum(1, keepdim=True), b.sum(1, keepdim=True)
-    return a.flatten(1) @ b.flatten(1).T / n_outputs
+    formula = "ncp,mdp->ncmd" if reduction == "full" else "ncp,mcp->cnm"
+    pieces = zip(a.split(_STRETCH, 2), b.split(_STRETCH, 2), strict=True)
+    total = reduce_with(operator.iadd, (torch.einsum(formula, x.to(dtype), y.to(dtype)) for x, y in pieces))
+    return total if reduction in ("full", "blocks") else total.sum(0) / n_outputs
 
 
 @contextlib.contextmanager

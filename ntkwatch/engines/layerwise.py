@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntkwatch.engines.base import Kernel, Precision, Reduction, noise_floor, reduce, richest
+from ntkwatch.engines.base import Kernel, Precision, Reduction, at_hand, noise_floor, reduce, richest
 from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.functional import quiet
-from ntkwatch.engines.memory import first_line, is_out_of_memory, limit_bytes, ran_out
+from ntkwatch.engines.memory import backing_off, limit_bytes
 from ntkwatch.engines.rehearsal import predict, try_forward
 from ntkwatch.engines.run import WHOLE, Run
 from ntkwatch.engines.separation import Separation, separate_few
@@ -46,13 +46,13 @@ class Layerwise:
             UnsupportedModel: examples are coupled, naming where.
             MemoryError: one probe at a time is too much.
         """
-        rich = richest(reduction, layers)
+        rich, precision = richest(reduction, layers), at_hand(precision, network.device)
         with quiet():
             run = Run(network, state, rich, precision, self.recipe(network, x1, state), layers)
             theta = self._backing_off(run, x1, x2, chunk_size)
         total = theta.pop(WHOLE)
         outputs = torch.cat([run.outputs[i] for i in sorted(run.outputs)])
-        floor = noise_floor(outputs.dtype, precision, max(p.numel() for p in network.parameters.values()))
+        floor = noise_floor(outputs.dtype, precision)
         return Kernel(reduce(total, rich, reduction), theta, outputs, reduction, self.name, precision, floor)
 
     def recipe(self, network: Network, x: Any, state: Mapping[str, Tensor] | None) -> Separation | None:
@@ -76,13 +76,13 @@ class Layerwise:
     def _backing_off(self, run: Run, x1: Any, x2: Any, chunk_size: int | None) -> dict[str, Tensor]:
         """Halves the blocks as often as memory runs out, and remembers the size that went through."""
         n = max(batch_size(inputs_of(x)) for x in (x1, x2) if x is not None)
+        known, key = self._chunks.setdefault(run.network, {}), (n, run.reduction, run.layers)
+
+        def attempt(size: int) -> dict[str, Tensor]:
+            return run.kernels(blocks(x1, size), None if x2 is None else blocks(x2, size))
+
         chunk = min(n, chunk_size or self.chunk(run, x1, x2))
-        while isinstance(theta := _attempt(run, x1, x2, chunk), str):
-            if chunk == 1:
-                raise ran_out(f"on a {run.reduction!r} kernel, one probe at a time", run.network.device, theta)
-            chunk = -(-chunk // 2)
-            self._chunks.setdefault(run.network, {})[n, run.reduction, run.layers] = chunk
-        return theta
+        return backing_off(attempt, chunk, run.network.device, lambda size: known.__setitem__(key, size))
 
 
 def _fitting(run: Run, x: Any, n: int, limit: int) -> int:
@@ -90,13 +90,3 @@ def _fitting(run: Run, x: Any, n: int, limit: int) -> int:
     while chunk > 1 and predict(run, x, chunk, forward).peak > limit:
         chunk = -(-chunk // 2)
     return chunk
-
-
-def _attempt(run: Run, x1: Any, x2: Any, chunk: int) -> dict[str, Tensor] | str:
-    """The kernels, or why memory ran out: the caller retries outside of the handler, when the frames are gone."""
-    try:
-        return run.kernels(blocks(x1, chunk), None if x2 is None else blocks(x2, chunk))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return first_line(error)

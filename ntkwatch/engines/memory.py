@@ -176,6 +176,26 @@ def ran_out(what: str, device: torch.device, error: str) -> MemoryError:
     )
 
 
+def backing_off(
+    attempt: Callable[[int], T], chunk: int, device: torch.device, learned: Callable[[int], object] = lambda size: None
+) -> T:
+    """`attempt(chunk)`, with blocks halved as often as memory runs out; `learned` is told every new size.
+
+    Raises MemoryError where one probe at a time is too much.
+    """
+    while True:
+        try:
+            return attempt(chunk)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = first_line(error)
+        if chunk == 1:  # outside of the handler: the frames that hold the memory are gone
+            raise ran_out("with one probe at a time", device, reason)
+        chunk = -(-chunk // 2)
+        learned(chunk)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is out-of-memory; on the CPU that is a plain RuntimeError, in oneDNN's words or torch's."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -12,7 +12,7 @@ from ntkwatch.engines.base import Plan, Precision, Reduction, Row
 from ntkwatch.engines.costs import BANDWIDTH, FLOPS
 from ntkwatch.engines.functional import Functional, quiet, trained_at
 from ntkwatch.engines.layerwise import Layerwise
-from ntkwatch.engines.memory import Forward
+from ntkwatch.engines.memory import Forward, limit_bytes
 from ntkwatch.engines.rehearsal import predict, try_forward
 from ntkwatch.engines.run import Run
 from ntkwatch.engines.separation import few
@@ -67,7 +67,7 @@ def _functional(
     with torch.no_grad():
         c = network.outputs(take(x, slice(0, 1))).shape[1]
     parameters, forward = trained_at(network, None), try_forward(Run(network, None, reduction, precision, None), x)
-    chunk = min(n, chunk_size or Functional().chunk(parameters, c))
+    chunk = min(n, chunk_size or Functional().chunk(parameters, c, limit_bytes(network.device)))
     pairs = n * n * (c * c if reduction == "full" else c)
     rows = []
     for name, p in parameters.items():
