@@ -13,12 +13,14 @@ from ntkwatch import engines
 from ntkwatch.checks import to_measure
 from ntkwatch.diagnostics import Price, names_forecast, prices, select
 from ntkwatch.diagnostics import reduction as richest_of
+from ntkwatch.diagnostics.laziness import STATISTICS
 from ntkwatch.engines import Plan
 from ntkwatch.engines.base import Precision, Reduction, Row
 from ntkwatch.engines.costs import BANDWIDTH
 from ntkwatch.engines.planning import PASSES
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import Network, OutputsFn, batch_size, inputs_of
+from ntkwatch.statistics import running_statistics
 
 ALGEBRA = 4.5e10  # operations per second, in the units of Price: measured on one core, on 640 × 640
 FORECAST = (
@@ -42,8 +44,8 @@ def plan(
     """What `empirical_ntk` would do: engine and reason, rule and cost per parameter, peak memory, probes per block.
 
     diagnostics: "default", "full" or a list of names: then of a probe of a Monitor with these, on the probes `x`. The
-        kernel is the richest that they need, and rows named "+ …" say what they add; what only Adam or BatchNorm costs
-        is counted. None: of the kernel alone.
+        kernel is the richest that they need, and rows named "+ …" say what they add; what only Adam costs is
+        counted. None: of the kernel alone.
 
     Raises:
         UnsupportedModel, ValueError: as `empirical_ntk` would; ValueError for unknown diagnostics.
@@ -66,7 +68,8 @@ def plan(
     measured, left_out = to_measure(reduction, richest_of(names), n, c)
     kernel = engines.plan(model, x, reduction=measured, **settings)
     probe = _Probe(kernel, network, n, c, reduction)
-    rows = [probe.row(price, asked) for price, asked in prices(names).items()]
+    tracked = bool(running_statistics(network.module))
+    rows = [probe.row(price, asked) for price, asked in prices(names).items() if tracked or price is not STATISTICS]
     notes = [left_out] if left_out else []
     notes += [FORECAST] if names_forecast(diagnostics) else []
     return replace(kernel, table=(*kernel.table, probe.spectrum(), *rows), notes=tuple(notes))

@@ -306,6 +306,61 @@ def three():
 
 def raises():
     raise KeyError("lost")
+
+def fails():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 3)
+        def forward(self, x):
+            return self.a(x[:, :2])
+    return Net(), torch.randn(6, 4)
+
+def empty():
+    return nn.Linear(4, 3), torch.randn(0, 4)
+
+def coupled():
+    norm = nn.BatchNorm1d(4, track_running_stats=False)
+    return nn.Sequential(norm, nn.Linear(4, 3)), torch.randn(6, 4)
+
+def contrastive():
+    net = nn.Linear(4, 3)
+    net.ntk_outputs = lambda x: net(x) @ net(x).T
+    return net, torch.randn(6, 4)
+
+def random_in_eval():
+    net = nn.Linear(4, 3)
+    net.ntk_outputs = lambda x: net(torch.nn.functional.dropout(x, 0.5, training=True))
+    return net, torch.randn(6, 4)
+
+def no_parameters():
+    return nn.ReLU(), torch.randn(6, 4)
+
+def lazy():
+    return nn.LazyLinear(3), torch.randn(6, 4)
+
+def detached():
+    net = nn.Linear(4, 3)
+    net.ntk_outputs = lambda x: net(x).detach()
+    return net, torch.randn(6, 4)
+
+def dropout():
+    return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)), torch.randn(6, 4)
+
+def half():
+    return nn.Linear(4, 3).bfloat16(), torch.randn(6, 4).bfloat16()
+
+def slow():
+    return nn.Sequential(nn.Linear(2048, 4096), nn.ReLU(), nn.Linear(4096, 2000)), torch.randn(512, 2048)
+
+def lstm():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a_recurrent_layer_with_a_long_name, self.b = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+        def forward(self, x):
+            return self.b(self.a_recurrent_layer_with_a_long_name(x)[0][:, -1])
+    return Net(), torch.randn(6, 7, 4)
 """
 
 
@@ -336,6 +391,18 @@ DOCTOR = {
     "three": (2, "three() returned int: it must return (model, batch)"),
     "raises": (2, "raised KeyError: 'lost' (line 22 of factories.py)"),
     "missing": (2, "has no function missing"),
+    "fails": (1, "PROBLEM  the model raised RuntimeError"),
+    "empty": (1, "PROBLEM  the probes are empty"),
+    "coupled": (1, "module 0, BatchNorm1d"),
+    "contrastive": (1, "depends on the other examples"),
+    "random_in_eval": (1, "draws random numbers"),
+    "no_parameters": (1, "no trained parameter"),
+    "lazy": (1, "not initialised yet; run one batch"),
+    "detached": (1, "depend on no trained parameter"),
+    "dropout": (0, "1 Dropout layer is off"),
+    "half": (0, "7.8e-02 of the largest"),
+    "slow": (1, "PROBLEM  a probe takes about"),
+    "lstm": (0, "a_recurrent_layer"),
 }
 
 
@@ -346,3 +413,11 @@ def test_doctor_names_what_is_wrong(case: str, factories: Path) -> None:
     assert result.exit_code == code, result.output
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("case", ["good", "lstm", "coupled", "fails"])
+def test_doctor_fits_eighty_columns(case: str, factories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ntkwatch.cli.terminal.PIPED_WIDTH", 80)
+    output = run("doctor", f"{factories}:{case}").output
+    too_long = [line for line in output.splitlines() if len(line) > 80]
+    assert too_long == [], f"{case}: {too_long}"

@@ -44,10 +44,19 @@ def test_a_cost_is_priced_by_what_it_does(case: str) -> None:
     assert told([name])[row] == pytest.approx(flops), case
 
 
+ELSEWHERE = ("a kernel reduced", "a second kernel, in models with BatchNorm")  # the model here has none
+
+
+def test_a_second_kernel_is_counted_where_there_is_batch_norm() -> None:
+    norm = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    rows = {row.name for row in plan(norm, torch.randn(N, 4), diagnostics="default").rows()}
+    assert "+ a second kernel, in models with BatchNorm" in rows
+
+
 @pytest.mark.parametrize("preset", ["default", "full", ["kernel_angle"]])
 def test_every_cost_of_a_preset_has_one_row(preset: str | Sequence[str]) -> None:
     rows = told(preset)
-    wanted = {f"+ {text}" for text in costs(select(preset)) if not text.startswith("a kernel reduced")}
+    wanted = {f"+ {text}" for text in costs(select(preset)) if not text.startswith(ELSEWHERE)}
     assert {name for name in rows if name.startswith("+")} == wanted | {"+ eigenvalues of the kernel"}
 
 
@@ -97,7 +106,7 @@ def test_doctor_tells_the_costs(wanted: str, tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     assert "+ eigenvalues of the kernel" in found.output
     for text in costs(select(wanted.split(","))):
-        assert text.startswith("a kernel reduced") or f"+ {text}" in found.output
+        assert text.startswith(ELSEWHERE) or f"+ {text}" in found.output
     assert CliRunner().invoke(app, ["doctor", f"{path}:made", "--diagnostics", "nothing"]).exit_code == 2
 
 

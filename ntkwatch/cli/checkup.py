@@ -13,9 +13,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ntkwatch import costs
+from ntkwatch import costs, engines
 from ntkwatch.diagnostics import select
-from ntkwatch.engines.base import Reduction
+from ntkwatch.engines.base import Reduction, at_hand, noise_floor
+from ntkwatch.engines.memory import free_bytes
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.limit import wide_limit
 from ntkwatch.model import Network, UnsupportedModel, targets_of
@@ -37,6 +38,11 @@ def check(spec: str, reduction: str = "trace", diagnostics: Sequence[str] = ("de
     except ValueError as error:
         raise FactoryError(f"--diagnostics: {error}") from error
     model, batch = load(spec)
+    lines: list[str] = []
+    try:
+        engines.check_batch(batch)
+    except ValueError as error:
+        return [f"PROBLEM  {error}"], False
     try:
         network = Network(model)
         with leave_no_trace(network.module), torch.no_grad():
@@ -46,8 +52,10 @@ def check(spec: str, reduction: str = "trace", diagnostics: Sequence[str] = ("de
         if bad:
             return [*lines, f"PROBLEM  the outputs are not finite on {bad} of {len(outputs)} probes"], False
         plan = costs.plan(model, batch, reduction=cast(Reduction, reduction), diagnostics=diagnostics)
-    except UnsupportedModel as error:
-        return [f"PROBLEM  {error}"], False
+    except (UnsupportedModel, MemoryError) as error:
+        return [*lines, f"PROBLEM  {error}"], False
+    except Exception as error:  # whatever the model raises on its batch
+        return [*lines, f"PROBLEM  the model raised {_where(error)} on this batch"], False
     problems = _problems(plan, outputs.device)
     return [*lines, "", str(plan), "", *(problems or ["It can be measured as it is."])], not problems
 
@@ -87,9 +95,12 @@ def _module(path: Path) -> Any:
 
 
 def _where(error: Exception) -> str:
-    """The error and the line that raised it, in one line."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} (line {last.lineno} of {Path(last.filename).name})"
+    """The error and the line that raised it, in one line: the last that is not torch's own, where there is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = str(Path(__file__).parent.parent)
+    theirs = [f for f in frames if "/torch/" not in f.filename.replace(os.sep, "/") and not f.filename.startswith(own)]
+    last = (theirs or list(frames))[-1]
+    return f"{type(error).__name__}: {str(error).strip()} (line {last.lineno} of {Path(last.filename).name})"
 
 
 def _kind(value: Any) -> str:
@@ -107,6 +118,7 @@ def _facts(network: Network, batch: Any, outputs: torch.Tensor) -> list[str]:
         f"outputs    {list(outputs.shape)} {str(outputs.dtype).removeprefix('torch.')}",
         f"targets    {f'{list(targets.shape)} {targets.dtype}' if targets is not None else NO_TARGETS}",
         f"mode       {_mode(network.module)}",
+        f"precision  {_precision(outputs)}",
         f"limit      {_limit(network, batch)}",
     ]
 
@@ -120,16 +132,30 @@ def _limit(network: Network, batch: Any) -> str:
         return str(wide_limit(network, batch, calibrated=untracked_statistics(network.module)))
 
 
+def _precision(outputs: torch.Tensor) -> str:
+    precision = at_hand("double", outputs.device)
+    floor = noise_floor(outputs.dtype, precision)
+    products = "float64" if precision == "double" else "float32"
+    return f"{products} products; eigenvalues below {floor:.1e} of the largest are rounding of the factors"
+
+
 def _mode(module: nn.Module) -> str:
+    """What evaluation mode does to this model."""
+    said = ["eval"]
+    dropouts = sum(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in module.modules())
+    if dropouts:
+        said.append(f"{dropouts} Dropout layer{'s are' if dropouts > 1 else ' is'} off")
     if untracked_statistics(module):
-        return "eval; BatchNorm has seen no batch: the baseline's statistics are calibrated on the probes"
-    return "eval; BatchNorm's statistics are frozen at the baseline" if running_statistics(module) else "eval"
+        said.append("BatchNorm has seen no batch: the baseline's statistics are calibrated on the probes")
+    elif running_statistics(module):
+        said.append("BatchNorm's statistics are frozen at the baseline")
+    return "; ".join(said)
 
 
 def _problems(plan: Any, device: torch.device) -> list[str]:
     problems = []
-    free = _free_bytes(device)
-    if free is not None and plan.peak_bytes > free:
+    free = free_bytes(device)
+    if plan.peak_bytes > free:
         problems.append(
             f"PROBLEM  it needs {plan.peak_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} are free: use fewer probes, "
             "another reduction, or a smaller chunk_size"
@@ -137,11 +163,3 @@ def _problems(plan: Any, device: torch.device) -> list[str]:
     if plan.seconds > SLOW_PROBE:
         problems.append(f"PROBLEM  a probe takes about {plan.seconds:.0f} s: use fewer probes or a sparser every=")
     return problems
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None

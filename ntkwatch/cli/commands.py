@@ -214,10 +214,11 @@ def doctor(
     ] = "default",
 ) -> None:
     """How a model would be measured, its cost, what would fail."""
+    from ntkwatch.cli import terminal
     from ntkwatch.cli.checkup import check
 
     lines, healthy = check(factory, reduction, diagnostics.split(","))
-    typer.echo("\n".join(lines))
+    typer.echo("\n".join(terminal.wrapped(lines, terminal.console().width)))
     if not healthy:
         raise typer.Exit(PROBLEM)
 

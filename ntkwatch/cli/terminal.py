@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,16 @@ def console(stderr: bool = False) -> Console:
     if plain.is_terminal or "COLUMNS" in os.environ:
         return plain
     return Console(stderr=stderr, highlight=False, emoji=False, markup=False, width=PIPED_WIDTH, no_color=True)
+
+
+def wrapped(lines: Sequence[str], width: int) -> list[str]:
+    """Lines of a label and a sentence, the sentence folded beside its label; rows of a table as they are."""
+    folded: list[str] = []
+    for line in "\n".join(lines).splitlines():
+        label = re.match(r"[A-Za-z]+:? {1,10}(?=\S)", line)
+        indent = " " * (len(label[0]) if label and "  " not in line[len(label[0]) :] else 0)
+        folded += textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False) or [""]
+    return folded
 
 
 def number(value: Any, digits: int = 4) -> str:

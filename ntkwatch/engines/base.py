@@ -112,19 +112,49 @@ class Plan:
         return sum(row.seconds for row in self.table)
 
     def __str__(self) -> str:
-        width = max([len(row.name) for row in self.table] + [9])
-        rule = max([len(row.rule) for row in self.table] + [4])
+        name = min(_NAME, max([len(row.name) for row in self.table] + [9]))
+        rule = min(_RULE, max([len(row.rule) for row in self.table] + [4]))
         lines = [
-            f"{self.reason}",
-            f"about {self.seconds:.3g} s, {self.peak_bytes / 2**20:.0f} MiB over the model, "
+            self.reason,
+            f"about {_time(self.seconds)}, {self.peak_bytes / 2**20:.0f} MiB over the model, "
             f"{self.chunk_size} probes a block",
-            f"{'parameter':<{width}}  {'rule':<{rule}}  {'GFLOP':>9}  {'MB moved':>9}  {'seconds':>9}",
+            f"{'parameter':<{name}}  {'rule':<{rule}}  {'GFLOP':>7}  {'MB':>7}  {'time':>7}",
         ]
         for row in self.table:
-            numbers = f"{row.flops / 1e9:>9.3g}  {row.bytes / 1e6:>9.3g}  {row.seconds:>9.2g}"
-            lines.append(f"{row.name:<{width}}  {row.rule:<{rule}}  {numbers}")
+            numbers = f"{_size(row.flops / 1e9):>7}  {_size(row.bytes / 1e6):>7}  {_time(row.seconds):>7}"
+            what = f"{_tail(row.name, name):<{name}}  {_head(row.rule, rule):<{rule}}"
+            if len(row.name) > name and row.name.startswith("+"):  # a sentence goes over both columns
+                what = f"{row.name:<{name + 2 + rule}}"
+            lines.append(f"{what}  {numbers}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+_NAME, _RULE = 30, 21  # columns of a table that fits in 80
+
+
+def _time(seconds: float) -> str:
+    """Three digits at most, in the unit that suits."""
+    for size, unit in ((60.0, "min"), (1.0, "s"), (1e-3, "ms")):
+        if seconds >= (100 if unit == "min" else 1) * size:
+            return f"{seconds / size:.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.1f} {unit}"
+    return "< 1 ms" if seconds > 0 else "0"
+
+
+def _size(value: float) -> str:
+    """Two digits, and no exponent."""
+    if value >= 10:
+        return f"{value:.0f}"
+    return f"{value:.2g}" if value >= 1e-3 or value == 0 else "< 0.001"
+
+
+def _tail(name: str, width: int) -> str:
+    """The end of a long name, which tells it from its neighbours."""
+    return name if len(name) <= width else "…" + name[1 - width :]
+
+
+def _head(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def reduce(theta: Tensor, source: Reduction, target: Reduction) -> Tensor:

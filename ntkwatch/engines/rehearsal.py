@@ -66,7 +66,7 @@ class Rehearsal(Run):
         old = self.rows.get(found.name, Row(found.name, "", 0.0, 0.0, 0.0))
         times = self._groups * self._cells
         sums = (getattr(old, what) + times * getattr(cost, what) for what in ("flops", "bytes", "seconds"))
-        self.rows[found.name] = Row(found.name, f"{found.rule}: {how}", *sums)
+        self.rows[found.name] = Row(found.name, f"{how}: {found.rule}", *sums)
 
 
 @dataclass

@@ -7,8 +7,9 @@ parameters alone; the gradient is pulled back through them for each example.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,23 @@ def leaves_at(network: Network, state: Mapping[str, Tensor] | None) -> dict[str,
 def outputs_at(network: Network, x: Any, state: Mapping[str, Tensor] | None, leaves: Mapping[str, Tensor]) -> Tensor:
     """f(x) [n, C] with a graph to `leaves`."""
     swapped = {name: t for name, t in leaves.items() if t is not network.parameters[name]}
-    return network.outputs(x, {**(state or {}), **swapped})
+    with _steps_apart(network):
+        return network.outputs(x, {**(state or {}), **swapped})
+
+
+@contextlib.contextmanager
+def _steps_apart(network: Network) -> Iterator[None]:
+    """Recurrent layers as a graph of their steps: a fused one's gradient could be taken apart by repeating it only."""
+    if not any(isinstance(module, torch.nn.RNNBase) for module in network.module.modules()):
+        yield
+        return
+    fused = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(fused)
 
 
 def few(x: Any) -> Any:
@@ -91,6 +108,11 @@ def check_uncoupled(network: Network, x: Any, state: Mapping[str, Tensor] | None
     with torch.no_grad():
         whole, again = network.outputs(take(x, slice(0, n)), state), network.outputs(take(x, slice(0, n)), state)
         part = network.outputs(take(x, slice(0, n - 1)), state)
+    if whole.shape[1] != part.shape[1]:
+        raise UnsupportedModel(
+            f"{n} examples have {whole.shape[1]} outputs each, and {n - 1} have {part.shape[1]}: an example's output "
+            "depends on the other examples of its batch, and the per-example kernel does not exist"
+        )
     limit = torch.finfo(whole.dtype).eps ** 0.5 * whole.abs().max()
     if bool(((whole - again).abs() > limit).any()):
         raise UnsupportedModel(
