@@ -74,11 +74,21 @@ class Network:
 
     def outputs(self, batch: Any, state: Mapping[str, Tensor] | None = None) -> Tensor:
         """Outputs [n, C] of the batch, differentiable; `state` swaps parameters or buffers by name for this call."""
-        with eager():
-            if not state:
-                return self._checked(self._raw(batch), batch)
-            swapped = {f"module.{name}": value for name, value in state.items()}
-            return self._checked(torch.func.functional_call(self._wrapper, swapped, (batch,)), batch)
+        with eager(), _not_reentrant():
+            try:
+                return self._checked(self._called(batch, state), batch)
+            except RuntimeError as error:
+                if torch.is_grad_enabled() or "does not require grad" not in str(error):
+                    raise
+            with torch.enable_grad():  # a model that differentiates on its way: energies, physics-informed losses
+                return self._checked(self._called(batch, state), batch).detach()
+
+    def _called(self, batch: Any, state: Mapping[str, Tensor] | None) -> Any:
+        if not state:
+            return self._raw(batch)
+        places = _places(self.module)
+        swapped = {f"module.{place}": value for name, value in state.items() for place in places.get(name, (name,))}
+        return torch.func.functional_call(self._wrapper, swapped, (batch,), tie_weights=False)
 
     @property
     def custom_outputs(self) -> bool:
@@ -124,6 +134,43 @@ def eager() -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+def _places(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Name of a parameter or buffer → where the same tensor is held, each place once.
+
+    torch ties weights by name: of a module that is there under two names it swaps one attribute twice, and puts back
+    what it had swapped in.
+    """
+    held: dict[int, list[str]] = {}
+    for prefix, owner in module.named_modules():
+        for name, t in (*owner._parameters.items(), *owner._buffers.items()):
+            if t is not None:
+                held.setdefault(id(t), []).append(f"{prefix}.{name}" if prefix else name)
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return {name: tuple(held[id(t)]) for name, t in named}
+
+
+class _Direct:
+    """Stands in for reentrant checkpointing, whose backward pass cannot be asked for single gradients."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+@contextlib.contextmanager
+def _not_reentrant() -> Iterator[None]:
+    """Reentrant checkpoints keep their activations inside; non-reentrant ones are as they were."""
+    module: Any = sys.modules.get("torch.utils.checkpoint")
+    if module is None:
+        yield
+        return
+    kept, module.CheckpointFunction = module.CheckpointFunction, _Direct
+    try:
+        yield
+    finally:
+        module.CheckpointFunction = kept
 
 
 def _trained(module: nn.Module, params: str | Sequence[str] | None) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ def gradients(
         grads = [torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True) for value in f]
         for k, (name, p) in enumerate(network.parameters.items()):
             each = [torch.zeros_like(p) if g[k] is None else g[k].to_dense() for g in grads]
+            each = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in each]
             rows[name].append(torch.stack(each).reshape(len(each), -1))
     return {name: torch.stack(found) for name, found in rows.items()}
 

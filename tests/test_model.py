@@ -178,3 +178,22 @@ def test_leaves_without_examples_are_kept() -> None:
     assert part["positions"].shape == (1, 3)
     with pytest.raises(ValueError, match="must hold a tensor"):
         batch_size("text")
+
+
+def test_a_state_leaves_a_module_with_two_names_as_it_was() -> None:
+    """torch's functional_call alone would leave the swapped weight behind."""
+    shared, other = nn.Linear(3, 3), nn.Linear(3, 3)
+    other.weight = shared.weight
+    net = nn.Sequential(shared, nn.Tanh(), shared, other)
+    x, weight = torch.randn(4, 3), shared.weight
+    network = Network(net)
+    doubled = {name: 2 * p.detach() for name, p in network.parameters.items()}
+    before = network.outputs(x)
+    found = network.outputs(x, doubled)
+    assert shared.weight is weight
+    assert other.weight is weight
+    assert torch.equal(network.outputs(x), before)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(2)
+    assert torch.equal(found, network.outputs(x)), "every place has the weight of the state"

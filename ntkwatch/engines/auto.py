@@ -1,8 +1,8 @@
 """Which engine, and why: a documented list that can be asked.
 
 1. Where an example's output depends on the others of its batch, or is random, no engine is taken: there is no kernel.
-2. An engine asked for by name is taken; layerwise is still checked, and a disagreement raises.
-3. "auto" takes layerwise if its kernel agrees with plain per-example backward passes on a few probes.
+2. An engine asked for by name is taken if it agrees with plain per-example backward passes on a few probes.
+3. "auto" takes layerwise if it agrees so.
 4. Else functional, if torch.func can transform the model and agrees.
 5. Else the model is refused with both reasons.
 """
@@ -59,24 +59,21 @@ def choose(network: Network, x: Any, engine: str = "auto") -> Choice:
 def _choose(network: Network, x: Any, engine: str) -> Choice:
     with math_attention():
         check_uncoupled(network, x)
-    if engine == "functional":
-        return Choice(Functional(), "functional: asked for", None)
-    layerwise = Layerwise()
-    error, reason = _trial(layerwise, network, x)
-    if error is not None and reason is None:
-        asked = "asked for, and agrees" if engine == "layerwise" else "agrees"
-        return Choice(layerwise, f"layerwise: {asked} with plain backward passes to {error:.0e}", error)
-    if engine == "layerwise":
-        raise UnsupportedModel(f"layerwise: {reason}")
-    functional = Functional()
-    other_error, other = _trial(functional, network, x)
-    if other_error is not None and other is None:
-        return Choice(functional, f"functional: {_short(reason)}", other_error)
-    raise UnsupportedModel(f"{reason}" if reason == other else f"{reason}; and torch.func: {other}")
-
-
-def _short(reason: str | None) -> str:
-    return f"layerwise cannot do this model ({reason})"
+    reasons: list[str] = []
+    for candidate in (Layerwise(), Functional()):
+        if engine not in ("auto", candidate.name):
+            continue
+        error, reason = _trial(candidate, network, x)
+        if error is not None and reason is None:
+            why = (
+                f"layerwise cannot do this model ({reasons[0]}); "
+                if reasons
+                else "asked for, and " * (engine != "auto")
+            )
+            return Choice(candidate, f"{candidate.name}: {why}agrees with plain backward passes to {error:.0e}", error)
+        prefix = {"layerwise": "layerwise: " * (engine != "auto"), "functional": "torch.func: "}[candidate.name]
+        reasons.append(f"{prefix}{reason}")
+    raise UnsupportedModel("; and ".join(dict.fromkeys(reasons)))
 
 
 def _trial(engine: Engine, network: Network, x: Any) -> tuple[float | None, str | None]:

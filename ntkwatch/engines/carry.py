@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ def carry(node: Node, found: Factor) -> Factor | None:
     reshaped = False
     while not hasattr(node, "variable"):
         if node.name() in ("TBackward0", "TransposeBackward0"):
-            if reshaped or not isinstance(found, Outer) or not _last_two(node):
+            if reshaped or not isinstance(found, Outer) or not _last_two(node) or not _matrices(node, found):
                 return None
             found = Outer(found.a, found.g, not found.a_first)
         elif tuple(node._input_metadata[0].shape) != operand_shape(node, 0):
@@ -38,7 +39,21 @@ def carry(node: Node, found: Factor) -> Factor | None:
         child = node.next_functions[0][0]
         assert child is not None
         node = child
-    return found
+    return _real(found) if isinstance(found, Dense) else found
+
+
+def _real(found: Dense) -> Dense:
+    """A complex parameter's Jacobian as that of its real and imaginary parts."""
+    if not found.dtype.is_complex:
+        return found
+    return Dense(tuple(torch.view_as_real(j.resolve_conj()).flatten(1) for j in found.j))
+
+
+def _matrices(node: Any, found: Outer) -> bool:
+    """Whether the factor's groups, rows and columns are the tensor's own dimensions: a kernel's are several at once."""
+    *lead, rows, columns = (int(size) for size in node._input_metadata[0].shape)
+    p, q = found.a.shape[3], found.g[0].shape[-1]
+    return math.prod(lead) == found.groups and (rows, columns) == ((p, q) if found.a_first else (q, p))
 
 
 def _last_two(node: Any) -> bool:
@@ -66,7 +81,7 @@ def pull_back(
         if node in names:
             g = arrived.pop((node, 0), None)
             if g is not None:
-                result[names[node]] = Dense(tuple(g.flatten(2) if g.ndim > 2 else g[..., None]))
+                result[names[node]] = _real(Dense(tuple(g.flatten(2) if g.ndim > 2 else g[..., None])))
             continue
         ready = [arrived.pop((node, i), None) for i in range(len(node._input_metadata))]
         if all(g is None for g in ready):

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from ntkwatch.model import UnsupportedModel
+
 # Nodes that may hand rows of one example on in an order or number that depends on the data.
 _ROUTING = ("Index", "Gather", "Scatter", "Masked", "Sort", "Topk", "Take", "Nonzero", "Where", "Put", "Unique")
 
@@ -100,6 +102,7 @@ def walk(outputs: Tensor, parameters: Mapping[str, Tensor]) -> Graph:
     used: dict[Node, set[int]] = {node: set() for node in order}
     used[root].add(outputs.output_nr)
     for node in order:
+        _check_dense(node)
         for k, (child, number) in enumerate(node.next_functions):
             if child is not None:
                 consumers[child].append((node, k))
@@ -109,6 +112,17 @@ def walk(outputs: Tensor, parameters: Mapping[str, Tensor]) -> Graph:
         names[id(v)]: node for node in order if (v := getattr(node, "variable", None)) is not None and id(v) in names
     }
     return Graph(root, tuple(order), consumers, {node: sorted(s) for node, s in used.items()}, leaves)
+
+
+def _check_dense(node: Any) -> None:
+    """Raises UnsupportedModel at a node whose outputs have no shape."""
+    try:
+        [m.shape for m in node._input_metadata]
+    except RuntimeError:
+        raise UnsupportedModel(
+            f"the model computes on nested tensors (at {node.name()}), whose gradients cannot be read by example: pad "
+            "them and mask"
+        ) from None
 
 
 def _post_order(root: Node) -> list[Node]:
@@ -160,6 +174,9 @@ def find_layout(g: Tensor, coded: Sequence[Tensor], n: int) -> tuple[Layout | Sc
     Returns:
         (layout, sure): None when several examples share an element; sure when no second reading is possible.
     """
+    if g.is_complex():
+        layout, sure = find_layout(torch.view_as_real(g), [torch.view_as_real(c) for c in coded], n)
+        return (Scattered(layout.owner.amax(-1)) if isinstance(layout, Scattered) else layout), sure
     if g.numel() == 0:
         return Scattered(torch.zeros(g.shape, dtype=torch.long, device=g.device)), False
     codes = digits(n, g.dtype)

@@ -85,6 +85,7 @@ def _plus(total: Tensor | None, g: Tensor | None) -> Tensor | None:
     if g is None:
         return total
     g = g.to_dense() if g.is_sparse else g
+    g = torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
     g = g.to(torch.promote_types(g.dtype, torch.float32))
     return g.clone() if total is None else total.add_(g)
 

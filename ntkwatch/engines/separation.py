@@ -192,6 +192,9 @@ def _read_layouts(
     passes = [_backward_once(f, graph, nodes, u * code) for code in (torch.ones_like(codes[0]), *codes)]
     found: dict[Node, tuple[Layout | Scattered | None, bool]] = {}
     for node in nodes:
+        if any(g is not None and g.is_nested for g in passes[0][node]):
+            found[node] = None, True
+            continue
         readings = [
             find_layout(passes[0][node][i], [p[node][i] for p in passes[1:]], n)  # type: ignore[arg-type, misc]
             for i, g in enumerate(passes[0][node])

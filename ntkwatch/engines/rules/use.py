@@ -65,11 +65,16 @@ def rule(*targets: tuple[str, int], scattered: bool = False) -> Callable[[Rule],
 def factor(use: Use) -> tuple[Factor, str]:
     """The factor of a use, and the name of the rule that gave it."""
     rules = _RULES if isinstance(use.layout, Layout) else _SCATTERED_RULES
-    found = rules.get((use.node.name(), use.k))
+    found = None if _complex(use) else rules.get((use.node.name(), use.k))
     result = found(use) if found is not None else None
     if found is not None and result is not None:
         return result, found.__name__.strip("_").replace("_", " ")
     return masked(use), f"{use.node.name()} by examples"
+
+
+def _complex(use: Use) -> bool:
+    """Whether gradients are complex, which no rule conjugates."""
+    return any(g is not None and g[0].is_complex() for g in use.grads)
 
 
 def masked(use: Use) -> Dense:
