@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import fnmatch
 import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ntkwatch.plain import eager, not_reentrant, places_of, unwrap
 
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 OutputsFn = Callable[[nn.Module, Any], Tensor]
@@ -74,7 +74,7 @@ class Network:
 
     def outputs(self, batch: Any, state: Mapping[str, Tensor] | None = None) -> Tensor:
         """Outputs [n, C] of the batch, differentiable; `state` swaps parameters or buffers by name for this call."""
-        with eager(), _not_reentrant():
+        with eager(), not_reentrant():
             try:
                 return self._checked(self._called(batch, state), batch)
             except RuntimeError as error:
@@ -86,7 +86,7 @@ class Network:
     def _called(self, batch: Any, state: Mapping[str, Tensor] | None) -> Any:
         if not state:
             return self._raw(batch)
-        places = _places(self.module)
+        places = places_of(self.module)
         swapped = {f"module.{place}": value for name, value in state.items() for place in places.get(name, (name,))}
         return torch.func.functional_call(self._wrapper, swapped, (batch,), tie_weights=False)
 
@@ -113,64 +113,6 @@ class Network:
                 "pass outputs=lambda model, batch: ... that returns [n, C], for example by pooling over positions"
             )
         return f
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside torch.compile's and DistributedDataParallel's wrappers."""
-    while True:
-        if isinstance(getattr(module, "_orig_mod", None), nn.Module):
-            module = module._orig_mod  # type: ignore[assignment]
-        elif isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            module = module.module
-        else:
-            return module
-
-
-@contextlib.contextmanager
-def eager() -> Iterator[None]:
-    """Compiled modules and functions run eagerly inside: a probe adds no graph and its backward is seen op by op."""
-    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-def _places(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Name of a parameter or buffer → where the same tensor is held, each place once.
-
-    torch ties weights by name: of a module that is there under two names it swaps one attribute twice, and puts back
-    what it had swapped in.
-    """
-    held: dict[int, list[str]] = {}
-    for prefix, owner in module.named_modules():
-        for name, t in (*owner._parameters.items(), *owner._buffers.items()):
-            if t is not None:
-                held.setdefault(id(t), []).append(f"{prefix}.{name}" if prefix else name)
-    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    return {name: tuple(held[id(t)]) for name, t in named}
-
-
-class _Direct:
-    """Stands in for reentrant checkpointing, whose backward pass cannot be asked for single gradients."""
-
-    @staticmethod
-    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-        return function(*args)
-
-
-@contextlib.contextmanager
-def _not_reentrant() -> Iterator[None]:
-    """Reentrant checkpoints keep their activations inside; non-reentrant ones are as they were."""
-    module: Any = sys.modules.get("torch.utils.checkpoint")
-    if module is None:
-        yield
-        return
-    kept, module.CheckpointFunction = module.CheckpointFunction, _Direct
-    try:
-        yield
-    finally:
-        module.CheckpointFunction = kept
 
 
 def _trained(module: nn.Module, params: str | Sequence[str] | None) -> dict[str, Tensor]:

@@ -27,7 +27,19 @@ FLOORS = {
         "limit",
     },
     2: {"engines"},
-    1: {"model", "statistics", "guard", "probes", "sinks", "compare", "report", "words", "losses", "optimizers"},
+    1: {
+        "plain",
+        "model",
+        "statistics",
+        "guard",
+        "probes",
+        "sinks",
+        "compare",
+        "report",
+        "words",
+        "losses",
+        "optimizers",
+    },
     0: {"schedule", "metrics", "infinite", "distributed", "record", "figures", "slopes"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

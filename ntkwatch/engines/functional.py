@@ -23,12 +23,12 @@ from ntkwatch.model import (
     Network,
     UnsupportedModel,
     batch_size,
-    eager,
     inputs_of,
     is_per_example,
     leaves,
     map_leaves,
 )
+from ntkwatch.plain import eager
 
 _STRETCH = 1 << 13  # terms of one product: no float32 sum grows longer
 _BLOCK_BYTES = 1 << 30  # Jacobians of one pair of blocks, when chunk_size is not given
