@@ -8,6 +8,8 @@ import cases_adversarial
 import cases_attacks
 import cases_constructions
 import cases_hf
+import cases_hf_more
+import cases_routing
 import pytest
 import torch
 from cases import CASES, Case, build
@@ -22,6 +24,7 @@ assert cases_adversarial
 assert cases_attacks
 assert cases_constructions
 assert cases_hf
+assert cases_routing
 REDUCTIONS = ("trace", "blocks", "full", "sum")
 
 
@@ -107,3 +110,15 @@ def test_segments_and_groups_of_outputs(monkeypatch: pytest.MonkeyPatch) -> None
         for reduction in ("blocks", "full"):
             found = engine.kernel(network, batch, reduction=reduction, layers=None).value
             assert error(found, reduced(theta, reduction)) < 1e-10, f"{case}: {reduction}, in segments and groups"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", cases_hf_more.NAMES)
+def test_more_architectures(name: str) -> None:
+    torch.manual_seed(0)
+    module, batch = cases_hf_more.build_more(name)
+    module = module.double().eval()
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    theta = naive_ntk(module, batch)
+    for reduction in ("trace", "full"):
+        assert error(empirical_ntk(module, batch, reduction=reduction), reduced(theta, reduction)) < 1e-10, name

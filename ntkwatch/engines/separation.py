@@ -107,7 +107,7 @@ def check_uncoupled(network: Network, x: Any, state: Mapping[str, Tensor] | None
         return
     with torch.no_grad():
         whole, again = network.outputs(take(x, slice(0, n)), state), network.outputs(take(x, slice(0, n)), state)
-        part = network.outputs(take(x, slice(0, n - 1)), state)
+        part = network.outputs(take(x, slice(1, n)), state)
     if whole.shape[1] != part.shape[1]:
         raise UnsupportedModel(
             f"{n} examples have {whole.shape[1]} outputs each, and {n - 1} have {part.shape[1]}: an example's output "
@@ -118,7 +118,7 @@ def check_uncoupled(network: Network, x: Any, state: Mapping[str, Tensor] | None
         raise UnsupportedModel(
             "two forward passes on the same probes differ: the model draws random numbers in eval mode"
         )
-    if bool(((whole[: n - 1] - part).abs() > limit).any()):
+    if bool(((whole[1:] - part).abs() > limit).any()):
         raise UnsupportedModel(
             f"an example's output depends on the other examples of its batch{_suspect(network)}: "
             "the per-example kernel does not exist"
