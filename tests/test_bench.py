@@ -16,7 +16,7 @@ from tests.bench.growth import exponent
 from tests.bench.models import QUICK, mlp
 from tests.bench.peers import PEERS, Peer
 from tests.bench.run import main
-from tests.bench.timing import OUT_OF_MEMORY, measure, relative_error
+from tests.bench.timing import OUT_OF_MEMORY, Timer, measure, relative_error
 
 CPU = torch.device("cpu")
 Table = list[dict[str, str]]
@@ -96,7 +96,7 @@ def test_failures_are_shown_and_not_ranked(monkeypatch: pytest.MonkeyPatch) -> N
     ]
     monkeypatch.setattr(comparison, "PEERS", peers)
     monkeypatch.setitem(comparison.ASKED, ("case", "trace"), comparison.Asked())
-    (cell,) = compare("case", (lambda: mlp(16, 1), lambda: torch.randn(4, 784)), 1, 1.0, CPU)
+    (cell,) = compare("case", (lambda: mlp(16, 1), lambda: torch.randn(4, 784)), Timer(1, 1.0, CPU))
     for name, (_, note) in FAILURES.items():
         assert cell.outcomes[name].note == note, name
         assert (cell.times(name) is None) == bool(note), f"{name}: a ratio for what has no figure"
@@ -116,7 +116,7 @@ def test_slow_work_is_called_less_often() -> None:
         return run
 
     slow = {"slow": work("slow", 0.2), "fast": work("fast", 0.0), "always": work("always", 0.2)}
-    found = measure(slow, {}, 3, 0.1, CPU, frozenset({"always"}))
+    found = measure(slow, {}, Timer(3, 0.1, CPU), ["always"])
     assert calls == {"slow": 1, "fast": 4, "always": 4}, "a first call, then the rounds that patience allows"
     assert {name: found[name].rounds for name in calls} == {"slow": 1, "fast": 3, "always": 3}
     assert (found["slow"].seconds or 0) >= 0.2

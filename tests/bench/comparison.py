@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from ntkwatch.engines.base import Reduction
 from ntkwatch.guard import leave_no_trace
 from tests.bench.engines import Ours, float64_kernel, floor
 from tests.bench.peers import PEERS, Peer
-from tests.bench.timing import NOT_INSTALLED, Outcome, Work, measure, peak_memory
+from tests.bench.timing import NOT_INSTALLED, Outcome, Timer, Work, measure, peak_memory
 
 SINGLE, DOUBLE, FLOOR, CALL = "single", "double", "floor", "whole call"
 OURS = frozenset({SINGLE, DOUBLE, FLOOR})
@@ -91,26 +91,23 @@ def build(model: Model, device: torch.device) -> tuple[nn.Module, Tensor]:
     return make().eval().to(device), data().to(device)
 
 
-def compare(
-    name: str, model: Model, rounds: int, patience: float, device: torch.device, with_peers: bool = True
-) -> list[Cell]:
+def compare(name: str, model: Model, timer: Timer, with_peers: bool = True) -> list[Cell]:
     """The cells of one model; everything of a model is timed in turn, round by round."""
-    module, x = build(model, device)
+    module, x = build(model, timer.device)
     ours, todo, exact = Ours(module, x), {}, {}
     for quantity in quantities(name):
         work = {**_ours(ours, quantity), **(_peers(module, x, quantity) if with_peers else {})}
         todo |= {f"{quantity}/{key}": fn for key, fn in work.items()}
         exact |= dict.fromkeys((k for k in todo if k.startswith(quantity)), float64_kernel(module, x, quantity))
-    always = frozenset(key for key in todo if key.split("/")[1] in OURS)
     with leave_no_trace(module):
-        found = measure(todo, exact, rounds, patience, device, always)
+        found = measure(todo, exact, timer, [key for key in todo if key.split("/")[1] in OURS])
     cells = [_cell(name, quantity, found) for quantity in quantities(name)]
     for cell in cells:
         if not with_peers:
             cell.outcomes |= {p.name: Outcome(note="not run") for p in PEERS}
         with leave_no_trace(module):
-            cell.memory = _memory(ours, cell.quantity, device)
-        cell.gpu = _gpu_seconds(model, cell, rounds, device)
+            cell.memory = _memory(ours, cell.quantity, timer.device)
+        cell.gpu = _gpu_seconds(model, cell, timer)
     return cells
 
 
@@ -147,14 +144,13 @@ def _memory(ours: Ours, quantity: Reduction, device: torch.device) -> dict[str, 
     }
 
 
-def _gpu_seconds(model: Model, cell: Cell, rounds: int, device: torch.device) -> float | None:
-    if device.type == "cuda":
+def _gpu_seconds(model: Model, cell: Cell, timer: Timer) -> float | None:
+    if timer.device.type == "cuda":
         return cell.outcomes[SINGLE].seconds
     if not torch.cuda.is_available():
         return None
-    gpu = torch.device("cuda")
-    module, x = build(model, gpu)
+    gpu = replace(timer, device=torch.device("cuda"), clock="wall")
+    module, x = build(model, gpu.device)
     ours = Ours(module, x)
     with leave_no_trace(module):
-        done = measure({SINGLE: lambda: ours.kernel(cell.quantity, "single")}, {}, rounds, 1.0, gpu, OURS)
-    return done[SINGLE].seconds
+        return measure({SINGLE: lambda: ours.kernel(cell.quantity, "single")}, {}, gpu, OURS)[SINGLE].seconds

@@ -15,7 +15,7 @@ from ntkwatch.engines.base import Reduction
 from ntkwatch.guard import leave_no_trace
 from tests.bench.engines import Ours, floor
 from tests.bench.models import mlp
-from tests.bench.timing import measure, peak_memory
+from tests.bench.timing import Timer, measure, peak_memory
 
 INPUTS = 784
 LARGE = 512  # examples of the 1024-wide MLP whose trace has to fit in a gigabyte
@@ -73,21 +73,21 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
     return sum((a - mean_u) * (b - mean_v) for a, b in zip(u, v, strict=True)) / sum((a - mean_u) ** 2 for a in u)
 
 
-def grow(sweep: Sweep, rounds: int, device: torch.device) -> Growth:
+def grow(sweep: Sweep, timer: Timer) -> Growth:
     """All values of a sweep in turn, round by round."""
     work, flops = {}, []
     guards = contextlib.ExitStack()
     for value in sweep.values:
         torch.manual_seed(0)
-        module = sweep.make(value).eval().to(device)
-        x = torch.randn(sweep.examples(value), INPUTS, device=device)
+        module = sweep.make(value).eval().to(timer.device)
+        x = torch.randn(sweep.examples(value), INPUTS, device=timer.device)
         ours = Ours(module, x)
         work[f"kernel {value}"] = partial(ours.kernel, sweep.quantity, "single")
         work[f"floor {value}"] = partial(floor, module, x)
         guards.enter_context(leave_no_trace(module))
         flops.append(sum(row.flops for row in ours.plan(sweep.quantity, "single").rows()))
     with guards:
-        found = measure(work, {}, rounds, math.inf, device, frozenset(work))
+        found = measure(work, {}, timer, work)
     times = {name: outcome.seconds for name, outcome in found.items()}
     failed = [f"{name}: {outcome.note}" for name, outcome in found.items() if outcome.seconds is None]
     if failed:

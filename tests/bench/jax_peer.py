@@ -20,7 +20,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from tests.bench.timing import Outcome
+    from tests.bench.timing import Outcome, Timer
 
 
 def layers_of(module: nn.Module) -> list[list[Any]]:
@@ -44,14 +44,14 @@ def layers_of(module: nn.Module) -> list[list[Any]]:
     return found
 
 
-def ask(python: str, module: nn.Module, x: Tensor, quantity: str, exact: Tensor, rounds: int, threads: int) -> Outcome:
+def ask(python: str, module: nn.Module, x: Tensor, quantity: str, exact: Tensor, timer: Timer) -> Outcome:
     """Median seconds of the compiled function, and its error, from a process of its own."""
     import torch
 
     from tests.bench.timing import Outcome, relative_error
 
     try:
-        request = {"layers": layers_of(module), "quantity": quantity, "rounds": rounds}
+        request = {"layers": layers_of(module), "quantity": quantity, "rounds": timer.rounds, "clock": timer.clock}
     except NotImplementedError as error:
         return Outcome(note=f"refused: {error}")
     with tempfile.TemporaryDirectory() as folder:
@@ -60,12 +60,14 @@ def ask(python: str, module: nn.Module, x: Tensor, quantity: str, exact: Tensor,
         np.savez(path, x=np.moveaxis(x.cpu().numpy(), 1, -1), **arrays)
         done = subprocess.run(
             [python, "-I", "-Wignore", __file__, str(path)],
-            input=json.dumps(request), capture_output=True, text=True, env=_environment(threads),
+            input=json.dumps(request), capture_output=True, text=True, env=_environment(torch.get_num_threads()),
         )  # fmt: skip
         if done.returncode:
             return Outcome(note=f"refused: {(done.stderr.strip().splitlines() or ['no message'])[-1][:160]}")
         kernel = torch.from_numpy(np.load(path.with_suffix(".out.npy")))
-    return Outcome(json.loads(done.stdout.splitlines()[-1])["seconds"], rounds, relative_error(kernel, exact.cpu()))
+    return Outcome(
+        json.loads(done.stdout.splitlines()[-1])["seconds"], timer.rounds, relative_error(kernel, exact.cpu())
+    )
 
 
 def _channels_last(p: np.ndarray) -> np.ndarray:
@@ -117,11 +119,12 @@ def answer(path: Path, request: dict[str, Any]) -> float:
     )
     function = jax.jit(lambda x, p: kernel(x, None, p))
     theta = np.asarray(function(x, parameters))  # compiles
+    clock = {"wall": time.perf_counter, "cpu": time.process_time}[request["clock"]]
     times = []
     for _ in range(request["rounds"]):
-        start = time.perf_counter()
+        start = clock()
         function(x, parameters).block_until_ready()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     np.save(path.with_suffix(".out.npy"), theta if theta.ndim == 2 else theta.transpose(0, 2, 1, 3))
     return statistics.median(times)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 Rows = list[Tensor]  # per parameter, [n, …]: the Jacobian of one output, or of all with [n, C, …]
-WHOLE_JACOBIAN = 2 << 30  # bytes up to which all outputs' gradients are held together for a trace as well
+WHOLE_JACOBIAN = 4 << 30  # bytes up to which all outputs' gradients are held together for a trace as well
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Speed, memory, agreement and growth of exact kernels, beside other libraries, as a Markdown page.
 
     python -m tests.bench.run [--output FILE] [--models MLP CNN] [--rounds 5] [--threads 2] [--device cpu] [--quick]
-                              [--no-peers] [--no-growth] [--jax PYTHON] [--patience 10]
+                              [--no-peers] [--no-growth] [--jax PYTHON] [--patience 10] [--clock wall]
 
 `make bench` runs it in an environment where the peers are installed; elsewhere they are shown as not installed.
 """
@@ -23,6 +23,7 @@ from tests.bench.engines import float64_kernel
 from tests.bench.growth import Growth, grow, large_trace_bytes, sweeps
 from tests.bench.models import MODELS, QUICK
 from tests.bench.table import page, write
+from tests.bench.timing import CLOCKS, Timer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,20 +31,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     load = f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
-    device = torch.device(args.device)
     models = {k: m for k, m in (QUICK if args.quick else MODELS).items() if any(k.startswith(s) for s in args.models)}
-    rounds = 1 if args.quick else args.rounds
+    timer = Timer(1 if args.quick else args.rounds, args.patience, torch.device(args.device), args.clock)
     cells: list[Cell] = []
     for name, model in models.items():
-        found = compare(name, model, rounds, args.patience, device, args.peers)
+        found = compare(name, model, timer, args.peers)
         if args.jax:
-            _beside_jax(args.jax, model, found, rounds)
+            _beside_jax(args.jax, model, found, timer)
         cells += found
         _progress(f"{name}: done")
-    growths = _growths(rounds, device, args.quick) if args.growth else []
-    large = large_trace_bytes(device) if args.growth and not args.quick else {}
+    growths = _growths(timer, args.quick) if args.growth else []
+    large = large_trace_bytes(timer.device) if args.growth and not args.quick else {}
     command = shlex.join(["python", "-m", "tests.bench.run", *(sys.argv[1:] if argv is None else argv)])
-    write(page(cells, growths, large, command, rounds, load), args.output)
+    write(page(cells, growths, large, command, timer, load), args.output)
     return 0
 
 
@@ -55,6 +55,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="as torch has it, when not given")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--patience", type=float, default=10.0, help="seconds for the rounds of one slow peer")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: undisturbed by others, with one thread")
     parser.add_argument("--quick", action="store_true", help="small models, one round")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--no-growth", dest="growth", action="store_false")
@@ -62,25 +63,25 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; leave it out to measure on the CPU")
+    if args.clock == "cpu" and (args.threads or torch.get_num_threads()) != 1:
+        parser.error("--clock cpu adds up the time of all threads: give --threads 1 with it")
     if args.rounds < 1:
         parser.error(f"--rounds must be 1 or more, got {args.rounds}")
     return args
 
 
-def _beside_jax(python: str, model: Model, cells: list[Cell], rounds: int) -> None:
+def _beside_jax(python: str, model: Model, cells: list[Cell], timer: Timer) -> None:
     module, x = build(model, torch.device("cpu"))
     with leave_no_trace(module):
         for cell in cells:
             exact = float64_kernel(module, x, cell.quantity)
-            cell.outcomes[NEURAL_TANGENTS] = jax_peer.ask(
-                python, module, x, cell.quantity, exact, rounds, torch.get_num_threads()
-            )
+            cell.outcomes[NEURAL_TANGENTS] = jax_peer.ask(python, module, x, cell.quantity, exact, timer)
 
 
-def _growths(rounds: int, device: torch.device, quick: bool) -> list[Growth]:
+def _growths(timer: Timer, quick: bool) -> list[Growth]:
     found = []
     for sweep in sweeps(quick):
-        found.append(grow(sweep, rounds, device))
+        found.append(grow(sweep, timer))
         _progress(f"growth of {sweep.quantity} over {sweep.symbol}: done")
     return found
 

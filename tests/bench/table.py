@@ -22,17 +22,17 @@ from tests.bench.comparison import (
 )
 from tests.bench.growth import LARGE, Growth
 from tests.bench.peers import PEERS
-from tests.bench.timing import Outcome
+from tests.bench.timing import Outcome, Timer
 
 MISSED = "**missed**"
 GIGABYTE = 10**9
 
 
 def page(
-    cells: Sequence[Cell], growths: Sequence[Growth], large: dict[str, int], command: str, rounds: int, load: str
+    cells: Sequence[Cell], growths: Sequence[Growth], large: dict[str, int], command: str, timer: Timer, load: str
 ) -> str:
     """All tables; `command` is what made them, `load` what else the machine did."""
-    parts = [_head(command, rounds, load)]
+    parts = [_head(command, timer, load)]
     if cells:
         parts += [_speed(cells), _ratios(cells), _notes(cells), _memory(cells, large), _agreement(cells)]
     if growths:
@@ -40,7 +40,7 @@ def page(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _head(command: str, rounds: int, load: str) -> str:
+def _head(command: str, timer: Timer, load: str) -> str:
     peers = ", ".join(f"{p.distribution} {v}" for p in PEERS if p.distribution and (v := p.version()))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none, so its column says unmeasured"
     return f"""# Benchmark
@@ -52,8 +52,9 @@ Exact empirical kernels of float32 models with random weights, in evaluation mod
 cores, {torch.get_num_threads()} threads; load average before the run {load}
 - GPU: {gpu}
 - torch {torch.__version__}, Python {platform.python_version()}; {peers or "no other library installed"}
-- everything of one model is timed in turn, round by round, in one process: medians of {rounds} rounds after a first \
-call. A slow one is timed in fewer rounds, which stand in brackets; (1) may be the first call itself.
+- everything of one model is timed in turn, round by round, in one process ({timer.clock} time): medians of \
+{timer.rounds} rounds after a first call. A slow one is timed in fewer rounds, which stand in brackets; (1) may be the \
+first call itself.
 - *single* takes Gram products in float32, as the others do; *double*, the default, in float64.
 - *floor*: one forward and C backward passes to every layer's output, of which nothing is contracted.
 - *whole call*: `empirical_ntk(model, x)` in single precision with its guard, choice of engine and self-check, which a \
@@ -148,7 +149,7 @@ def _memory(cells: Sequence[Cell], large: dict[str, int]) -> str:
             asks = f" (≤ {asked}{missed})" if asked and precision == SINGLE else ""
             planned = f"{m.planned / 2**20:.1f} ({m.planned / m.measured - 1:+.1%})"
             rows.append([cell.model, cell.quantity, precision, f"{mib:.1f}{asks}", planned])
-    text = "MiB at the peak over the model itself, and what `plan` predicts before it runs."
+    text = "MiB at the peak over the model itself, asked in single precision, and what `plan` predicts before it runs."
     if large:
         peaks = ", ".join(f"{b / 1e6:.0f} MB in {p}" for p, b in large.items())
         met = "under" if max(large.values()) < GIGABYTE else f"{MISSED}: over"

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from ntkwatch.engines.memory import free_bytes, peak_bytes
 SHARE = 0.8  # of the free memory that a peer may take before it counts as out of memory
 WRONG = 0.01  # relative error above which a kernel is wrong: float32 explains a tenth of it
 OUT_OF_MEMORY, NOT_INSTALLED = "out of memory", "not installed"
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # on one thread, the second does not see other processes
 
 Work = Callable[[], "Tensor | None"]
 
@@ -46,14 +48,27 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def once(work: Work, device: torch.device) -> tuple[float, Tensor | None]:
-    """Seconds of one call, and what it gave."""
-    gc.collect()
-    synchronise(device)
-    start = time.perf_counter()
-    value = work()
-    synchronise(device)
-    return time.perf_counter() - start, value
+@dataclass(frozen=True)
+class Timer:
+    """How work is timed: `rounds` each, fewer where they would take more than `patience` seconds together."""
+
+    rounds: int
+    patience: float
+    device: torch.device
+    clock: str = "wall"
+
+    def once(self, work: Work) -> tuple[float, Tensor | None]:
+        """Seconds of one call, and what it gave."""
+        gc.collect()
+        synchronise(self.device)
+        start = CLOCKS[self.clock]()
+        value = work()
+        synchronise(self.device)
+        return CLOCKS[self.clock]() - start, value
+
+    def rounds_of(self, seconds: float) -> int:
+        """Rounds of work of which a call takes so long: none beyond the first call where that was enough."""
+        return min(self.rounds, int(self.patience / max(seconds, 1e-9)))
 
 
 @contextlib.contextmanager
@@ -87,11 +102,11 @@ def address_limit(device: torch.device) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def attempt(work: Work, exact: Tensor | None, device: torch.device) -> Outcome:
+def attempt(work: Work, exact: Tensor | None, timer: Timer) -> Outcome:
     """The first call, which warms up: its seconds, its error, or why there are none."""
     try:
-        with address_limit(device):
-            seconds, value = once(work, device)
+        with address_limit(timer.device):
+            seconds, value = timer.once(work)
     except Exception as error:  # whatever a peer does with a model it was not made for
         if is_out_of_memory(error):
             return Outcome(note=OUT_OF_MEMORY)
@@ -104,41 +119,24 @@ def attempt(work: Work, exact: Tensor | None, device: torch.device) -> Outcome:
 
 
 def measure(
-    work: Mapping[str, Work],
-    exact: Mapping[str, Tensor],
-    rounds: int,
-    patience: float,
-    device: torch.device,
-    always: frozenset[str] = frozenset(),
+    work: Mapping[str, Work], exact: Mapping[str, Tensor], timer: Timer, always: Collection[str] = ()
 ) -> dict[str, Outcome]:
-    """Each piece of work in turn, `rounds` times after a first call.
+    """Each piece of work in turn, round by round after a first call; those in `always` in every round.
 
-    Those not in `always` get fewer rounds where these would take more than `patience` seconds together, and none after
-    the first call where it took that long by itself. Whatever failed or was wrong is not called again.
+    Whatever failed or was wrong is not called again.
     """
     with quick_collections():
-        return _measure(work, exact, rounds, patience, device, always)
-
-
-def _measure(
-    work: Mapping[str, Work],
-    exact: Mapping[str, Tensor],
-    rounds: int,
-    patience: float,
-    device: torch.device,
-    always: frozenset[str],
-) -> dict[str, Outcome]:
-    found = {name: attempt(fn, exact.get(name), device) for name, fn in work.items()}
-    left = {
-        name: rounds if name in always else min(rounds, int(patience / max(outcome.seconds, 1e-9)))
-        for name, outcome in found.items()
-        if outcome.right and outcome.seconds is not None
-    }
-    times: dict[str, list[float]] = {name: [] for name in left}
-    for i in range(rounds):
-        for name in left:
-            if i < left[name]:
-                times[name].append(once(work[name], device)[0])
+        found = {name: attempt(fn, exact.get(name), timer) for name, fn in work.items()}
+        rounds = {
+            name: timer.rounds if name in always else timer.rounds_of(outcome.seconds)
+            for name, outcome in found.items()
+            if outcome.right and outcome.seconds is not None
+        }
+        times: dict[str, list[float]] = {name: [] for name in rounds}
+        for i in range(timer.rounds):
+            for name in rounds:
+                if i < rounds[name]:
+                    times[name].append(timer.once(work[name])[0])
     for name, t in times.items():
         if t:
             found[name].seconds, found[name].rounds = statistics.median(t), len(t)
