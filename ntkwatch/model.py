@@ -127,6 +127,8 @@ def _trained(module: nn.Module, params: str | Sequence[str] | None) -> dict[str,
     if params is None:
         return trained
     globs = [params] if isinstance(params, str) else list(params)
+    if not globs:
+        raise ValueError("params: an empty list matches no trained parameter; None takes all of them")
     for glob in globs:
         if not fnmatch.filter(trained, glob):
             raise ValueError(

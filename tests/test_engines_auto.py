@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import cases_adversarial
@@ -252,3 +253,36 @@ def test_probes_of_other_sizes_after_the_first() -> None:
         for rows in (slice(0, 1), slice(0, 3), slice(1, 3), slice(0, 2)):
             found = engine.kernel(network, take(batch, rows), reduction="full").value
             assert torch.allclose(found, theta[rows][:, :, rows], rtol=1e-10), rows
+
+
+COUPLINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relative to row 0": lambda h: h - h[:1],
+    "over the largest": lambda h: h / h.abs().max(),
+    "over the largest, held fixed": lambda h: h / h.detach().abs().max(),
+    "times the maximum": lambda h: h * h.max(),
+    "less the median": lambda h: h - h.median(),
+}
+
+
+class Coupled(nn.Module):
+    def __init__(self, couple: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.couple = nn.Linear(6, 16), nn.Linear(16, 3), couple
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.couple(torch.tanh(self.a(x))))
+
+
+@pytest.mark.parametrize("n", [2, 5, 20, 70])
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_coupled_examples_are_refused_wherever_the_coupling_sits(name: str, n: int) -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model, x = Coupled(COUPLINGS[name]).double(), torch.randn(n, 6).double()
+        with pytest.raises(UnsupportedModel, match="other examples"):
+            empirical_ntk(model, x)
+
+
+def test_no_parameters_asked_for_is_an_error() -> None:
+    with pytest.raises(ValueError, match="empty list"):
+        empirical_ntk(nn.Linear(3, 2), torch.randn(2, 3), params=[])

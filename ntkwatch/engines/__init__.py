@@ -33,7 +33,8 @@ def empirical_ntk(
     Args:
         model: any nn.Module whose outputs are [n, C] (or [n]).
         x1, x2: batches as a loader gives them; x2 None means x1.
-        reduction: "trace" [n1, n2] (mean over outputs), "blocks" [C, n1, n2], "full" [n1, C, n2, C], or "sum" [n1, n2].
+        reduction: "trace" [n1, n2] (mean over outputs), "blocks" [C, n1, n2], "full" [n1, C, n2, C], or "sum" [n1, n2]
+            (the pseudo-NTK: over all pairs of outputs, divided by C).
         engine: "auto", "layerwise" or "functional".
         outputs: `outputs(model, batch) -> [n, C]`, where calling the model does not give that.
         params: names or globs among the trained parameters.

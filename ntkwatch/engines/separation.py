@@ -31,6 +31,7 @@ from ntkwatch.engines.graph import (
 )
 from ntkwatch.model import Network, UnsupportedModel, batch_size, inputs_of, take
 
+_MANY = 64  # the most examples that are run together in search of what couples them
 _FEW = 3  # the fewest probes that tell [n, T] from [T, n] and from T = n by their values
 
 
@@ -101,28 +102,40 @@ def separate_few(network: Network, x: Any, state: Mapping[str, Tensor] | None = 
 
 
 def check_uncoupled(network: Network, x: Any, state: Mapping[str, Tensor] | None = None) -> None:
-    """Raises UnsupportedModel where an example's output depends on which others are in its batch."""
-    n = min(_FEW, batch_size(inputs_of(x)))
-    if n < 2:
+    """Raises UnsupportedModel where an example's output depends on which others are in its batch.
+
+    A few examples are run together, again, each alone, and among more of the others: a maximum or a median over the
+    batch may sit in any of them.
+    """
+    rows = batch_size(inputs_of(x))
+    n = min(_FEW, rows)
+    if rows < 2:
         return
-    with torch.no_grad():
-        whole, again = network.outputs(take(x, slice(0, n)), state), network.outputs(take(x, slice(0, n)), state)
-        part = network.outputs(take(x, slice(1, n)), state)
-    if whole.shape[1] != part.shape[1]:
-        raise UnsupportedModel(
-            f"{n} examples have {whole.shape[1]} outputs each, and {n - 1} have {part.shape[1]}: an example's output "
-            "depends on the other examples of its batch, and the per-example kernel does not exist"
-        )
+
+    def outputs(first: int, last: int) -> Tensor:
+        with torch.no_grad():
+            return network.outputs(take(x, slice(first, last)), state)
+
+    whole = outputs(0, n)
     limit = torch.finfo(whole.dtype).eps ** 0.5 * whole.abs().max()
-    if bool(((whole - again).abs() > limit).any()):
+    if bool(((whole - outputs(0, n)).abs() > limit).any()):
         raise UnsupportedModel(
             "two forward passes on the same probes differ: the model draws random numbers in eval mode"
         )
-    if bool(((whole[1:] - part).abs() > limit).any()):
-        raise UnsupportedModel(
-            f"an example's output depends on the other examples of its batch{_suspect(network)}: "
-            "the per-example kernel does not exist"
-        )
+    others = [(whole[i : i + 1], outputs(i, i + 1)) for i in range(n)]
+    if rows > n:
+        others.append((whole, outputs(0, min(rows, _MANY))[:n]))
+    for one, other in others:
+        if one.shape[1] != other.shape[1]:
+            raise UnsupportedModel(
+                f"{n} examples have {one.shape[1]} outputs each, another number of them {other.shape[1]}: an example's "
+                "output depends on the other examples of its batch, and the per-example kernel does not exist"
+            )
+        if bool(((one - other).abs() > limit).any()):
+            raise UnsupportedModel(
+                f"an example's output depends on the other examples of its batch{_suspect(network)}: "
+                "the per-example kernel does not exist"
+            )
 
 
 def _suspect(network: Network) -> str:
