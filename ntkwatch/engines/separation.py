@@ -122,10 +122,13 @@ def check_uncoupled(network: Network, x: Any, state: Mapping[str, Tensor] | None
         raise UnsupportedModel(
             "two forward passes on the same probes differ: the model draws random numbers in eval mode"
         )
-    others = [(whole[i : i + 1], outputs(i, i + 1)) for i in range(n)]
-    if rows > n:
-        others.append((whole, outputs(0, min(rows, _MANY))[:n]))
-    for one, other in others:
+    parts = [slice(1, n), *(slice(i, i + 1) for i in range(n)), slice(0, min(rows, _MANY))]
+    for part in parts:
+        one = whole[part]
+        try:
+            other = outputs(part.start, part.stop)[: len(one)]
+        except (RuntimeError, ValueError, MemoryError):
+            continue  # not a number of examples that the model takes, or that there is memory for
         if one.shape[1] != other.shape[1]:
             raise UnsupportedModel(
                 f"{n} examples have {one.shape[1]} outputs each, another number of them {other.shape[1]}: an example's "
