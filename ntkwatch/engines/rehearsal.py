@@ -18,11 +18,11 @@ from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.capture import Capture, Found
 from ntkwatch.engines.contract import Contractor
 from ntkwatch.engines.costs import choose
-from ntkwatch.engines.factors import Factor
+from ntkwatch.engines.factors import Factor, Rows
 from ntkwatch.engines.memory import Forward, LiveStorages, shapes_only
 from ntkwatch.engines.run import Run
 from ntkwatch.engines.separation import few, leaves_at, outputs_at
-from ntkwatch.model import batch_size, inputs_of, take
+from ntkwatch.model import batch_size, inputs_of, leaves, take
 
 
 @dataclass
@@ -32,10 +32,12 @@ class Rehearsal(Run):
     Attributes:
         counter: counts what is alive while it runs.
         rows: costs by parameter name, of all outputs and blocks.
+        distinct: rows of a table that are looked up, where tensors without memory do not tell.
     """
 
     counter: LiveStorages = field(default_factory=LiveStorages)
     rows: dict[str, Row] = field(default_factory=dict)
+    distinct: int | None = None
     _groups: float = 1.0
     _cells: float = 1.0
 
@@ -52,7 +54,7 @@ class Rehearsal(Run):
 
     def contractor(self, reduction: Reduction, dtype: torch.dtype, same: bool) -> Contractor:
         """One that contracts factors of a kind once, and then only remembers how much memory that took."""
-        return _Remembering(reduction, dtype, same, counter=self.counter)
+        return _Remembering(reduction, dtype, same, counter=self.counter, distinct=self.distinct)
 
     def groups(self, one: Capture) -> list[slice]:
         """The first."""
@@ -74,6 +76,7 @@ class _Remembering(Contractor):
     """Does everything once, and then only remembers how much memory it took and what shape it gave."""
 
     counter: LiveStorages = field(default_factory=LiveStorages)
+    distinct: int | None = None
     seen: dict[Any, tuple[int, Any]] = field(default_factory=dict)
 
     def _once(self, key: Any, run: Callable[[], Any]) -> Any:
@@ -87,7 +90,16 @@ class _Remembering(Contractor):
         return [shaped(like) for like in made] if isinstance(made, list) else made and shaped(made)
 
     def add(self, out: Tensor, one: Factor, two: Factor) -> None:
-        self._once(("add", _kind((out, one, two)), one is two), lambda: super(_Remembering, self).add(out, one, two))
+        if self.distinct is not None and isinstance(one, Rows) and isinstance(two, Rows):
+            same, table = one is two, min(one.table, self.distinct)
+            one = dataclasses.replace(one, table=table)
+            two = one if same else dataclasses.replace(two, table=table)
+        key, before = ("add", _kind((out, one, two)), one is two), self.counter.now
+        new = key not in self.seen
+        self._once(key, lambda: super(_Remembering, self).add(out, one, two))
+        if new:  # buffers that stay are there the next time
+            rise, made = self.seen[key]
+            self.seen[key] = rise - max(0, self.counter.now - before), made
 
     def _positions(self, one: Any, rows: slice) -> Any:
         key = ("positions", _kind(one), rows.stop - rows.start)
@@ -123,11 +135,11 @@ def predict(run: Run, x: Any, chunk: int, forward: Forward) -> Prediction:
 
     On tensors without memory; where shapes depend on values, on few probes and on twice as many, and continued.
     """
-    n = batch_size(inputs_of(x))
+    n, distinct = batch_size(inputs_of(x)), _distinct(x)
     if run.recipe is not None and run.recipe.sure:
         with contextlib.suppress(Exception):  # whatever a model does with values that are not there
             with shapes_only(run.network, x, run.state) as (batch, state):
-                done = _rehearse(run, state, batch, chunk, forward.answers)
+                done = _rehearse(run, state, batch, chunk, forward.answers, distinct)
             hidden = hidden_bytes(run, x, forward) * min(n, 2 * chunk)
             return Prediction(
                 math.ceil(done.counter.peak + hidden), list(done.rows.values()), done.outputs[0].shape[1], True
@@ -142,12 +154,24 @@ def predict(run: Run, x: Any, chunk: int, forward: Forward) -> Prediction:
 
 
 def _rehearse(
-    run: Run, state: Mapping[str, Tensor] | None, x: Any, chunk: int, answers: Sequence[Any] = ()
+    run: Run,
+    state: Mapping[str, Tensor] | None,
+    x: Any,
+    chunk: int,
+    answers: Sequence[Any] = (),
+    distinct: int | None = None,
 ) -> Rehearsal:
     counter = LiveStorages(answers)
     done = Rehearsal(run.network, state, run.reduction, run.precision, run.recipe, run.layers, counter=counter)
+    done.distinct = distinct
     done.kernels(blocks(x, chunk))
     return done
+
+
+def _distinct(x: Any) -> int | None:
+    """How many different whole numbers a batch holds, and no fewer than there are positions; None without any."""
+    whole = [t for t in leaves(inputs_of(x)) if isinstance(t, Tensor) and t.dtype in (torch.int64, torch.int32)]
+    return max((max(len(t.unique()), *t.shape[1:]) for t in whole if t.ndim > 1), default=None)
 
 
 def try_forward(run: Run, x: Any) -> Forward:
