@@ -97,7 +97,10 @@ def test_refused_by_name(case: Case) -> None:
 def test_the_zoo_is_large_enough() -> None:
     assert len(CASES) >= 60, f"{len(CASES)} cases"
     assert sum(c.name.startswith("hf_") for c in CASES) >= 26
-    assert 20 * sum(bool(c.refused) for c in CASES) <= len(CASES), "three of sixty"
+    refused = [c for c in CASES if c.refused]
+    assert 20 * len(refused) <= len(CASES), "three of sixty"
+    coupled = ("other examples", "BatchNorm1d")  # of which there is no per-example kernel
+    assert sum(c.refused not in coupled for c in refused) <= 1, [c.name for c in refused]
 
 
 def test_segments_and_groups_of_outputs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,10 +47,18 @@ def main() -> None:
         a = torch.randn(SIZE, SIZE, device=args.device, dtype=dtype)
         full = rate(2.0 * SIZE**3, lambda a=a: a @ a)
         print(f"FLOPS      {full:.2g} products of {SIZE} x {SIZE}, {dtype}")
-        many = torch.randn(16, 128, 512, device=args.device, dtype=dtype)
-        few = torch.randn(16, 128, 64, device=args.device, dtype=dtype)
-        share = rate(2.0 * 16 * 128 * 64 * 512, lambda m=many, f=few: f.transpose(1, 2) @ m) / full
-        print(f"MANY       {share:.2f} of it, for batches of 64 x 128 x 512")
+        g = torch.randn(16, 16, 64, 128, device=args.device, dtype=dtype)
+        inputs = torch.randn(16, 64, 512, device=args.device, dtype=dtype)
+        slab = torch.empty(16, 128, 512, device=args.device, dtype=dtype)
+
+        def slabs(g: torch.Tensor = g, inputs: torch.Tensor = inputs, slab: torch.Tensor = slab) -> None:
+            for each in g:  # a slab is read again, and pushes the next gradients out of the cache
+                torch.bmm(each.transpose(1, 2), inputs, out=slab)
+                slab.sum()
+
+        reading = seconds(lambda s=slab: s.sum(), sync) * len(g)
+        share = 2.0 * g.numel() * 512 / (seconds(slabs, sync) - reading) / full
+        print(f"MANY       {share:.2f} of it, for batches of 128 x 64 x 512, from and to memory")
         for n in (8, 16, 32, 64, 128, 256):
             j, out = torch.randn(n, STRETCH, device=args.device, dtype=dtype), a.new_zeros(n, n)
             whole = rate(2.0 * n * n * STRETCH, lambda j=j, out=out: out.addmm_(j, j.T)) / full
