@@ -17,6 +17,7 @@ from ntkwatch.engines.sums import aligned
 
 Gradients = tuple[Tensor, ...]
 _SLAB = 1 << 21  # entries of a slab of J: it is cast and multiplied while it is still near
+_SMALL_SLAB = 1 << 18  # where memory is short
 _SLAB_ROWS = 64  # … but of no fewer rows, below which matrix products slow down
 _SLAB_MOST = 1 << 25
 _STRETCH = 1 << 13  # terms of one product: no float32 sum grows longer
@@ -29,12 +30,14 @@ class Contractor:
     """Adds the products of pairs of factors to a kernel.
 
     Of the kernel of a batch with itself (`same`) only the strips below the diagonal are added to; `finish` mirrors
-    them. Products of gradients that a weight and its bias share are taken once.
+    them. Products of gradients that a weight and its bias share are taken once. `short`: of memory, so that buffers are
+    kept small.
     """
 
     reduction: Reduction
     dtype: torch.dtype
     same: bool
+    short: bool = False
     shared: dict[tuple[int, ...], tuple[Gradients, Gradients, Tensor]] = field(default_factory=dict)
     workspace: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
@@ -138,7 +141,8 @@ class Contractor:
         second = first if self.same else two.open()
         held = one.outputs if self.reduction == "full" else 1
         row = max(one.n, two.n) * one.trailing * held
-        step = min(one.leading, max(1, _SLAB // row, min(_SLAB_ROWS, _SLAB_MOST // row)))
+        slab = _SMALL_SLAB if self.short else _SLAB
+        step = min(one.leading, max(1, slab // row, min(_SLAB_ROWS, _SLAB_MOST // row)))
         total = torch.zeros_like(out)  # a sum of its own: float32 products of many parameters in one would lose digits
         for rows in _blocks(one.leading, step):
             for start in range(0, one.outputs, held):

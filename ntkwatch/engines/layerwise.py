@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ from ntkwatch.engines.rehearsal import predict, try_forward
 from ntkwatch.engines.run import WHOLE, Run
 from ntkwatch.engines.separation import Separation, separate_few
 from ntkwatch.model import Network, batch_size, inputs_of
+
+_SAVES = 0.9  # of the memory: what takes more than this after halving the blocks is not worth their time
+_REHEARSED = 32 << 20  # allowed for a kernel: with less, a rehearsal itself would take too much
 
 
 class Layerwise:
@@ -86,7 +89,21 @@ class Layerwise:
 
 
 def _fitting(run: Run, x: Any, n: int, limit: int) -> int:
-    forward, chunk = try_forward(run, x), n
-    while chunk > 1 and predict(run, x, chunk, forward).peak > limit:
-        chunk = -(-chunk // 2)
+    """Halved until it fits, or until halving saves little: what remains is the kernel itself."""
+    peak_at = _peaks(run, x, n, limit)
+    chunk, peak = n, peak_at(n)
+    while chunk > 1 and peak > limit:
+        half = -(-chunk // 2)
+        smaller = peak_at(half)
+        if smaller > _SAVES * peak:
+            break
+        chunk, peak = half, smaller
     return chunk
+
+
+def _peaks(run: Run, x: Any, n: int, limit: int) -> Callable[[int], float]:
+    """Bytes by probes per block: a rehearsal's, or where there is no memory for one the bound of a pair of blocks."""
+    if limit < _REHEARSED:
+        return lambda size: run.bound(min(n, 2 * size))
+    forward = try_forward(run, x)
+    return lambda size: predict(run, x, size, forward).peak

@@ -54,7 +54,7 @@ class Rehearsal(Run):
 
     def contractor(self, reduction: Reduction, dtype: torch.dtype, same: bool) -> Contractor:
         """One that contracts factors of a kind once, and then only remembers how much memory that took."""
-        return _Remembering(reduction, dtype, same, counter=self.counter, distinct=self.distinct)
+        return _Remembering(reduction, dtype, same, self.in_blocks, counter=self.counter, distinct=self.distinct)
 
     def groups(self, one: Capture) -> list[slice]:
         """The first."""

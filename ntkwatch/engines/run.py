@@ -31,10 +31,12 @@ class Run:
     recipe: Separation | None
     layers: Reduction | None = "trace"
     outputs: dict[int, Tensor] = field(default_factory=dict)
+    in_blocks: bool = False
 
     def kernels(self, blocks1: list[Any], blocks2: list[Any] | None) -> dict[str, Tensor]:
         """{WHOLE: kernel in `reduction`, parameter: kernel in `layers`} over all blocks."""
         self.outputs.clear()
+        self.in_blocks = len(blocks1) > 1  # because memory is short
         sizes1 = [batch_size(inputs_of(b)) for b in blocks1]
         sizes2 = None if blocks2 is None else [batch_size(inputs_of(b)) for b in blocks2]
         others = blocks1 if blocks2 is None else blocks2
@@ -92,7 +94,7 @@ class Run:
 
     def contractor(self, reduction: Reduction, dtype: torch.dtype, same: bool) -> Contractor:
         """What contracts the factors of a pair of blocks."""
-        return Contractor(reduction, dtype, same)
+        return Contractor(reduction, dtype, same, self.in_blocks)
 
     def groups(self, one: Capture) -> list[slice]:
         """Outputs that are taken together."""
