@@ -93,7 +93,8 @@ def sweep(limits: tuple[int, ...], blind: bool, folder: Path, capsys: pytest.Cap
         else:
             off = float((torch.load(file) - right).norm() / right.norm())
             assert off < 1e-5, f"{mib} MiB, {found['chunk']} probes a block: off by {off:.1e}"
-    assert all(mib < 60 for mib in refused), f"refused at {refused} MiB"
+    most = 60 if blind else 40  # told of its limit, ten of them finish
+    assert all(mib <= most for mib in refused), f"refused at {refused} MiB"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")

@@ -18,7 +18,6 @@ from ntkwatch.engines.run import WHOLE, Run
 from ntkwatch.engines.separation import Separation, separate_few
 from ntkwatch.model import Network, batch_size, inputs_of
 
-_SAVES = 0.9  # of the memory: what takes more than this after halving the blocks is not worth their time
 _REHEARSED = 32 << 20  # allowed for a kernel: with less, a rehearsal itself would take too much
 
 
@@ -89,15 +88,9 @@ class Layerwise:
 
 
 def _fitting(run: Run, x: Any, n: int, limit: int) -> int:
-    """Halved until it fits, or until halving saves little: what remains is the kernel itself."""
-    peak_at = _peaks(run, x, n, limit)
-    chunk, peak = n, peak_at(n)
-    while chunk > 1 and peak > limit:
-        half = -(-chunk // 2)
-        smaller = peak_at(half)
-        if smaller > _SAVES * peak:
-            break
-        chunk, peak = half, smaller
+    peak_at, chunk = _peaks(run, x, n, limit), n
+    while chunk > 1 and peak_at(chunk) > limit:
+        chunk = -(-chunk // 2)
     return chunk
 
 
