@@ -16,7 +16,7 @@ from ntkwatch.diagnostics import reduction as richest_of
 from ntkwatch.diagnostics.laziness import STATISTICS
 from ntkwatch.engines import Plan
 from ntkwatch.engines.base import Precision, Reduction, Row
-from ntkwatch.engines.costs import BANDWIDTH
+from ntkwatch.engines.costs import MACHINES
 from ntkwatch.engines.planning import PASSES
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import Network, OutputsFn, batch_size, inputs_of
@@ -106,7 +106,7 @@ class _Probe:
     def _algebra(self, price: Price) -> tuple[float, ...]:
         flops = price.squares * self.n**3 + price.fulls * (self.n * self.c) ** 3 + price.weights * self._weights()
         moved = price.sweeps * (self.n + 1) * self._entries() * 8
-        return flops, moved, flops / ALGEBRA + moved / BANDWIDTH
+        return flops, moved, flops / ALGEBRA + moved / MACHINES["cpu"].bandwidth
 
     def _entries(self) -> float:
         return self.n**2 * {"full": self.c**2, "blocks": self.c}.get(self.reduction, 1)

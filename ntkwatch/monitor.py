@@ -137,7 +137,8 @@ class Monitor:
         """Continue an earlier run: its baseline, last kernel, the path's length up to there, infinite-width limit."""
         with self._probe():
             self.choice = choose(self.network, self._batch(self.probes), self.engine)
-        self.baseline, self.statistics, self.previous = baseline, dict(baseline.statistics), previous
+        self.baseline, self.previous = baseline, previous
+        self.statistics = {name: s.to(self.network.device) for name, s in baseline.statistics.items()}
         self.path_length, self.limit = path_length, limit or self.limit
 
     # ── a probe ───────────────────────────────────────────────────────────────────────────────────────────────────

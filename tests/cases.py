@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from device import placed
 from torch import Tensor, nn
 
 from ntkwatch.model import map_leaves
@@ -52,7 +53,7 @@ def build(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> tupl
         torch.manual_seed(seed)
         module, batch = case.make()
     cast = map_leaves(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, batch)
-    return module.to(dtype).eval(), cast
+    return placed(module.to(dtype).eval(), cast)
 
 
 def find(name: str) -> Case:

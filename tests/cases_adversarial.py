@@ -24,7 +24,7 @@ def inplace_arithmetic() -> tuple[nn.Module, Any]:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = m.a(x)
         h.add_(m.shift).mul_(m.scale)
-        y = torch.zeros(len(x), 6, dtype=x.dtype)
+        y = torch.zeros(len(x), 6, dtype=x.dtype, device=x.device)
         y[:, 1:5] = h[:, :4]
         y[:, 0] = m.first
         return m.b(y)
@@ -99,7 +99,7 @@ def raw_products() -> tuple[nn.Module, Any]:
 @case(2, "position embeddings looked up once for all examples, T = 3 = n")
 def learned_positions() -> tuple[nn.Module, Any]:
     def forward(m: Any, x: Tensor) -> Tensor:
-        h = m.tok(x) + m.pos(torch.arange(x.shape[1])[None])
+        h = m.tok(x) + m.pos(torch.arange(x.shape[1], device=x.device)[None])
         return m.out(m.ln(h).relu().mean(1))
 
     return Lambda(

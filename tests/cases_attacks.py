@@ -184,7 +184,7 @@ def learned_activations() -> Made:
 @case(2, "bags of unequal size with weights per sample, by offsets")
 def embedding_bags() -> Made:
     def forward(m: Any, x: Tensor) -> Tensor:
-        offsets = torch.arange(0, x.numel(), x.shape[1])
+        offsets = torch.arange(0, x.numel(), x.shape[1], device=x.device)
         weighted = m.weighted(x.reshape(-1), offsets, per_sample_weights=m.scale[x.reshape(-1)])
         return m.out(weighted + m.mean(x))
 

@@ -115,10 +115,8 @@ def prototypes() -> Made:
 
 @case(2, "a graph network: messages over edges that the batch shares")
 def message_passing() -> Made:
-    sources, targets = torch.tensor([0, 1, 2, 3, 0]), torch.tensor([1, 2, 3, 0, 2])
-
     def forward(m: Any, x: Tensor) -> Tensor:
-        h = x
+        h, (sources, targets) = x, torch.tensor([[0, 1, 2, 3, 0], [1, 2, 3, 0, 2]], device=x.device)
         for _ in range(2):
             messages = m.message(torch.cat([h[:, sources], h[:, targets]], -1)).relu()
             h = m.update(torch.zeros_like(h).index_add(1, targets, messages) + h).tanh()
@@ -187,7 +185,7 @@ def inner_gradient() -> Made:
 @case(2, "a solve and an inverse of a matrix of parameters")
 def linear_solve() -> Made:
     def forward(m: Any, x: Tensor) -> Tensor:
-        a = m.a @ m.a.T + torch.eye(3, dtype=x.dtype)
+        a = m.a @ m.a.T + torch.eye(3).to(x)
         return m.out(torch.linalg.solve(a, x.T).T + x @ torch.linalg.inv(a))
 
     return Lambda(forward, a=torch.randn(3, 3), out=nn.Linear(3, 2)), torch.randn(4, 3)

@@ -100,7 +100,7 @@ def looked_up() -> Made:
 def written() -> Made:
     def forward(m: Any, x: Tensor) -> Tensor:
         column = x.argmax(1)
-        h = x.new_zeros(len(x), 5).index_put((torch.arange(len(x)), column), m.value[column])
+        h = x.new_zeros(len(x), 5).index_put((torch.arange(len(x), device=x.device), column), m.value[column])
         return m.out(h)
 
     return Lambda(forward, value=torch.randn(4), out=nn.Linear(5, 2)), torch.randn(5, 4)
@@ -142,7 +142,7 @@ def matrix_functions() -> Made:
 def by_position() -> Made:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = m.a(x)
-        even = torch.arange(len(x)) % 2 == 0
+        even = torch.arange(len(x), device=x.device) % 2 == 0
         return m.out(torch.where(even[:, None], m.b(h), h).tanh())
 
     return Lambda(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 4), out=nn.Linear(4, 2)), torch.randn(5, 3)

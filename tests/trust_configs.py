@@ -17,6 +17,7 @@ import lightning.pytorch
 import numpy as np
 import pytorch_lightning
 import torch
+from device import DEVICE
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 FEATURES, CLASSES = 6, 3
 IMPORT_NAMES: dict[str, ModuleType] = {"pytorch_lightning": pytorch_lightning, "lightning.pytorch": lightning.pytorch}
 QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
+    "accelerator": "cpu" if DEVICE.type == "cpu" else "gpu",
     "devices": 1,
     "logger": False,
     "enable_checkpointing": False,
@@ -72,7 +73,7 @@ class Net(nn.Module):
             h = h + 0.01 * torch.randn_like(h)
         self.features = h
         if self.table is None:
-            self.table = torch.linspace(0.9, 1.1, CLASSES, dtype=x.dtype)
+            self.table = torch.linspace(0.9, 1.1, CLASSES, dtype=x.dtype, device=x.device)
         return self.head(h) * self.table
 
 

@@ -44,7 +44,7 @@ class OwnGenerators(Stateful):
 
     def shift(self, x: Tensor) -> Tensor:
         noise = torch.randn(FEATURES, generator=self.torch_rng)
-        return 0.01 * (noise + self.numpy_rng.standard_normal() + self.python_rng.random())
+        return 0.01 * (noise.to(x) + self.numpy_rng.standard_normal() + self.python_rng.random())
 
 
 class Counters(Stateful):
@@ -74,7 +74,7 @@ class Buffers(Stateful):
         self.total.add_(0.001)
         self.mean = self.mean * 0.9 + 0.0001
         self.kept[0] = self.kept[0] + 0.001
-        return self.total + self.mean + self.kept[0]
+        return self.total + self.mean + self.kept[0].to(x)
 
 
 class Metric(Stateful):

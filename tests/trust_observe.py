@@ -72,6 +72,7 @@ def rng() -> dict[str, str]:
         "rng/python": digest(repr(random.getstate())),
         "rng/numpy": digest(np.random.get_state()),  # noqa: NPY002
         "rng/torch": digest(torch.get_rng_state()),
+        "rng/cuda": digest(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []),
     }
 
 

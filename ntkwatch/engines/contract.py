@@ -11,13 +11,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ntkwatch.engines.base import Reduction
-from ntkwatch.engines.costs import STRIPS, choose, gram_rows
+from ntkwatch.engines.costs import choose, gram_rows, machine
 from ntkwatch.engines.factors import Dense, Factor, Outer, Rows, Slab
 from ntkwatch.engines.sums import aligned
 
 Gradients = tuple[Tensor, ...]
-_SLAB = 1 << 21  # entries of a slab of J: it is cast and multiplied while it is still near
-_SMALL_SLAB = 1 << 18  # where memory is short
+_SMALL_SLAB = 1 << 18  # entries of a slab of J where memory is short
 _SLAB_ROWS = 64  # … but of no fewer rows, below which matrix products slow down
 _SLAB_MOST = 1 << 25
 _STRETCH = 1 << 13  # terms of one product: no float32 sum grows longer
@@ -91,7 +90,7 @@ class Contractor:
             yield slice(0, len(matrix)), slice(0, matrix.shape[1])
             return
         most, narrow = _NARROW
-        size = max(_STRIP_ROWS, len(matrix) // STRIPS)
+        size = max(_STRIP_ROWS, -(-len(matrix) // machine(matrix.device).strips))
         if len(matrix) <= most and matrix.dtype == torch.float32 and matrix.device.type == "cpu":
             size = narrow
         for rows in _blocks(len(matrix), unit * -(-size // unit)):
@@ -102,7 +101,11 @@ class Contractor:
         matrices, strips = self._matrices(out), list(self._strips(out))
         if self.reduction == "full":
             x, y = x.flatten(0, 1)[None], y.flatten(0, 1)[None]
-        elif self.reduction != "blocks":
+        if not machine(out.device).near:
+            found = _at_once(x, y, self.dtype)
+            matrices += found if len(found) == len(matrices) else found.sum(0, keepdim=True)
+            return
+        if self.reduction in ("trace", "sum"):
             matrices = matrices.expand(len(x), -1, -1)
         for matrix, a, b in zip(matrices, x, y, strict=True):
             parts = [matrix[rows, columns] for rows, columns in strips]
@@ -139,9 +142,10 @@ class Contractor:
         one, two = aligned(one, two)
         first = one.open()
         second = first if self.same else two.open()
-        held = one.outputs if self.reduction == "full" else 1
+        at = machine(one.device)
+        held = 1 if at.near and self.reduction != "full" else one.outputs
         row = max(one.n, two.n) * one.trailing * held
-        slab = _SMALL_SLAB if self.short else _SLAB
+        slab = _SMALL_SLAB if self.short else at.slab
         step = min(one.leading, max(1, slab // row, min(_SLAB_ROWS, _SLAB_MOST // row)))
         total = torch.zeros_like(out)  # a sum of its own: float32 products of many parameters in one would lose digits
         for rows in _blocks(one.leading, step):
@@ -149,7 +153,7 @@ class Contractor:
                 outputs = range(start, start + held)
                 a = self._slab(first, one, outputs, rows, 0)
                 b = a if self.same else self._slab(second, two, outputs, rows, 1)
-                self._products(total[start : start + 1] if self.reduction == "blocks" else total, a, b)
+                self._products(total[start : start + held] if self.reduction == "blocks" else total, a, b)
         out += total
 
     def _slab(self, slab: Slab, one: Factor, outputs: range, rows: slice, key: int) -> Tensor:
@@ -180,7 +184,7 @@ class Contractor:
         """Σ_ss' ⟨a_s, a_s'⟩⟨g_s, g_s'⟩ summed over groups, in blocks of examples, lower blocks only where symmetric."""
         s, t, full = one.positions, two.positions, self.reduction == "full"
         pairs = s * t * one.groups * (one.outputs**2 if full else 1)
-        size = gram_rows(one.n, pairs, self.same)
+        size = gram_rows(one, one.n, pairs, self.same)
         inputs1 = self._inputs(one)
         inputs2 = inputs1 if self.same else self._inputs(two)
         for rows in _blocks(one.n, size):
@@ -235,6 +239,16 @@ class Contractor:
         products = products.reshape(groups, c, inputs.shape[1], c, inputs.shape[2]).mul_(inputs[:, None, :, None])
         products = products.sum(0).reshape(c, -1, s, c, inputs.shape[2] // t, t)
         return products.sum((2, 5))
+
+
+def _at_once(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, n, q] and [B, m, q] → [B, n, m] in few calls: the stretches are one batch, and float64 needs none."""
+    whole = x.shape[2] // _STRETCH * _STRETCH
+    if dtype == torch.float64 or whole <= _STRETCH:
+        return x @ y.transpose(1, 2)
+    u, v = (t[..., :whole].unflatten(2, (-1, _STRETCH)).transpose(1, 2) for t in (x, y))
+    found = (u @ v.transpose(2, 3)).sum(1)
+    return found if whole == x.shape[2] else found.baddbmm_(x[..., whole:], y[..., whole:].transpose(1, 2))
 
 
 def _unordered(one: Outer, two: Outer) -> tuple[Outer, Outer]:

@@ -85,11 +85,13 @@ class Forward(LiveStorages):
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0.0
+        self.calls = 0
         self.kept = 0  # bytes alive at its end
         self.answers: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.calls += 1
         if func in _ASKS:
             self.answers.append(result)
         if func.overloadpacket in flop_registry:
@@ -122,7 +124,7 @@ def shapes_only(
 def free_bytes(device: torch.device) -> int:
     """Memory that could be taken on the device, as the system says."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) + _cached(device)
+        return _free_on_gpu(device)
     with contextlib.suppress(OSError, ValueError, IndexError):
         with open("/proc/meminfo") as lines:
             available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -132,8 +134,12 @@ def free_bytes(device: torch.device) -> int:
     return _UNKNOWN
 
 
-def _cached(device: torch.device) -> int:
-    return int(torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+def _free_on_gpu(device: torch.device) -> int:
+    """What the driver and torch's own cache hold ready, within the share that this process may take."""
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, taken = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+    return max(0, min(free + reserved, int(share * total)) - taken)
 
 
 def _address_space() -> int:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ntkwatch.engines.auto import Choice
-from ntkwatch.engines.base import Plan, Precision, Reduction, Row
-from ntkwatch.engines.costs import BANDWIDTH, FLOPS
+from ntkwatch.engines.base import Plan, Precision, Reduction, Row, at_hand
+from ntkwatch.engines.costs import has_fast_double, machine
 from ntkwatch.engines.functional import Functional, quiet, trained_at
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.engines.memory import Forward, limit_bytes
@@ -46,18 +46,29 @@ def _layerwise(
         chunk = min(n, chunk_size or engine.chunk(run, x))
         found = predict(run, x, chunk, forward)
     rounds = (-(-n // chunk) + 1) / 2  # how often a block is passed through again for the others
-    passes = _passes(forward, x, found.outputs, recipe.saved * n if recipe else 0.0, rounds)
+    passes = _passes(forward, x, network.device, found.outputs, recipe.saved * n if recipe else 0.0, rounds)
     rows = {row.name: row for row in found.rows}
     ordered = [rows.get(name, Row(name, "unused", 0.0, 0.0, 0.0)) for name in network.parameters]
-    return Plan(engine.name, choice.reason, found.peak, chunk, (passes, *ordered))
+    return Plan(engine.name, choice.reason, found.peak, chunk, (passes, *ordered), _notes(network.device, precision))
 
 
-def _passes(forward: Forward, x: Any, outputs: int, saved: float, rounds: float = 1.0) -> Row:
+def _passes(forward: Forward, x: Any, device: torch.device, outputs: int, saved: float, rounds: float = 1.0) -> Row:
     """One forward and C backward passes to the activations, each about as much work as the forward."""
     n, some = batch_size(inputs_of(x)), few(x)
     flops = forward.flops * n / batch_size(inputs_of(some)) * (1 + outputs) * rounds
     moved = 2.0 * saved * (1 + outputs) * rounds
-    return Row(PASSES, "autograd", flops, moved, flops / FLOPS[torch.float32] + moved / BANDWIDTH)
+    at, calls = machine(device), forward.calls * (1 + outputs) * rounds
+    return Row(PASSES, "autograd", flops, moved, flops / at.single + moved / at.bandwidth + calls * at.call)
+
+
+def _notes(device: torch.device, precision: Precision) -> tuple[str, ...]:
+    """What to know of float64 on this device."""
+    if precision == "single" or has_fast_double(device):
+        return ()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if at_hand(precision, device) == "single":
+        return (f"{name} has no float64: products are taken in float32, and the noise floor says so",)
+    return (f"float64 is slow on {name}: precision='single' is faster, at twice the noise floor",)
 
 
 def _functional(
@@ -69,12 +80,19 @@ def _functional(
     parameters, forward = trained_at(network, None), try_forward(Run(network, None, reduction, precision, None), x)
     chunk = min(n, chunk_size or Functional().chunk(parameters, c, limit_bytes(network.device)))
     pairs = n * n * (c * c if reduction == "full" else c)
-    rows = []
+    rows, at = [], machine(network.device)
     for name, p in parameters.items():
         flops, moved = 2.0 * pairs * p.numel(), 4.0 * n * c * p.numel() * p.element_size() * math.ceil(n / chunk)
-        seconds = flops / FLOPS[torch.float64] + moved / BANDWIDTH
+        seconds = flops / at.double + moved / at.bandwidth
         rows.append(Row(name, "vmap(jacrev)", flops, moved, seconds))
     entries = sum(p.numel() for p in parameters.values())
     largest = max(p.numel() for p in parameters.values())
     peak = 2 * chunk * c * (entries * next(iter(parameters.values())).element_size() + 8 * largest)
-    return Plan("functional", choice.reason, peak, chunk, (_passes(forward, x, c, 0.0), *rows))
+    return Plan(
+        "functional",
+        choice.reason,
+        peak,
+        chunk,
+        (_passes(forward, x, network.device, c, 0.0), *rows),
+        _notes(network.device, precision),
+    )

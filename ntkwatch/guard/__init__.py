@@ -40,7 +40,7 @@ def leave_no_trace(*modules: nn.Module) -> Iterator[None]:
         try:
             try:
                 tree = Modules(modules)
-                guard_flags(undo)
+                guard_flags(undo, tree.recurrent_on_gpu())
                 guard_generators(undo)
                 tree.guard(undo)
                 yield

@@ -57,6 +57,10 @@ class Modules:
         self.sharded = bool(managers)  # then the attributes that torch owns are FSDP's to change
         self.aloof = "FullyShardedDataParallel" in managers  # FSDP1 keeps state in the others too
 
+    def recurrent_on_gpu(self) -> bool:
+        """Whether some layer would run in cuDNN's recurrent kernels."""
+        return any(isinstance(m, nn.RNNBase) and any(p.is_cuda for p in m.parameters()) for m in self.modules)
+
     def _gather(self, module: nn.Module) -> None:
         self.modules.append(module)
         if isinstance(module, torch.jit.ScriptModule):  # its attributes live in C++

@@ -36,7 +36,8 @@ def _keep(undo: list[Undo], get: Callable[[], Any], put: Callable[[Any], Any], *
         put(during[0])
 
 
-def guard_flags(undo: list[Undo]) -> None:
+def guard_flags(undo: list[Undo], recurrent: bool = False) -> None:
+    """`recurrent`: on a GPU, where cuDNN's recurrent layers have no backward pass in evaluation mode."""
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     _keep(undo, torch.is_grad_enabled, torch._C._set_grad_enabled, True)
     for device in _AUTOCAST:
@@ -48,7 +49,7 @@ def guard_flags(undo: list[Undo]) -> None:
     _keep(undo, _determinism, lambda saved: torch.use_deterministic_algorithms(saved[0], warn_only=saved[1]))
     _keep(undo, _anomaly, _set_anomaly, (False, True))
     _keep(undo, torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False)
-    for name, during in {"enabled": (), "deterministic": (), "benchmark": (False,)}.items():
+    for name, during in {"enabled": (False,) * recurrent, "deterministic": (), "benchmark": (False,)}.items():
         _keep(undo, partial(getattr, cudnn, name), partial(setattr, cudnn, name), *during)
     for name in ("flash", "mem_efficient", "math", "cudnn"):
         if hasattr(cuda, f"{name}_sdp_enabled"):

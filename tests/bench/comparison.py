@@ -56,17 +56,18 @@ class Memory:
 
 @dataclass
 class Cell:
-    """One model and quantity. `gpu`: seconds of ours in single precision on a GPU, None where there is none."""
+    """One model and quantity, and what it should reach, which is asked of CPUs.
+
+    `gpu`: seconds of ours in single precision on a GPU, None where there is none.
+    """
 
     model: str
     quantity: Reduction
     outcomes: dict[str, Outcome]
     memory: dict[str, Memory] = field(default_factory=dict)
     gpu: float | None = None
-
-    @property
-    def asked(self) -> Asked:
-        return ASKED.get((self.model, self.quantity), Asked(double=None))
+    asked: Asked = Asked(double=None)
+    asked_mib: float | None = None
 
     def times(self, name: str) -> float | None:
         """How many times longer than ours in single precision."""
@@ -103,6 +104,9 @@ def compare(name: str, model: Model, timer: Timer, with_peers: bool = True) -> l
         found = measure(todo, exact, timer, [key for key in todo if key.split("/")[1] in OURS])
     cells = [_cell(name, quantity, found) for quantity in quantities(name)]
     for cell in cells:
+        if timer.device.type == "cpu":
+            cell.asked = ASKED.get((name, cell.quantity), cell.asked)
+            cell.asked_mib = ASKED_MIB.get(name)
         if not with_peers:
             cell.outcomes |= {p.name: Outcome(note="not run") for p in PEERS}
         with leave_no_trace(module):

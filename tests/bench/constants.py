@@ -43,6 +43,9 @@ def main() -> None:
     x = torch.randn(1 << 25, device=args.device)
     y = torch.empty_like(x)
     print(f"BANDWIDTH  {2 * 4 * len(x) / seconds(lambda: y.copy_(x), sync):.2g} bytes/s (a copy, read and written)")
+    tiny = torch.zeros(1, device=args.device)
+    call = seconds(lambda: [tiny.add_(1) for _ in range(1000)], sync) / 1000
+    print(f"CALL       {call:.1g} s of an operation on little")
     for dtype in (torch.float32, torch.float64):
         a = torch.randn(SIZE, SIZE, device=args.device, dtype=dtype)
         full = rate(2.0 * SIZE**3, lambda a=a: a @ a)

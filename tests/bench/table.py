@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from tests.bench.comparison import (
-    ASKED_MIB,
     CALL,
     DOUBLE,
     FLOOR,
@@ -125,7 +124,8 @@ def _ratios(cells: Sequence[Cell]) -> str:
         if jax:
             row.append(_judged(cell.times(NEURAL_TANGENTS) if NEURAL_TANGENTS in cell.outcomes else None, None, True))
         rows.append([cell.model, cell.quantity, *row])
-    text = f"In brackets what was asked, {MISSED} where it is not reached."
+    asked = any(cell.asked_mib for cell in cells)
+    text = f"In brackets what was asked, {MISSED} where it is not reached." if asked else ""
     return _table("Ratios", header + ["neural-tangents / single"] * jax, rows, text)
 
 
@@ -144,7 +144,7 @@ def _memory(cells: Sequence[Cell], large: dict[str, int]) -> str:
     rows = []
     for cell in cells:
         for precision, m in cell.memory.items():
-            mib, asked = m.measured / 2**20, ASKED_MIB.get(cell.model)
+            mib, asked = m.measured / 2**20, cell.asked_mib
             missed = f", {MISSED}" if asked and mib > asked and precision == SINGLE else ""
             asks = f" (≤ {asked}{missed})" if asked and precision == SINGLE else ""
             planned = f"{m.planned / 2**20:.1f} ({m.planned / m.measured - 1:+.1%})"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from ntkwatch.engines.factors import Dense, Factor
-from ntkwatch.engines.graph import Layout
-from ntkwatch.engines.rules.use import Use, rule, scaled, sum_over
+from ntkwatch.engines.graph import Layout, pull
+from ntkwatch.engines.rules.use import Use, operand_shape, rule, scaled, sum_over
 
 # Sums over positions: bias, scale, normalisation ----------------------------------------------------------------------
 
@@ -54,6 +55,24 @@ def _layer_norm_weight(use: Use) -> Factor | None:
     return _fold(use, (g * normal for g in use.g))
 
 
+@rule(("FusedRmsNormBackward0", 1))
+def _rms_norm_weight(use: Use) -> Factor | None:
+    normal = use.node._saved_input.detach() * use.node._saved_result1.detach()
+    return _fold(use, (g * normal for g in use.g))
+
+
+@rule(*((f"ThnnFused{cell}CellBackward0", k) for cell in ("Lstm", "Gru") for k in (3, 4)))
+def _gate_bias(use: Use) -> Factor | None:
+    """Of a recurrent cell in one kernel, as GPUs run it: a bias is added to gates, whose gradient the node gives."""
+    assert isinstance(use.layout, Layout)
+    if use.layout.dim != 0:
+        return None
+    gates, shape = use.k - 3, operand_shape(use.node, use.k - 3)
+    with torch.no_grad():
+        found = (pull(use.node, use.of_output(c), gates, shape) for c in range(use.outputs))
+        return Dense(tuple(use.examples(g).reshape(use.n, -1, g.shape[-1]).sum(1) for g in found))
+
+
 @rule(("NativeLayerNormBackward0", 2))
 def _layer_norm_bias(use: Use) -> Factor | None:
     return _fold(use, use.g)
@@ -67,19 +86,23 @@ def _group_norm_weight(use: Use) -> Factor | None:
     return _channels(use, ((grouped - mean[..., None]) * rstd[..., None]).reshape(x.shape))
 
 
-@rule(("NativeGroupNormBackward0", 2), ("NativeBatchNormBackward0", 2))
+_BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
+
+
+@rule(("NativeGroupNormBackward0", 2), *((name, 2) for name in _BATCH_NORMS))
 def _channel_bias(use: Use) -> Factor | None:
     return _channels(use, None)
 
 
-@rule(("NativeBatchNormBackward0", 1))
+@rule(*((name, 1) for name in _BATCH_NORMS))
 def _batch_norm_weight(use: Use) -> Factor | None:
     node = use.node
     if node._saved_training:
         return None
     x = node._saved_input.detach()
     shape = [1, -1] + [1] * (x.ndim - 2)
-    rstd = (node._saved_running_var.detach() + node._saved_eps).rsqrt()
+    eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
+    rstd = (node._saved_running_var.detach() + eps).rsqrt()
     return _channels(use, (x - node._saved_running_mean.detach().reshape(shape)) * rstd.reshape(shape))
 
 

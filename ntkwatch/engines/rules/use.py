@@ -41,6 +41,14 @@ class Use:
         assert g is not None
         return g
 
+    @property
+    def outputs(self) -> int:
+        return len(next(g for g in self.grads if g is not None))
+
+    def of_output(self, c: int) -> list[Tensor | None]:
+        """What the node's own backward formula takes for one of the C outputs."""
+        return [None if g is None else g[c] for g in self.grads]
+
     def examples(self, t: Tensor) -> Tensor:
         """[*shape] → [n, *shape per example]."""
         assert isinstance(self.layout, Layout)
@@ -79,8 +87,15 @@ def _complex(use: Use) -> bool:
 
 def masked(use: Use) -> Dense:
     """One backward of this single node per example and output."""
-    outputs = len(next(g for g in use.grads if g is not None))
-    return Dense(tuple(torch.stack([_one(use, i, c).flatten() for i in range(use.n)]) for c in range(outputs)))
+    owners = _owners(use)
+
+    def one(example: int, c: int) -> Tensor:
+        pairs = zip(use.of_output(c), owners, strict=True)
+        grads = [None if g is None or owner is None else torch.where(owner.eq(example), g, 0) for g, owner in pairs]
+        return pull(use.node, grads, use.k, use.shape).flatten()
+
+    with torch.no_grad():
+        return Dense(tuple(torch.stack([one(i, c) for i in range(use.n)]) for c in range(use.outputs)))
 
 
 def sum_over(t: Tensor, dims: Sequence[int]) -> Tensor:
@@ -90,18 +105,11 @@ def sum_over(t: Tensor, dims: Sequence[int]) -> Tensor:
     return t.sum(list(dims))
 
 
-def _one(use: Use, example: int, output: int) -> Tensor:
-    grads = [None if g is None else _only(use, g[output], example) for g in use.grads]
-    with torch.no_grad():
-        return pull(use.node, grads, use.k, use.shape)
-
-
-def _only(use: Use, g: Tensor, example: int) -> Tensor:
+def _owners(use: Use) -> list[Tensor | None]:
+    """Which example each entry of each output's gradient belongs to."""
     if isinstance(use.layout, Scattered):
-        owner = use.layout.owner
-    else:
-        owner = use.layout.owner(g.shape, use.n).to(g.device)
-    return torch.where(owner == example, g, torch.zeros((), dtype=g.dtype, device=g.device))
+        return [use.layout.owner] * len(use.grads)
+    return [None if g is None else use.layout.owner(g[0].shape, use.n).to(g[0].device) for g in use.grads]
 
 
 def operand_shape(node: Node, k: int) -> tuple[int, ...]:
