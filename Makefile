@@ -5,7 +5,7 @@ RUN := OMP_NUM_THREADS=2 $(BIN)/python
 STAMP := .venv/.installed
 PEERS := .venv-peers
 
-.PHONY: setup demo test soak check bench bench-jax claims clean
+.PHONY: setup demo test soak gpu check bench bench-jax claims clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,11 @@ test: setup check      ## everything that CI runs
 
 soak: setup            ## the long sweeps, with their full counts
 	$(RUN) -m pytest -m soak -s
+
+gpu: setup             ## the engines and the promises to a run, measured on a GPU, which CI has not
+	$(RUN) -m pytest -m "not soak" --device cuda tests/test_gpu.py tests/test_engines_zoo.py tests/test_engines_auto.py \
+	  tests/test_engines_precision.py tests/test_metrics_contract.py tests/test_trust_bitwise.py \
+	  tests/test_trust_leaks.py tests/test_trust_exotics.py
 
 bench: $(PEERS)/.installed  ## speed, memory and agreement beside other libraries, in an environment of its own; FLAGS="--output FILE"
 	OMP_NUM_THREADS=2 $(PEERS)/bin/python -m tests.bench.run $(FLAGS)

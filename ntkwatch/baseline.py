@@ -86,12 +86,19 @@ def first_statistics(network: Network, batches: Sequence[Any]) -> tuple[dict[str
 def parameter_distances(network: Network, baseline: Baseline | None) -> dict[str, tuple[float, float]] | str:
     """Parameter name -> (‖θ − θ_0‖, ‖θ_0‖); a reason where θ_0 was not kept. None: the network is the baseline."""
     now = network.parameters
-    if baseline is None:
-        return {name: (0.0, float(p.detach().double().norm())) for name, p in now.items()}
-    if baseline.parameters is None:
+    start = now if baseline is None else baseline.parameters
+    if start is None:
         return NO_THETA_0
-    pairs = {name: (p.detach().double().cpu(), baseline.parameters[name].double()) for name, p in now.items()}
-    return {name: (float((a - b).norm()), float(b.norm())) for name, (a, b) in pairs.items()}
+    pairs = torch.stack([_distance(p.detach(), start[name].detach()) for name, p in now.items()]).tolist()
+    return {name: (moved, length) for name, (moved, length) in zip(now, pairs, strict=True)}
+
+
+def _distance(p: Tensor, start: Tensor) -> Tensor:
+    """(‖θ − θ_0‖, ‖θ_0‖) of one parameter, where it is: a GPU is not waited for, and no copy of all is made."""
+    wide = torch.promote_types(p.dtype, torch.float32)
+    a, b = p.to(wide), start.to(p.device, wide)
+    exact = torch.promote_types(wide, torch.float64) if p.device.type != "mps" else wide
+    return torch.stack([torch.linalg.vector_norm(x, dtype=exact) for x in (a - b, b)])
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

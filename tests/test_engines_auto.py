@@ -12,7 +12,7 @@ from cases import CASES, Lambda, build, find
 from oracles import gradients, naive_ntk, reduced
 from torch import Tensor, nn
 
-from ntkwatch.engines import UnsupportedModel, empirical_ntk, layer_ntks, memory, plan
+from ntkwatch.engines import UnsupportedModel, empirical_ntk, layer_ntks, memory, plan, planning
 from ntkwatch.engines.auto import choose
 from ntkwatch.engines.base import Kernel, reduce
 from ntkwatch.engines.layerwise import Layerwise
@@ -167,6 +167,14 @@ def test_plan_is_a_table_with_every_parameter() -> None:
     assert found.chunk_size == 3
     assert "out.weight" in str(found)
     assert plan(module, batch, engine="functional").engine == "functional"
+
+
+def test_slow_float64_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not plan(*NET_X).notes
+    monkeypatch.setattr(planning, "has_fast_double", lambda device: False)
+    for engine in ("layerwise", "functional"):
+        assert "float64 is slow on cpu" in str(plan(*NET_X, engine=engine)), engine
+    assert not plan(*NET_X, precision="single").notes
 
 
 def test_blocks_fit_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
