@@ -67,9 +67,9 @@ def loo_error(view: View) -> Tensor:
 
 
 # ── held out ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def halves(view: View) -> list[tuple[Tensor, Tensor]]:
-    """8 seeded (training, held-out) halvings of the probes, the same at every step."""
-    n = len(view.square)
+def halves(view: View, n: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    """8 seeded (training, held-out) halvings of n things (None: of the probes), the same at every step."""
+    n = len(view.square) if n is None else n
     if n < FEWEST:
         raise Undefined(f"half of {n} probes is too few to hold out")
     generator = torch.Generator().manual_seed(view.seed)
