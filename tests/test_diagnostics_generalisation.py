@@ -131,7 +131,9 @@ def test_the_ensembles_posterior_is_the_metric_on_the_halves() -> None:
     monitor.nngp = s.float()
     assert monitor.measure(1).metrics["gp_nll"] == pytest.approx(found.metrics["gp_nll"], rel=1e-4), "given, in float32"
     monitor.nngp = 4 * s
-    assert monitor.measure(1).metrics["gp_nll"] != pytest.approx(found.metrics["gp_nll"], rel=1e-2), "what is given counts"
+    assert monitor.measure(1).metrics["gp_nll"] != pytest.approx(found.metrics["gp_nll"], rel=1e-2), (
+        "what is given counts"
+    )
     monitor.nngp = s[:4, :4]
     assert "must be [16, 16]" in monitor.measure(2).reasons["gp_coverage"]
 
