@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,6 +94,15 @@ def test_the_presets() -> None:
     assert select(["loss_if_lazy"]) == read, "what it is read beside comes with it"
     assert reduction(select("full")) == "full"
     assert costs(["class_specialization"]) == {"a kernel reduced to 'blocks'": ["class_specialization"]}
+
+
+def test_the_pages_count_what_there_is() -> None:
+    root = Path(__file__).parent.parent
+    by_name = len(DIAGNOSTICS) - len(FULL)
+    readme = " ".join((root / "README.md").read_text().split())
+    assert f"records {len(FULL) - len(DEFAULT)} more numbers than the default's {len(DEFAULT)}" in readme
+    assert f"has {by_name} (`sign_angle`, …) that are in no preset" in readme
+    assert f"- {len(DIAGNOSTICS)} diagnostics" in (root / "CHANGELOG.md").read_text()
 
 
 @pytest.mark.parametrize("name", DIAGNOSTICS)

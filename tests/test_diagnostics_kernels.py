@@ -1,4 +1,4 @@
-"""The kernels of sign descent and of softmax as diagnostics: against naive loops along runs, their laws, their reasons."""
+"""The kernels of sign descent and of softmax as diagnostics: against naive loops, their laws, their reasons."""
 
 from __future__ import annotations
 

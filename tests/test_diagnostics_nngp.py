@@ -1,4 +1,4 @@
-"""gp_nll and gp_coverage through the callback: the infinite-width limit gives their NNGP, or it says why and what to do.
+"""gp_nll and gp_coverage through the callback: the infinite-width limit gives their NNGP, or says why and what to do.
 
 Held to the ensemble's formula written out with an inverse, on as many probes as the limit is of.
 """
@@ -86,7 +86,7 @@ def test_a_resumed_run_goes_on_with_the_one_of_its_start(tmp_path: Path, monkeyp
     trainer(tmp_path, watch).fit(Classifier(), *loaders(), ckpt_path=tmp_path / "a.ckpt")
     run = load_run(watch.record)
     assert list(run.metrics.index) == [0, 6, 12]
-    x, y = loaders()[1].dataset[run.manifest["probes"]["indices"]]
+    y = loaders()[1].dataset[run.manifest["probes"]["indices"]][1]
     nll, _ = by_hand(run.kernel(12), run.limit.nngp, nn.functional.one_hot(y).double())
     assert run.metrics["gp_nll"].loc[12] == pytest.approx(nll, rel=1e-6)
 
@@ -149,7 +149,7 @@ class Regressor(pl.LightningModule):
 
 
 def test_targets_of_the_ensembles_own_kind_are_covered(tmp_path: Path) -> None:
-    """A function that the members fit lies inside, nine tenths of it at least; one too rough for them is less likely."""
+    """A function that the members fit lies inside, nine tenths of it at least; a rough one is less likely."""
     found = {}
     x = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
     for name, y in (("smooth", x[:, :1] + 0.3 * x[:, 1:2]), ("rough", torch.sin(40 * x.sum(1, keepdim=True)))):
