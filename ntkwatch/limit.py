@@ -48,7 +48,7 @@ class WideLimit:
                 return f"the NNGP kernel must be {[n, n]}, one row for each probe; it is {list(given.shape)}"
             return given.detach().double().cpu(), torch.arange(n)
         if isinstance(self.kernel, str):
-            return f"no NNGP kernel is known, for there is {NO_LIMIT}{self.kernel}; {WITHOUT}"
+            return f"no NNGP kernel is known, for there is {NO_LIMIT}{self.kernel.rstrip('.')}; {WITHOUT}"
         if self.kernel.nngp is None:
             return f"the record that this run continues keeps no NNGP kernel: {WITHOUT}"
         return self.kernel.nngp.double(), self.kernel.rows

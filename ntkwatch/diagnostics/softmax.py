@@ -13,6 +13,8 @@ from ntkwatch.metrics.undefined import Undefined
 
 def _centred(theta: Tensor, floor: float) -> Tensor:
     """PΘP [n, C, n, C]; raises `Undefined` for one output, and where the logits move by their common shift alone."""
+    if not bool(theta.any()):
+        raise Undefined("the kernel is zero")
     found = metrics.softmax_centred(theta, floor=floor)
     if not bool(torch.isfinite(found).all()):
         raise Undefined(metrics.why_undefined("softmax_centred", theta) or "it is not finite")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ntkwatch import metrics
 from ntkwatch.diagnostics.diagnostic import Compute, Diagnostic, Price
-from ntkwatch.diagnostics.generalisation import RELATIVE_RIDGE, halves
+from ntkwatch.diagnostics.generalisation import RELATIVE_RIDGE, halves, ridge_of
 from ntkwatch.diagnostics.view import View, ask, known
 from ntkwatch.metrics.undefined import Undefined
 
@@ -19,7 +19,7 @@ Half = tuple[Tensor, Tensor, Tensor]  # predictive mean [m, C], variance [m], ta
 def _one_net(view: View) -> list[Half]:
     """The tangent kernel as a prior covariance, its scale fitted to the training half of each halving."""
     k, y = view.square, known(view.targets)
-    ridge = RELATIVE_RIDGE * float(k.trace()) / len(k)
+    ridge = ridge_of(k)
     found = []
     for train, test in halves(view):
         block, cross = k[train][:, train], k[test][:, train]
@@ -42,7 +42,7 @@ def _ensemble(view: View) -> list[Half]:
     """Infinitely wide networks trained on one half, with the NNGP kernel's spread at initialisation."""
     y, (s, rows) = known(view.targets), known(view.nngp)
     k, y = view.square[rows][:, rows], y[rows]
-    ridge = RELATIVE_RIDGE * float(k.trace()) / len(k)
+    ridge = ridge_of(k)
     noise = RELATIVE_RIDGE * float(s.trace()) / len(s)
     found = []
     for train, test in halves(view, len(rows)):
