@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, build, find
+from cases import Case, build, find
 from oracles import gradients, reduced
 from test_engines_zoo import error, params
 from torch import Tensor, nn
 
-from ntkwatch.engines import empirical_ntk, sign_ntk
+from ntkwatch.engines import contract, empirical_ntk, sign_ntk
+from ntkwatch.engines.costs import machine
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.engines.memory import peak_bytes
 from ntkwatch.guard import leave_no_trace
@@ -39,7 +40,7 @@ SAMPLE = ["mlp", "conv2d", "conv_groups", "embedding", "scalar_output", "deep_li
 
 
 @pytest.mark.parametrize("engine", ["layerwise", "functional"])
-@pytest.mark.parametrize("name", [c.name for c in CASES if c.name in SAMPLE])
+@pytest.mark.parametrize("name", SAMPLE)
 def test_rectangular_and_in_blocks(name: str, engine: str) -> None:
     module, batch = build(find(name))
     other = take(batch, slice(1, 3))
@@ -50,6 +51,17 @@ def test_rectangular_and_in_blocks(name: str, engine: str) -> None:
         assert error(sign_ntk(module, batch, **settings, chunk_size=2), whole) < 1e-10, f"{reduction}, in blocks"
         assert error(sign_ntk(module, batch, other, **settings), part) < 1e-10, f"{reduction}, with x2"
         assert error(sign_ntk(module, batch, other, **settings, chunk_size=1), part) < 1e-10, f"{reduction}, both"
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_in_the_large_portions_that_a_gpu_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contracted as on a GPU, wherever this runs."""
+    monkeypatch.setattr(contract, "machine", lambda device: machine(torch.device("cuda")))
+    module, batch = build(find(name))
+    j = gradients(module, batch)
+    for reduction in REDUCTIONS:
+        found = sign_ntk(module, batch, reduction=reduction, engine="layerwise")
+        assert error(found, reduced(naive(j, j), reduction)) < 1e-10, reduction
 
 
 @pytest.mark.parametrize("engine", ["layerwise", "functional"])

@@ -107,7 +107,7 @@ class Contractor:
         if self.reduction == "full":
             x, y = x.flatten(0, 1)[None], y.flatten(0, 1)[None]
         if not machine(out.device).near:
-            found = _at_once(x, y, self.dtype)
+            found = _at_once(x, self._right(y), self.dtype)
             matrices += found if len(found) == len(matrices) else found.sum(0, keepdim=True)
             return
         if self.reduction in ("trace", "sum"):
