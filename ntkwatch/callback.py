@@ -160,6 +160,8 @@ class NTKWatch(Callback):
             if self._restored is None:
                 self._candidate()
             self._together(trainer, "the baseline probe", partial(self._baseline, trainer), start=True)
+        if self._failures.off is None and self._session is not None:
+            self._session.tell_unfollowed()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """The learning rates of this step, for the linear forecast: a scheduler changes them before the batch ends."""

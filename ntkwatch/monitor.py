@@ -79,7 +79,7 @@ class Monitor:
     ) -> None:
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("engine", engine, ENGINES)
-        self.diagnostics = table.select(diagnostics)
+        self.diagnostics, self.follows = table.select(diagnostics), table.names_forecast(diagnostics)
         self.model, self.engine, self.seed = model, engine, seed
         self.reduction: Reduction = reduction  # type: ignore[assignment]  # checked above
         self.hparams = dict(hparams or {})

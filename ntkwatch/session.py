@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ntkwatch.baseline import Baseline
-from ntkwatch.diagnostics import costs, needs_limit
+from ntkwatch.diagnostics import DIAGNOSTICS, costs, needs_limit
 from ntkwatch.engines.tangent import warm_up
 from ntkwatch.limit import NO_LIMIT, WideLimit
 from ntkwatch.model import leaves, map_leaves
@@ -101,6 +101,13 @@ class Session:
             self._on_disk(f"step {step} is not in the record", partial(self._writer.append, measurement, keep))
         self.last = measurement
         return measurement
+
+    def tell_unfollowed(self) -> None:
+        """At the start: that the linear forecast that was asked for by name is not there, why, and what to do."""
+        monitor = self.monitor
+        if monitor.follows and isinstance(monitor.forecast, str):
+            named = ", ".join(name for name in monitor.diagnostics if "forecast" in DIAGNOSTICS[name].needs)
+            self._warn(f"there is no linear forecast, so {named} stay undefined: {monitor.forecast}")
 
     def _tell_unfrozen(self) -> None:
         unfrozen = self.monitor.network.unfrozen()

@@ -46,7 +46,7 @@ def forecast_error(view: View) -> Tensor:
     Source: Lee et al. 2019; the symmetric ratio is this library's
     Pitfalls: usually, not always, at least taylor_ratio: the two trajectories part, the linearisation is the same
     """
-    motion, lazy = known(view.motion), _finite(known(view.f_lazy))
+    lazy, motion = _finite(known(view.f_lazy)), known(view.motion)
     return ask("taylor_ratio", motion.delta_f, lazy - view.baseline_outputs)
 
 
