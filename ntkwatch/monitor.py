@@ -48,7 +48,7 @@ class Monitor:
         loss: callable (outputs, targets) -> mean loss, for the diagnostics that need one.
         reduction: "trace", "blocks", "full" or "sum"; see `empirical_ntk`.
         engine: "auto", "layerwise" or "functional".
-        diagnostics: "default", "full" or a list of names.
+        diagnostics: "default", "full" or a list of names and presets; those of sign descent by name alone.
         record: a folder to write the record to, or None.
         hparams: hyperparameters kept in the record's manifest, such as {"width": 256}.
         seed: for everything random here; the run's own generators are never touched.

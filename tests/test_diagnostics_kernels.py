@@ -215,6 +215,21 @@ def test_what_they_need_is_said(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert ("full kernel of 12 probes x 3 outputs" in found.reasons.get(name, "")) is (name in SOFTMAX)
 
 
+def test_training_is_bitwise_what_it_is_without_them(tmp_path: Path) -> None:
+    ends = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        model = Classifier(norm=True)
+        model.net.insert(2, nn.Dropout(0.2))
+        watch = NTKWatch(probes=12, budget=None, every=2, diagnostics=[*BOTH, "gp_nll"], on_error="raise")
+        trainer(tmp_path, *[watch] * watched).fit(model, *loaders())
+        ends.append((model.state_dict(), torch.get_rng_state()))
+    assert watch.last.metrics["sign_angle"] > 0
+    assert torch.equal(ends[0][1], ends[1][1]), "random state"
+    for name, value in ends[0][0].items():
+        assert torch.equal(value, ends[1][0][name]), name
+
+
 def test_through_the_callback_and_over_a_resume(tmp_path: Path) -> None:
     settings = {"probes": 12, "budget": None, "every": [0, 6, 12], "diagnostics": BOTH, "on_error": "raise"}
     torch.manual_seed(0)
