@@ -22,7 +22,7 @@ from ntkwatch import Monitor
 Array = np.ndarray
 NAMES = [
     "gcv", "loo_error", "complexity", "holdout_error", "holdout_error_ridgeless", "holdout_accuracy",
-    "eigenlearning_error", "ntkgp_nll", "ntkgp_coverage", "after_kernel_gain",
+    "eigenlearning_error", "ntkgp_nll", "ntkgp_coverage", "after_kernel_gain", "gp_nll", "gp_coverage",
 ]  # fmt: skip
 
 
@@ -109,6 +109,27 @@ def posterior(k: Array, y: Array, kind: str) -> float:
     return over_halves(k, y, half)
 
 
+def prior(k: Array) -> Array:
+    """A covariance of its own, with the kernel's duplicates."""
+    return 0.3 + (k / k.diagonal().mean()) ** 2  # products of positive semi-definite entries are so
+
+
+def ensemble(k: Array, y: Array, kind: str) -> float:
+    """Members A·y + (f_0(x) − A·f_0(X)), of which f_0 has the prior's covariance."""
+    s = prior(k)
+
+    def half(w: Array, a: Array, b: Array, lifted: Array) -> float:
+        members = np.eye(len(k))[b]
+        members[:, a] -= w  # what of f_0 a member's prediction holds
+        spread = np.sqrt(np.diag(members @ s @ members.T) + 1e-4 * np.trace(s) / len(s))
+        gap = (y[b] - w @ y[a]) / spread[:, None]
+        if kind == "nll":
+            return float(-np.mean(norm.logpdf(gap) - np.log(spread)[:, None]))
+        return float(np.mean(norm.cdf(np.abs(gap)) <= 0.975))
+
+    return over_halves(k, y, half)
+
+
 def ridgeless(k: Array, y: Array) -> float:
     found = []
     for a, b in halves(len(k)):
@@ -131,6 +152,8 @@ def naive(k: Array, y: Array) -> dict[str, float]:
         "ntkgp_nll": posterior(k, y, "nll"),
         "ntkgp_coverage": posterior(k, y, "coverage"),
         "after_kernel_gain": 0.0,
+        "gp_nll": ensemble(k, y, "nll"),
+        "gp_coverage": ensemble(k, y, "coverage"),
     }
 
 
@@ -141,7 +164,9 @@ def measured(kind: str, n: int, c: int) -> tuple[Any, Array]:
     x = torch.as_tensor(inputs(kind, n))
     labels = torch.arange(n) % max(c, 2)
     y = torch.eye(c).double()[labels] if c > 1 else 2.0 * labels[:, None].double() - 1
-    return Monitor(Features(x.shape[1], c), (x, labels), diagnostics=NAMES).measure(0), y.numpy()
+    monitor = Monitor(Features(x.shape[1], c), (x, labels), diagnostics=NAMES)
+    monitor.nngp = torch.as_tensor(prior((x @ x.T).numpy()))
+    return monitor.measure(0), y.numpy()
 
 
 @pytest.mark.parametrize(("n", "c"), SIZES)
@@ -159,7 +184,9 @@ def test_they_are_their_formulas(kind: str, n: int, c: int) -> None:
 
 @pytest.mark.parametrize("name", [*NAMES, "complexity_random", "eigenlearning_samples"])
 def test_of_a_zero_kernel_and_of_constant_targets_nothing_is_said(name: str) -> None:
-    zero = Monitor(Features(4, 3), (torch.zeros(12, 4).double(), torch.arange(12) % 3), diagnostics=[name]).measure(0)
+    blind = Monitor(Features(4, 3), (torch.zeros(12, 4).double(), torch.arange(12) % 3), diagnostics=[name])
+    blind.nngp = torch.eye(12)
+    zero = blind.measure(0)
     assert any(part in zero.reasons[name] for part in ("kernel is zero", "trace of the kernel is not positive")), name
     x = torch.as_tensor(inputs("generic", 12))
     for constant in (torch.zeros(12, dtype=torch.long), torch.full((12, 2), 0.1).double()):
