@@ -44,8 +44,7 @@ class NTKWatch(Callback):
         outputs: callable (model, batch) -> [n, C], where the model's own output is something else.
         targets: None (from the batch), a tensor for the probes, or a callable of the batch.
         loss: callable (outputs, targets) -> mean loss, for the diagnostics that need one.
-        diagnostics: "default", "full" or a list of names (and presets); `loss_if_lazy` and `forecast_error` only by
-            name: they train a linear model beside the run; `sign_angle` and its like only by name: a further kernel.
+        diagnostics: "default", "full" or a list of names and presets; linear forecast and sign descent by name alone.
         resample: fresh probes at every measurement, θ_0 and θ_t both evaluated on them.
         save_kernels: keep every kernel in the record, not only the first.
         on_error: "warn" or "raise": what a failing probe does in mid-run.
