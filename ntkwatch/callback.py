@@ -44,8 +44,7 @@ class NTKWatch(Callback):
         outputs: callable (model, batch) -> [n, C], where the model's own output is something else.
         targets: None (from the batch), a tensor for the probes, or a callable of the batch.
         loss: callable (outputs, targets) -> mean loss, for the diagnostics that need one.
-        diagnostics: "default", "full" or a list of names (and presets); `loss_if_lazy` and `forecast_error` only by
-            name: they train a linear model beside the run.
+        diagnostics: "default", "full" or a list of names and presets; linear forecast and sign descent by name alone.
         resample: fresh probes at every measurement, θ_0 and θ_t both evaluated on them.
         save_kernels: keep every kernel in the record, not only the first.
         on_error: "warn" or "raise": what a failing probe does in mid-run.
@@ -160,6 +159,8 @@ class NTKWatch(Callback):
             if self._restored is None:
                 self._candidate()
             self._together(trainer, "the baseline probe", partial(self._baseline, trainer), start=True)
+        if self._failures.off is None and self._session is not None:
+            self._session.tell_unfollowed()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """The learning rates of this step, for the linear forecast: a scheduler changes them before the batch ends."""

@@ -67,10 +67,7 @@ class LinearForecast:
         resumed: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.network = model if isinstance(model, Network) else Network(model, outputs)
-        found = loss_of(self.network.module, loss)
-        if isinstance(found, str):
-            raise ValueError(found)
-        self.loss, self._targets = found, targets or targets_of
+        found, self._targets = loss_of(self.network.module, loss), targets or targets_of
         here = {**self.network.parameters, **running_statistics(self.network.module), **(start or {})}
         self._start = {name: tensor.detach().to(self.network.device, copy=True) for name, tensor in here.items()}
         self.parameters = {name: self._start[name].clone() for name in self.network.parameters}
@@ -81,6 +78,9 @@ class LinearForecast:
         self._optimizer, self._groups = self._copy(optimizer)
         if resumed is not None:
             self._restore(resumed)
+        if isinstance(found, str):  # last: a run that cannot be followed under any loss is not asked for one
+            raise ValueError(found)
+        self.loss = found
 
     def step(self, batch: Any) -> float:
         """One training step of the linear model on the batch; returns its loss there, before the step."""

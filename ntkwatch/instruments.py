@@ -44,7 +44,10 @@ class ScaledNetwork(Network):
 
 
 class Instruments:
-    """A network on one probe batch, with `state` (BatchNorm statistics) in place and θ_0 for comparison."""
+    """A network on one probe batch, with `state` (BatchNorm statistics) in place and θ_0 for comparison.
+
+    kept: what was computed at θ_0 on this batch, for later probes of it. first: θ_0 is where the network is now.
+    """
 
     def __init__(
         self,
@@ -53,9 +56,11 @@ class Instruments:
         engine: Engine,
         state: Mapping[str, Tensor],
         start: Callable[[], Mapping[str, Tensor] | None],
+        kept: dict[str, Tensor] | None = None,
+        first: bool = False,
     ) -> None:
         self.network, self.batch, self.engine, self.state = network, batch, engine, dict(state)
-        self._start = start
+        self._start, self._kept, self._first = start, {} if kept is None else kept, first
         self._done: dict[str, Any] = {}
 
     def once(self, name: str, compute: Callable[[], T]) -> T:
@@ -63,6 +68,12 @@ class Instruments:
         if name not in self._done:
             self._done[name] = compute()
         return cast(T, self._done[name])
+
+    def at_start(self, name: str, now: Tensor, compute: Callable[[Mapping[str, Tensor]], Tensor]) -> Tensor:
+        """`compute` of θ_0 and s_0, once for all probes of this batch. now: what it is of the network as it stands."""
+        if name not in self._kept:
+            self._kept[name] = now if self._first else compute(self.start)
+        return self._kept[name]
 
     @cached_property
     def start(self) -> Mapping[str, Tensor]:
@@ -80,6 +91,17 @@ class Instruments:
             return Functional().kernel(scaled, self.batch, reduction=reduction, layers=None, state=self.state)
         except UnsupportedModel:  # torch.func cannot: the graph engine sees the scaling as one more operation
             return self.engine.kernel(scaled, self.batch, reduction=reduction, layers=None, state=self.state)
+
+    def plain_kernel(self, state: Mapping[str, Tensor], reduction: Reduction, signed: bool = False) -> Tensor:
+        """The kernel of the probes at a state, float64 on the CPU; `signed` as in `Engine.kernel`."""
+        found = self.engine.kernel(
+            self.network, self.batch, reduction=reduction, layers=None, state=state, signed=signed
+        )
+        return found.value.detach().double().cpu()
+
+    def sign_kernel(self, state: Mapping[str, Tensor]) -> Tensor:
+        """J sign(J)ᵀ at a state, trace-reduced [n, n]."""
+        return self.plain_kernel(state, "trace", signed=True)
 
     # ── features ──────────────────────────────────────────────────────────────────────────────────────────────────
     @cached_property

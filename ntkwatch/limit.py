@@ -1,4 +1,4 @@
-"""The infinitely wide network that the model being watched is a draw of: K_∞ on its probes, and how signals pass it.
+"""The infinitely wide network that the model being watched is a draw of: its kernels, and how signals pass it.
 
 Computed once, at the baseline, where `infinite.from_module` understands the model and the kernel costs little. The cost
 is estimated from shapes alone, so that runs of one sweep agree on how many probes it is computed on. Everything else
@@ -20,6 +20,8 @@ from ntkwatch.record import Limit
 
 ALLOWED = 2.0  # nominal seconds: within the free allowance of a budget
 FEWEST = 8  # probes: fewer say little about a kernel
+NO_LIMIT = "no infinite-width limit: "
+WITHOUT = "set monitor.nngp to it, [n, n] of the probes, or take ntkgp_nll and ntkgp_coverage, which need none"
 PROPAGATED = 16  # probes of the signal-propagation check
 
 
@@ -33,8 +35,23 @@ class WideLimit:
     def __str__(self) -> str:
         """What is compared, in words."""
         if isinstance(self.kernel, str):
-            return f"no infinite-width limit: {self.kernel}"
+            return f"{NO_LIMIT}{self.kernel}"
         return f"infinite-width limit on {len(self.kernel.rows)} probes. {self.advice}"
+
+    def prior(self, given: Tensor | None, n: int) -> tuple[Tensor, Tensor] | str:
+        """An NNGP kernel [m, m] and the probes that it is on, [m]; or why there is none, and what to do.
+
+        given: of all n probes, by the user; it goes before the limit's own.
+        """
+        if given is not None:
+            if given.shape != (n, n):
+                return f"the NNGP kernel must be {[n, n]}, one row for each probe; it is {list(given.shape)}"
+            return given.detach().double().cpu(), torch.arange(n)
+        if isinstance(self.kernel, str):
+            return f"no NNGP kernel is known, for there is {NO_LIMIT}{self.kernel.rstrip('.')}; {WITHOUT}"
+        if self.kernel.nngp is None:
+            return f"the record that this run continues keeps no NNGP kernel: {WITHOUT}"
+        return self.kernel.nngp.double(), self.kernel.rows
 
 
 def wide_limit(network: Network, batch: Any, calibrated: bool = False) -> WideLimit:
@@ -70,7 +87,7 @@ def _limit(network: Network, batch: Any, calibrated: bool) -> WideLimit:
     advice = infinite.signal_propagation(spec, x[few].double()).advice if len(few) > 1 else ""
     if found.ntk_error is not None:
         advice = f"{_error(found.ntk, found.ntk_error)} {advice}"
-    return WideLimit(Limit(found.ntk.cpu(), rows.cpu()), advice)
+    return WideLimit(Limit(found.ntk.cpu(), rows.cpu(), found.nngp.cpu()), advice)
 
 
 def _error(ntk: Tensor, error: Tensor) -> str:

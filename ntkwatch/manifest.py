@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ntkwatch.diagnostics import needs_limit
+
 if TYPE_CHECKING:
     from ntkwatch.engines.base import Kernel
     from ntkwatch.monitor import Monitor
@@ -44,7 +46,7 @@ def describe(monitor: Monitor) -> dict[str, Any]:
         "seed": monitor.seed,
         "diagnostics": list(monitor.diagnostics),
         "baseline": monitor.calibration,
-        "infinite": str(monitor.limit) if "distance_to_infinite" in monitor.diagnostics else None,
+        "infinite": str(monitor.limit) if needs_limit(monitor.diagnostics) else None,
     }
 
 

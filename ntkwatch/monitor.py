@@ -33,7 +33,7 @@ from ntkwatch.record import Measurement, RecordWriter
 
 __all__ = ["ENGINES", "REDUCTIONS", "Monitor", "check_choice"]
 
-NO_NNGP = "no NNGP kernel is known: set monitor.nngp = infinite.kernel(infinite.from_module(model), x).nngp"
+FIRST_PROBES = "resample=True: the infinite-width limit is that on the first probes"
 STATISTICS = {"statistics_shift", "statistics_angle"}  # these alone need a second kernel, at the statistics of now
 
 
@@ -48,7 +48,7 @@ class Monitor:
         loss: callable (outputs, targets) -> mean loss, for the diagnostics that need one.
         reduction: "trace", "blocks", "full" or "sum"; see `empirical_ntk`.
         engine: "auto", "layerwise" or "functional".
-        diagnostics: "default", "full" or a list of names.
+        diagnostics: "default", "full" or a list of names and presets; those of sign descent by name alone.
         record: a folder to write the record to, or None.
         hparams: hyperparameters kept in the record's manifest, such as {"width": 256}.
         seed: for everything random here; the run's own generators are never touched.
@@ -79,7 +79,7 @@ class Monitor:
     ) -> None:
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("engine", engine, ENGINES)
-        self.diagnostics = table.select(diagnostics)
+        self.diagnostics, self.follows = table.select(diagnostics), table.names_forecast(diagnostics)
         self.model, self.engine, self.seed = model, engine, seed
         self.reduction: Reduction = reduction  # type: ignore[assignment]  # checked above
         self.hparams = dict(hparams or {})
@@ -97,9 +97,10 @@ class Monitor:
         self.statistics: dict[str, Tensor] = {}
         self.limit = WideLimit("the run that this continues did not keep it")
         self.previous: tuple[int, Tensor] | None = None
+        self._at_start: dict[str, Tensor] = {}  # what diagnostics computed at θ_0
         self.path_length: float | None = 0.0  # Σ angle over successive probes; None where an earlier part is not known
         self.forecast: LinearForecast | str = NO_FORECAST  # or why there is none
-        self.nngp: Tensor | str = NO_NNGP  # [n, n] of the probes, or why there is none
+        self.nngp: Tensor | None = None  # [n, n] of the probes, to be set where the limit's own is not to be taken
         self._folder = Path(record) if record is not None else None
         self._writer: RecordWriter | None = None
         self._clock: tuple[float, float] | None = None
@@ -115,7 +116,7 @@ class Monitor:
             seen = [batch, *(to_device(other, self.network.device) for other in batches)]
             self.statistics, self.calibration = first_statistics(self.network, seen)
             self.choice = choose(self.network, batch, self.engine)
-            if "distance_to_infinite" in self.diagnostics:
+            if table.needs_limit(self.diagnostics):
                 self.limit = wide_limit(self.network, batch, calibrated=self.calibration is not None)
 
     def foreseen(self) -> float:
@@ -230,10 +231,10 @@ class Monitor:
             loss=self._loss_at(kernel.outputs, probes),
             optimizer=read_rule(optimizer, self.network.parameters),
             **at_probe(self.forecast, self.network, batch),
-            nngp=self.nngp if probes is None else "resample=True: the NNGP kernel is of other inputs",
-            instruments=self._instruments(batch),
+            nngp=self.limit.prior(self.nngp, len(self.probes)) if probes is None else FIRST_PROBES,
+            instruments=self._instruments(batch, self._at_start if probes is None else {}),
             start_step=base.step if base is not None else step,
-            limit=self.limit.kernel if probes is None else "resample=True: the limit is that on the first probes",
+            limit=self.limit.kernel if probes is None else FIRST_PROBES,
         )
         return kernel, view
 
@@ -257,7 +258,7 @@ class Monitor:
         angle = float(metrics.kernel_angle(value, previous[1]))
         return self.path_length + angle if math.isfinite(angle) else "a kernel is zero or not finite"
 
-    def _instruments(self, batch: Any) -> Instruments:
+    def _instruments(self, batch: Any, kept: dict[str, Tensor]) -> Instruments:
         assert self.choice is not None
         base = self.baseline
 
@@ -266,7 +267,7 @@ class Monitor:
                 return base.state(self.network.device)
             return {name: p.detach() for name, p in {**self.network.parameters, **self.statistics}.items()}
 
-        return Instruments(self.network, batch, self.choice.engine, self.statistics, start)
+        return Instruments(self.network, batch, self.choice.engine, self.statistics, start, kept, base is None)
 
     def _compared(self, probes: ProbeSet | None) -> tuple[int, Tensor] | str:
         if probes is not None:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ntkwatch.baseline import Baseline
-from ntkwatch.diagnostics import costs
+from ntkwatch.diagnostics import DIAGNOSTICS, costs, needs_limit
 from ntkwatch.engines.tangent import warm_up
-from ntkwatch.limit import WideLimit
+from ntkwatch.limit import NO_LIMIT, WideLimit
 from ntkwatch.model import leaves, map_leaves
 from ntkwatch.monitor import Monitor
 from ntkwatch.probes import ProbeSet
@@ -102,6 +102,13 @@ class Session:
         self.last = measurement
         return measurement
 
+    def tell_unfollowed(self) -> None:
+        """At the start: that the linear forecast that was asked for by name is not there, why, and what to do."""
+        monitor = self.monitor
+        if monitor.follows and isinstance(monitor.forecast, str):
+            named = ", ".join(name for name in monitor.diagnostics if "forecast" in DIAGNOSTICS[name].needs)
+            self._warn(f"there is no linear forecast, so {named} stay undefined: {monitor.forecast}")
+
     def _tell_unfrozen(self) -> None:
         unfrozen = self.monitor.network.unfrozen()
         if unfrozen and not self._told:
@@ -138,7 +145,7 @@ class Session:
             f"engine {monitor.choice.reason if monitor.choice else 'not chosen yet'}",
             monitor.calibration,
             f"a probe takes, beyond one kernel: {'; '.join(extra)}" if (extra := costs(monitor.diagnostics)) else None,
-            str(monitor.limit) if "distance_to_infinite" in monitor.diagnostics else None,
+            str(monitor.limit) if needs_limit(monitor.diagnostics) else None,
             f"record {self.folder}" if self.folder is not None else None,
         ]
         return [line for line in lines if line is not None]
@@ -209,8 +216,8 @@ def _limit(run: Run) -> WideLimit:
     try:
         return WideLimit(run.limit)
     except RecordError as error:
-        first = run.reasons.get(run.steps[0], {}) if run.steps else {}
-        return WideLimit(first.get("distance_to_infinite", str(error)))
+        said = str(run.manifest.get("infinite") or "")
+        return WideLimit(said.removeprefix(NO_LIMIT) if said.startswith(NO_LIMIT) else str(error))
 
 
 def _tensors(probes: ProbeSet) -> list[Tensor]:

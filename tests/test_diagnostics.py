@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +42,7 @@ DEFAULT = [
     "statistics_shift",
     "statistics_angle",
 ]
+FULL = tuple(name for name, diagnostic in DIAGNOSTICS.items() if not diagnostic.by_name)
 
 
 def net(seed: int = 0) -> nn.Sequential:
@@ -79,7 +81,9 @@ def run() -> dict[str, list[Any]]:
 # ── the table ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_the_presets() -> None:
     assert list(select("default")) == DEFAULT
-    assert select("full") == tuple(DIAGNOSTICS)
+    assert select("full") == FULL
+    assert {*DIAGNOSTICS} - {*FULL} == {n for n in DIAGNOSTICS if n.startswith("sign_")}, "asked for by name alone"
+    assert select(["full", "sign_angle"]) == tuple(n for n in DIAGNOSTICS if n in FULL or n == "sign_angle")
     assert reduction(select("default")) == "any"
     assert list(costs(select("default"))) == [
         "a forward-mode product at θ_0",
@@ -90,6 +94,15 @@ def test_the_presets() -> None:
     assert select(["loss_if_lazy"]) == read, "what it is read beside comes with it"
     assert reduction(select("full")) == "full"
     assert costs(["class_specialization"]) == {"a kernel reduced to 'blocks'": ["class_specialization"]}
+
+
+def test_the_pages_count_what_there_is() -> None:
+    root = Path(__file__).parent.parent
+    by_name = len(DIAGNOSTICS) - len(FULL)
+    readme = " ".join((root / "README.md").read_text().split())
+    assert f"records {len(FULL) - len(DEFAULT)} more numbers than the default's {len(DEFAULT)}" in readme
+    assert f"has {by_name} (`sign_angle`, …) that are in no preset" in readme
+    assert f"- {len(DIAGNOSTICS)} diagnostics" in (root / "CHANGELOG.md").read_text()
 
 
 @pytest.mark.parametrize("name", DIAGNOSTICS)
@@ -117,7 +130,7 @@ NOT_UNDER = {
     "Adam": set[str](),
 }
 LATER = {"one_step_error", "one_step_halving"}  # of the first probe alone
-UNKNOWN = {"loss_if_lazy", "forecast_error", "forecast_start_error", "gp_nll", "gp_coverage"}  # forecast, NNGP
+UNKNOWN = {"loss_if_lazy", "forecast_error", "forecast_start_error"}  # no forecast is attached
 NO_GUARANTEE = {"predicted_rate", "loss_if_flow", "flow_error"}  # cross-entropy has zero modes and no closed form
 NO_GUARANTEE |= {"eigenlearning_samples"}  # six samples do not learn half of the targets
 
@@ -125,7 +138,7 @@ NO_GUARANTEE |= {"eigenlearning_samples"}  # six samples do not learn half of th
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
 def test_the_whole_table_along_a_run(run: dict[str, list[Any]], optimizer: str) -> None:
     last = run[optimizer][-1]
-    assert set(last.metrics) - {"overhead"} == {n for n in DIAGNOSTICS if not n.startswith("statistics_")}
+    assert set(last.metrics) - {"overhead"} == {n for n in FULL if not n.startswith("statistics_")}
     undefined = {name for name, value in last.metrics.items() if value is None}
     assert undefined == NOT_UNDER[optimizer] | LATER | UNKNOWN | NO_GUARANTEE, last.reasons
     assert set(last.reasons) == undefined
@@ -149,7 +162,8 @@ def test_what_is_declared_as_needed_is_what_is_missing_without_it(need: str, run
     first = monitor.measure(0)
     train(model, optimizer, rows(), 20)
     last = monitor.measure(20, optimizer=None if need == "optimizer" else optimizer)
-    for name, diagnostic in DIAGNOSTICS.items():
+    for name in FULL:
+        diagnostic = DIAGNOSTICS[name]
         here = {name: last, **dict.fromkeys(LATER, first)}[name] if name in LATER else last
         reason = here.reasons.get(name, "")
         if need in diagnostic.needs or (need == "targets" and "loss" in diagnostic.needs):

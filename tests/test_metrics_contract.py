@@ -44,6 +44,7 @@ DEFINED: dict[str, tuple[Any, ...]] = {
     "after_kernel_gain": (K, K0, Y, 4),
     "alignment_null_mean": (K, Y),
     "alignment_z": (K, Y, seeded()),
+    "asymmetry": (K,),
     "center": (K,),
     "centered_alignment": (K, Y),
     "centered_distance": (K, K0),
@@ -92,6 +93,8 @@ DEFINED: dict[str, tuple[Any, ...]] = {
     "power_k90": (CURVE,),
     "relative_change": (K, K0),
     "smallest_eigenvalue": (K,),
+    "softmax_centred": (THETA,),
+    "softmax_share": (THETA,),
     "spectral_update": (K, K0),
     "stability_ratio": (1.0, 0.1),
     "stable_rank": (K,),
@@ -113,6 +116,7 @@ VECTORS = {
     "learning_curve": (2,),
     "loo_residuals": (6, 1),
     "per_example_motion": (6,),
+    "softmax_centred": (6, 2, 6, 2),
 }
 
 UNDEFINED: list[tuple[str, tuple[Any, ...], str]] = [
@@ -121,6 +125,7 @@ UNDEFINED: list[tuple[str, tuple[Any, ...], str]] = [
     ("alignment_null_mean", (K, CONSTANT), "targets are constant"),
     ("alignment_z", (torch.eye(6), Y, seeded()), "every permutation"),
     ("alignment_z", (K, CONSTANT, seeded()), "targets are constant"),
+    ("asymmetry", (ZERO,), "kernel is zero"),
     ("center", (NAN_K,), "there are non-finite entries in the kernel"),
     ("centered_alignment", (K, CONSTANT), "targets are constant over the probes"),
     ("centered_alignment", (K, torch.eye(3).double()[[1] * 6]), "targets are constant"),  # a single class, one-hot
@@ -182,6 +187,10 @@ UNDEFINED: list[tuple[str, tuple[Any, ...], str]] = [
     ("power_k90", (torch.nan * CURVE,), "non-finite entries in the curve"),
     ("relative_change", (K, ZERO), "baseline kernel is zero"),
     ("smallest_eigenvalue", (ONES,), "at or below the noise floor"),
+    ("softmax_centred", (THETA[:, :1, :, :1],), "softmax of one output is constant"),
+    ("softmax_centred", (torch.nan * THETA,), "non-finite entries in the full kernel"),
+    ("softmax_share", (THETA[:, :1, :, :1],), "softmax of one output is constant"),
+    ("softmax_share", (0 * THETA,), "trace of the kernel is not positive"),
     ("spectral_update", (K, ZERO), "baseline weight is zero"),
     ("stability_ratio", (torch.tensor(torch.nan), 0.1), "non-finite entries in the curvature"),
     ("stable_rank", (ZERO,), "kernel is zero"),
@@ -209,6 +218,8 @@ WRONG: list[tuple[str, tuple[Any, ...], type[Exception], str]] = [
     ("cka", (THETA, THETA), ValueError, "trace or sum kernel"),
     ("cka", (SKEW, K), ValueError, "symmetric"),
     ("eigenvalues", (SKEW,), ValueError, "symmetric.*need no symmetry"),
+    ("softmax_centred", (K,), ValueError, r"\[n, C, m, C\]; got shape \(6, 6\).*reduction='full'"),
+    ("asymmetry", (K[:4],), ValueError, r"got shape \(4, 6\)"),
     ("eigenvalues", (BLOCKS,), ValueError, r"one block, k\[c\]"),
     ("eigenvalues", (-K,), ValueError, "positive semi-definite.*floor="),
     ("decay_exponent", (K, (0, 4)), ValueError, "ranks count from 1"),

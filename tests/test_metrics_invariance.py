@@ -294,11 +294,48 @@ LAWS |= {
         metrics.jackknife(metrics.kernel_angle, d.k, d.k0).standard_error,
         metrics.jackknife(metrics.kernel_angle, d.reordered(d.k), d.reordered(d.k0)).standard_error,
     ),
+    "asymmetry: unit and order of probes": lambda d: (
+        metrics.asymmetry(d.mixed),
+        metrics.asymmetry(d.unit * d.reordered(d.mixed)),
+    ),
+    "asymmetry: rotation of probes": lambda d: (metrics.asymmetry(d.mixed), metrics.asymmetry(d.turned(d.mixed))),
+    "softmax_centred: a function that all outputs share": lambda d: (
+        metrics.softmax_centred(d.theta),
+        metrics.softmax_centred(shared(d, d.theta)),
+    ),
+    "softmax_centred: twice is once": lambda d: (
+        metrics.softmax_centred(metrics.softmax_centred(d.theta)),
+        metrics.softmax_centred(d.theta),
+    ),
+    "softmax_centred: its mean block is the trace kernel minus 1/C of the sum kernel": lambda d: (
+        torch.einsum("ncmc->nm", metrics.softmax_centred(d.theta)) / C,
+        (torch.einsum("ncmc->nm", d.theta) - torch.einsum("ncmd->nm", d.theta) / C) / C,
+    ),
+    "softmax_centred: names of classes": lambda d: (
+        metrics.softmax_centred(d.theta)[:, [2, 0, 1]][..., [2, 0, 1]],
+        metrics.softmax_centred(d.theta[:, [2, 0, 1]][..., [2, 0, 1]]),
+    ),
+    "softmax_share: of the traces": lambda d: (
+        metrics.softmax_share(d.theta),
+        trace(metrics.softmax_centred(d.theta)) / trace(d.theta),
+    ),
+    "softmax_share: unit": lambda d: (metrics.softmax_share(d.theta), metrics.softmax_share(d.unit * d.theta)),
     "power_auc: a target along the top mode": lambda d: (
         metrics.power_auc(metrics.cumulative_power(d.top, d.along)),
         1.0,
     ),
 }  # fmt: skip
+
+
+def trace(theta: Tensor) -> Tensor:
+    return torch.einsum("ncnc->", theta)
+
+
+def shared(d: Draw, theta: Tensor) -> Tensor:
+    """The kernel of f_c + g: J_c gets a row that is the same for every output, of old parameters and of new ones."""
+    j = torch.linalg.cholesky(theta.reshape(N * C, N * C)).reshape(N, C, -1)
+    j = torch.cat([j + d.normal(N, 1, N * C), 3 * d.normal(N, 1, 5).expand(N, C, 5)], 2)
+    return torch.einsum("ncp,mdp->ncmd", j, j)
 
 
 class Full(Draw):
@@ -309,6 +346,7 @@ class Full(Draw):
         self.normal_gradients = self.normal(5, 2, C)
         h = self.normal(N, C, C + 1)
         self.hessian = h @ h.mT / N
+        self.mixed = self.k + self.normal(N, N)
         self.along = self.y[:, :1] - self.y[:, :1].mean()
         self.top = torch.eye(N).double() + 50 * self.along @ self.along.T
 
@@ -342,6 +380,11 @@ SEEN: dict[str, Callable[[Full], Pair]] = {
         metrics.centered_alignment(d.k, d.y.roll(1, 0)),
     ),
     "taylor_ratio, another direction": lambda d: (metrics.taylor_ratio(d.y, d.f0), metrics.taylor_ratio(d.y, d.f0 * 2)),
+    "softmax_centred, a function of one output": lambda d: (
+        metrics.softmax_centred(d.theta),
+        metrics.softmax_centred(d.theta + torch.einsum("nm,c,d->ncmd", d.k, *[torch.eye(C).double()[0]] * 2)),
+    ),
+    "asymmetry, a symmetric part": lambda d: (metrics.asymmetry(d.mixed), metrics.asymmetry(d.mixed + d.k)),
     "gcv, another ridge": lambda d: (metrics.gcv(d.k, d.y, d.ridge), metrics.gcv(d.k, d.y, 3 * d.ridge)),
     "learning_curve, another target": lambda d: (
         metrics.learning_curve(d.k, d.y, [3], d.ridge),

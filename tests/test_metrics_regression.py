@@ -172,6 +172,16 @@ def test_after_kernel_gain_of_a_kernel_that_learnt_the_classes(outputs: int):
     assert float(metrics.after_kernel_gain(9 * before, before, y, n_train=30)) == 0, "growth alone is no gain"
 
 
+@pytest.mark.parametrize("c", [1, 4])
+def test_held_out_probes_that_no_kernel_reaches_are_right_by_chance(c: int):
+    """The identity says nothing of them: whatever class comes first among equals would have its share of them right."""
+    label = torch.tensor([0, 1, 2, 3] * 3 + [0, 0, 0, 1]) % max(c, 2)
+    y = torch.eye(c).double()[label] if c > 1 else 2.0 * label[:, None].double() - 1
+    knows, blind = y @ y.T + 0.1 * torch.eye(16), torch.eye(16).double()
+    assert float(metrics.after_kernel_gain(knows, blind, y, 12)) == pytest.approx(1 - 1 / max(c, 2))
+    assert float(metrics.after_kernel_gain(blind, knows, y, 12)) == pytest.approx(1 / max(c, 2) - 1)
+
+
 def test_after_kernel_gain_takes_its_ridge_from_each_kernels_own_trace():
     label = torch.arange(200) % 3
     y = torch.eye(3).double()[label]

@@ -18,6 +18,8 @@ from ntkwatch.diagnostics.layers import defined, layer_metrics
 from ntkwatch.diagnostics.laziness import LAZINESS, MORE_LAZINESS
 from ntkwatch.diagnostics.motion import MOTION
 from ntkwatch.diagnostics.optimisation import OPTIMISATION
+from ntkwatch.diagnostics.signs import SIGN_DESCENT
+from ntkwatch.diagnostics.softmax import SOFTMAX
 from ntkwatch.diagnostics.spectrum import MORE_SPECTRUM, SPECTRUM
 from ntkwatch.diagnostics.uncertainty import UNCERTAINTY
 from ntkwatch.diagnostics.view import Motion, View
@@ -32,6 +34,7 @@ __all__ = [
     "evaluate",
     "layer_metrics",
     "names_forecast",
+    "needs_limit",
     "prices",
     "reduction",
     "select",
@@ -47,6 +50,8 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
     **MORE_ALIGNMENT,
     **MORE_LAZINESS,
     **OPTIMISATION,
+    **SOFTMAX,
+    **SIGN_DESCENT,
     **FIXED_KERNEL,
     **GENERALISATION,
     **UNCERTAINTY,
@@ -74,7 +79,7 @@ def select(diagnostics: str | Sequence[str]) -> tuple[str, ...]:
 
 PRESETS: dict[str, Callable[[], set[str]]] = {
     "default": lambda: {name for name, diagnostic in DIAGNOSTICS.items() if diagnostic.default},
-    "full": lambda: set(DIAGNOSTICS),
+    "full": lambda: {name for name, diagnostic in DIAGNOSTICS.items() if not diagnostic.by_name},
 }
 
 
@@ -85,6 +90,11 @@ def _listed(diagnostics: str | Sequence[str]) -> list[str]:
 def names_forecast(diagnostics: str | Sequence[str]) -> bool:
     """Whether a diagnostic that needs every training batch is asked for by its own name, not by a preset."""
     return any(name in DIAGNOSTICS and "forecast" in DIAGNOSTICS[name].needs for name in _listed(diagnostics))
+
+
+def needs_limit(names: Sequence[str]) -> bool:
+    """Whether one of these needs the infinitely wide network's kernels."""
+    return any({"limit", "nngp"} & {*DIAGNOSTICS[name].needs} for name in names)
 
 
 def reduction(names: Sequence[str]) -> str:

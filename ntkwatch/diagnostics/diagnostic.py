@@ -45,8 +45,9 @@ class Diagnostic:
         default: in the preset "default".
         when: whether the name exists for a model (BatchNorm has its own).
         reduction: the reduction it needs: "any" (whatever the run's is), "blocks" or "full".
-        needs: of "targets", "loss", "optimizer", "forecast", "nngp": undefined without.
+        needs: of "targets", "loss", "optimizer", "forecast", "limit", "nngp": undefined without.
         beside: names that are reported with it, so that it can be read.
+        by_name: in no preset: it has to be asked for by its name.
         cost: what it costs beyond the kernel and a few passes over its entries; None for nothing.
     """
 
@@ -56,6 +57,7 @@ class Diagnostic:
     reduction: str = "any"
     needs: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    by_name: bool = False
     cost: Price | None = None
 
 

@@ -9,6 +9,7 @@ from ntkwatch import metrics
 from ntkwatch.diagnostics.diagnostic import Diagnostic, Price
 from ntkwatch.diagnostics.optimisation import lr_weighted
 from ntkwatch.diagnostics.view import View, ask, known
+from ntkwatch.forecast import NO_FORECAST
 from ntkwatch.metrics.undefined import Undefined
 
 DIVERGED = "the linearised network diverged under the run's learning rates"
@@ -30,7 +31,9 @@ def loss_if_lazy(view: View) -> float:
     Pitfalls: read it beside loss; in evaluation mode at the baseline's BatchNorm statistics, whatever mode the run
         trains in
     """
-    at, outputs = known(view.loss), _finite(known(view.f_lazy))
+    if view.f_lazy == NO_FORECAST:
+        known(view.loss)
+    outputs, at = _finite(known(view.f_lazy)), known(view.loss)  # why a run cannot be followed holds under any loss
     with torch.no_grad():
         return float(at.at(outputs.to(at.outputs.device)))
 
@@ -43,7 +46,7 @@ def forecast_error(view: View) -> Tensor:
     Source: Lee et al. 2019; the symmetric ratio is this library's
     Pitfalls: usually, not always, at least taylor_ratio: the two trajectories part, the linearisation is the same
     """
-    motion, lazy = known(view.motion), _finite(known(view.f_lazy))
+    lazy, motion = _finite(known(view.f_lazy)), known(view.motion)
     return ask("taylor_ratio", motion.delta_f, lazy - view.baseline_outputs)
 
 

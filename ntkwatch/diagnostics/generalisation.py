@@ -11,6 +11,7 @@ from torch import Tensor
 from ntkwatch import metrics
 from ntkwatch.diagnostics.diagnostic import Diagnostic, Price
 from ntkwatch.diagnostics.view import View, ask, ask_vector, known
+from ntkwatch.metrics.regression import right_classes
 from ntkwatch.metrics.undefined import Undefined
 
 RELATIVE_RIDGE = 1e-4  # of tr K/n
@@ -19,8 +20,17 @@ SIDES = 8  # halvings of the probes
 FEWEST = 8  # probes
 
 
+def ridge_of(k: Tensor) -> float:
+    """1e-4·tr K/n; raises `Undefined` for the zero kernel, of which nothing can be learned."""
+    ridge = RELATIVE_RIDGE * float(k.trace()) / len(k)
+    if not ridge > 0:
+        raise Undefined("the kernel is zero")
+    return ridge
+
+
 def _scaled(view: View) -> tuple[Tensor, float]:
     """The [n, n] kernel at trace n/2, the trace of H^∞ at unit inputs, and its noise floor."""
+    ridge_of(view.square)
     scale = len(view.square) / 2 / view.square.trace()
     return view.square * scale, view.square_floor * float(scale)
 
@@ -45,13 +55,9 @@ def complexity_random(view: View) -> Tensor:
     return torch.stack([ask("complexity", k, y[order], floor=floor) for order in orders]).mean()
 
 
-def _ridge(view: View) -> float:
-    return RELATIVE_RIDGE * float(view.square.trace()) / len(view.square)
-
-
 def gcv(view: View) -> Tensor:
     """Generalised cross-validation of kernel regression, ridge 1e-4·tr K/n."""
-    return ask("gcv", view.square, known(view.targets), _ridge(view), floor=view.square_floor)
+    return ask("gcv", view.square, known(view.targets), ridge_of(view.square), floor=view.square_floor)
 
 
 def loo_error(view: View) -> Tensor:
@@ -62,14 +68,15 @@ def loo_error(view: View) -> Tensor:
     Source: Wei et al. 2022; the shortcut is exact (Allen 1974)
     Pitfalls: of the kernel as it stands, which has seen training probes; duplicate probes leak their targets
     """
-    residuals = ask_vector("loo_residuals", view.square, known(view.targets), _ridge(view), floor=view.square_floor)
+    k, y = view.square, known(view.targets)
+    residuals = ask_vector("loo_residuals", k, y, ridge_of(k), floor=view.square_floor)
     return residuals.square().sum(1).mean()
 
 
 # ── held out ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def halves(view: View) -> list[tuple[Tensor, Tensor]]:
-    """8 seeded (training, held-out) halvings of the probes, the same at every step."""
-    n = len(view.square)
+def halves(view: View, n: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    """8 seeded (training, held-out) halvings of n things (None: of the probes), the same at every step."""
+    n = len(view.square) if n is None else n
     if n < FEWEST:
         raise Undefined(f"half of {n} probes is too few to hold out")
     generator = torch.Generator().manual_seed(view.seed)
@@ -84,9 +91,10 @@ def _mean_square(y: Tensor) -> Tensor:
     return size
 
 
-def _held_out(view: View, ridge: float, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _held_out(view: View, of: Callable[[Tensor, Tensor], Tensor], ridgeless: bool = False) -> Tensor:
     """Mean over the halvings of `of`(predictions, targets) on the held-out half."""
     k, y = view.square, known(view.targets)
+    ridge = ridge_of(k) * (not ridgeless)
     found = []
     for train, test in halves(view):
         block = k[train][:, train]
@@ -103,12 +111,12 @@ def holdout_error(view: View) -> Tensor:
     """Error of kernel regression on probes that it was not given, as a share of the targets' own size.
 
     Formula: mean over 8 seeded halvings of (1/m) Σ‖y − K_*(K + ridge·I)⁻¹y‖² on the held-out half, over mean ‖y‖²;
-        ridge = 1e-4·tr K/n of all probes
+        ridge = 1e-4·tr K/n of all probes, modes that it does not lift above the noise floor left out
     Range: [0, ∞), 1 for predictions of 0; undefined below 8 probes or without targets
     Source: Jacot et al. 2018
     Pitfalls: of the kernel as it stands, which has seen training probes; beside eigenlearning_error, its theory
     """
-    return _held_out(view, _ridge(view), _error) / _mean_square(known(view.targets))
+    return _held_out(view, _error) / _mean_square(known(view.targets))
 
 
 def holdout_error_ridgeless(view: View) -> Tensor:
@@ -119,25 +127,20 @@ def holdout_error_ridgeless(view: View) -> Tensor:
     Source: Jacot et al. 2018
     Pitfalls: small eigenvalues amplify what the kernel cannot fit: far above holdout_error where it is ill-conditioned
     """
-    return _held_out(view, 0.0, _error) / _mean_square(known(view.targets))
+    return _held_out(view, _error, ridgeless=True) / _mean_square(known(view.targets))
 
 
 def holdout_accuracy(view: View) -> Tensor:
     """Accuracy of kernel regression on probes that it was not given.
 
-    Formula: share of right argmax (sign for C = 1) on the held-out half, mean over 8 seeded halvings;
-        ridge = 1e-4·tr K/n of all probes
+    Formula: share of right argmax (sign for C = 1; a tie by its share) on the held-out half, mean over 8 seeded
+        halvings; ridge = 1e-4·tr K/n of all probes
     Range: [0, 1]; undefined below 8 probes, and where targets are values
     Source: Fort et al. 2020; Vyas et al. 2022 (kernel regression with the kernel of a step)
     Pitfalls: known to 1/√n; after_kernel_gain is its change since the baseline
     """
     y = view.labels
-
-    def right(guess: Tensor, y: Tensor) -> Tensor:
-        same = guess.argmax(1) == y.argmax(1) if y.shape[1] > 1 else guess.sign().flatten() == y.sign().flatten()
-        return same.double().mean()
-
-    return _held_out(replace(view, targets=y), _ridge(view), right)
+    return _held_out(replace(view, targets=y), right_classes)
 
 
 def eigenlearning_error(view: View) -> Tensor:
@@ -148,8 +151,8 @@ def eigenlearning_error(view: View) -> Tensor:
     Source: Simon et al. 2023
     Pitfalls: holdout_error far from it means that the kernel's eigenfunctions are not as good as random to each other
     """
-    y = _enough(view)
-    curve = ask_vector("learning_curve", view.square, y, [len(y) // 2], _ridge(view), floor=view.square_floor)
+    k, y = view.square, _enough(view)
+    curve = ask_vector("learning_curve", k, y, [len(y) // 2], ridge_of(k), floor=view.square_floor)
     return curve[0] / _mean_square(y)
 
 
@@ -162,9 +165,9 @@ def eigenlearning_samples(view: View) -> float:
     Pitfalls: the whole curve is metrics.learning_curve(run.kernel(step), y, samples) of a record that keeps kernels;
         above n/2 samples the probes are too few to stand for a distribution
     """
-    y = _enough(view)
+    k, y = view.square, _enough(view)
     samples = range(1, len(y) // 2 + 1)
-    curve = ask_vector("learning_curve", view.square, y, samples, _ridge(view), floor=view.square_floor)
+    curve = ask_vector("learning_curve", k, y, samples, ridge_of(k), floor=view.square_floor)
     reached = curve <= _mean_square(y) / 2
     if not bool(reached.any()):
         raise Undefined(f"{samples[-1]} probes are not enough for half of the targets' size")

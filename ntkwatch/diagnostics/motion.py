@@ -112,7 +112,7 @@ MOTION: dict[str, Diagnostic] = {
         for name in ("kernel_distance", "kernel_angle", "kernel_scale", "relative_change")
     },
     "kernel_velocity": Diagnostic(kernel_velocity, default=True),
-    "distance_to_infinite": Diagnostic(distance_to_infinite, default=True),
+    "distance_to_infinite": Diagnostic(distance_to_infinite, default=True, needs=("limit",)),
     "centered_distance": Diagnostic(centered_distance),
     "path_length": Diagnostic(path_length),
     "directness": Diagnostic(directness),

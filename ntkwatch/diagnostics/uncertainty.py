@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ntkwatch import metrics
 from ntkwatch.diagnostics.diagnostic import Compute, Diagnostic, Price
-from ntkwatch.diagnostics.generalisation import RELATIVE_RIDGE, halves
+from ntkwatch.diagnostics.generalisation import RELATIVE_RIDGE, halves, ridge_of
 from ntkwatch.diagnostics.view import View, ask, known
 from ntkwatch.metrics.undefined import Undefined
 
@@ -19,7 +19,7 @@ Half = tuple[Tensor, Tensor, Tensor]  # predictive mean [m, C], variance [m], ta
 def _one_net(view: View) -> list[Half]:
     """The tangent kernel as a prior covariance, its scale fitted to the training half of each halving."""
     k, y = view.square, known(view.targets)
-    ridge = RELATIVE_RIDGE * float(k.trace()) / len(k)
+    ridge = ridge_of(k)
     found = []
     for train, test in halves(view):
         block, cross = k[train][:, train], k[test][:, train]
@@ -39,15 +39,13 @@ def _likeliest_scale(k: Tensor, y: Tensor, ridge: float) -> Tensor:
 
 
 def _ensemble(view: View) -> list[Half]:
-    """Infinitely wide networks trained on one half, their spread at initialisation from the NNGP kernel given."""
-    k, y, s = view.square, known(view.targets), known(view.nngp)
-    if s.shape != k.shape:
-        raise Undefined(f"the NNGP kernel must be {list(k.shape)}, one row for each probe; it is {list(s.shape)}")
-    s = s.double().cpu()
-    ridge = RELATIVE_RIDGE * float(k.trace()) / len(k)
+    """Infinitely wide networks trained on one half, with the NNGP kernel's spread at initialisation."""
+    y, (s, rows) = known(view.targets), known(view.nngp)
+    k, y = view.square[rows][:, rows], y[rows]
+    ridge = ridge_of(k)
     noise = RELATIVE_RIDGE * float(s.trace()) / len(s)
     found = []
-    for train, test in halves(view):
+    for train, test in halves(view, len(rows)):
         posterior = metrics.gp_posterior(
             k[train][:, train], y[train], k[test][:, train],
             s[train][:, train], s[test][:, train], s[test][:, test], ridge, floor=view.square_floor,
@@ -79,10 +77,11 @@ ENSEMBLE = """{first}
 
 Formula: {formula}; μ, σ² of the
     ensemble: A = Θ_*(Θ + ridge·I)⁻¹, mean Ay, variance of S_** + ASAᵀ − (AS_*ᵀ + S_*Aᵀ) with 1e-4·tr S/n added
-Range: {range}; undefined without an NNGP kernel S: set monitor.nngp to [n, n] of the probes, as
-    infinite.kernel(infinite.from_module(model), x).nngp
+Range: {range}; undefined without the NNGP kernel S: that of the infinite-width limit at the run's start,
+    on as many of the probes as it is cheap on, where infinite.from_module converts the model; or monitor.nngp, [n, n]
 Source: Lee et al. 2019; Rasmussen & Williams 2006
-Pitfalls: the spread over initialisations alone: targets that are noisy, or that no member fits, lie outside it
+Pitfalls: the spread over initialisations alone: targets that are noisy, or that no member fits, lie outside it; Θ is
+    the run's own kernel of now, so that later than step 0 it is the ensemble of networks with that kernel
 """
 FIRSTS = {
     "ntkgp_nll": "How likely held-out targets are under the Gaussian process that the net's tangent kernel makes.",

@@ -42,8 +42,8 @@ class View:
     kernel, kernel_0: in the run's reduction. trace: [n, n], what alignment is defined on. theta: [n, C, n, C] and
     blocks: [C, n, n], where a diagnostic asked for them. layers, layers_0: parameter name -> [n, n].
     relative_floor: the noise floor of the eigenvalues over λ_max. path_length: Σ angle up to this probe.
-    f_lazy: outputs [n, C] of the linear forecast; lazy_start: its gradient_error. nngp: the analytic NNGP kernel of the
-    probes, [n, n], where it was given. instruments: what else the model can be asked, inside the guard.
+    f_lazy: outputs [n, C] of the linear forecast; lazy_start: its gradient_error. nngp: the analytic NNGP kernel
+    [m, m] of some of the probes, and which, [m]. instruments: what else the model can be asked, inside the guard.
     limit: K_∞ on some of the probes.
     """
 
@@ -69,7 +69,7 @@ class View:
     optimizer: Rule | str = "no optimizer is known"
     f_lazy: Tensor | str = "no forecast is attached"
     lazy_start: float | str = "no forecast is attached"
-    nngp: Tensor | str = "no NNGP kernel is known"
+    nngp: tuple[Tensor, Tensor] | str = "no NNGP kernel is known"
     instruments: Instruments | None = None
     start_step: int = 0
     limit: Limit | str = "the infinite-width limit was not computed"

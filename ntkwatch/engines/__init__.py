@@ -13,7 +13,7 @@ from ntkwatch.engines.planning import make_plan
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import Network, OutputsFn, batch_size, inputs_of, leaves
 
-__all__ = ["Kernel", "Plan", "UnsupportedModel", "empirical_ntk", "layer_ntks", "plan"]
+__all__ = ["Kernel", "Plan", "UnsupportedModel", "empirical_ntk", "layer_ntks", "plan", "sign_ntk"]
 
 
 def empirical_ntk(
@@ -67,6 +67,39 @@ def layer_ntks(
     return _kernel(model, x1, x2, reduction, reduction, engine, outputs, params, chunk_size, precision).layers
 
 
+def sign_ntk(
+    model: nn.Module,
+    x1: Any,
+    x2: Any = None,
+    *,
+    reduction: Reduction = "trace",
+    engine: str = "auto",
+    outputs: OutputsFn | None = None,
+    params: str | Sequence[str] | None = None,
+    chunk_size: int | None = None,
+    precision: Precision = "double",
+) -> Tensor:
+    """The kernel of sign descent, J₁ sign(J₂)ᵀ: how a step along the signs of one example's gradient moves another.
+
+    Θ_sign[n, c, m, d] = ⟨∂f_c(x_n)/∂θ, sign(∂f_d(x_m)/∂θ)⟩, asymmetric, with ‖∂f_c(x_n)/∂θ‖₁ on its diagonal, the
+    largest magnitude of its row. Arguments and errors are those of `empirical_ntk`; of reductions there is no "sum",
+    whose outputs are added before there are signs. Layerwise never holds more of J than a slab, or a parameter that no
+    rule knows; functional holds it for a block of probes. A weight used at one position costs what it costs
+    `empirical_ntk`, any other n²·C multiply-adds for each entry.
+
+    Source: Malladi et al. 2023 (the asymmetric SignGD kernel).
+
+    >>> import torch
+    >>> sign_ntk(nn.Linear(2, 1, bias=False), torch.tensor([[1.0, -2.0], [3.0, 0.0]]))
+    tensor([[3., 1.],
+            [3., 3.]], dtype=torch.float64)
+    """
+    if reduction == "sum":
+        raise ValueError("reduction='sum' adds outputs before there are signs: take 'trace', 'blocks' or 'full'")
+    found = _kernel(model, x1, x2, reduction, None, engine, outputs, params, chunk_size, precision, signed=True)
+    return found.value
+
+
 def plan(
     model: nn.Module,
     x: Any,
@@ -101,6 +134,7 @@ def _kernel(
     params: str | Sequence[str] | None,
     chunk_size: int | None,
     precision: Precision,
+    signed: bool = False,
 ) -> Kernel:
     check_reduction(reduction)
     network = Network(model, outputs, params)
@@ -112,8 +146,9 @@ def _kernel(
     with leave_no_trace(network.module):
         chosen = choose(network, x1, engine).engine
         return chosen.kernel(
-            network, x1, x2, reduction=reduction, layers=layers, chunk_size=chunk_size, precision=precision
-        )
+            network, x1, x2,
+            reduction=reduction, layers=layers, chunk_size=chunk_size, precision=precision, signed=signed,
+        )  # fmt: skip
 
 
 def check_batch(x: Any) -> None:

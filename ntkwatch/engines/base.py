@@ -64,10 +64,13 @@ class Engine(Protocol):
         state: Mapping[str, Tensor] | None = None,
         chunk_size: int | None = None,
         precision: Precision = "double",
+        signed: bool = False,
     ) -> Kernel:
         """The kernel of x1 and x2 (of x1 with itself when None) at the network's parameters, or at `state`'s.
 
         `layers` is the reduction of the kernels per parameter, None for none. `chunk_size` is probes per block.
+        `signed`: J₁ sign(J₂)ᵀ, the kernel of sign descent, which is not symmetric; in any reduction but "sum", whose
+        outputs are added before there are signs.
         """
         ...
 

@@ -65,15 +65,20 @@ class Contractor:
             one, two = _unordered(one, two)
         if isinstance(one, Dense) and isinstance(two, Dense):
             out += self._gradients(one.j, two.j)
-        elif (
-            isinstance(one, Outer | Rows)
-            and type(one) is type(two)
-            and choose(one, one.n, two.n, self.reduction, self.dtype, self.same)[0] == "gram"
-        ):
-            single = one.positions == two.positions == one.groups == 1 and isinstance(one, Outer)
-            (self._gram_single if single else self._gram)(out, one, two)  # type: ignore[arg-type]
+        elif self._by_gram(one, two):
+            (self._gram_single if is_single(one, two) else self._gram)(out, one, two)  # type: ignore[arg-type]
         else:
             self._by_jacobian(out, one, two)
+
+    def _by_gram(self, one: Factor, two: Factor) -> bool:
+        """Whether products of inputs times products of output gradients are cheaper than Jacobians."""
+        if not isinstance(one, Outer | Rows) or type(one) is not type(two):
+            return False
+        return choose(one, one.n, two.n, self.reduction, self.dtype, self.same)[0] == "gram"
+
+    def _right(self, t: Tensor) -> Tensor:
+        """What stands on the right of a product, made of what stands on the left."""
+        return t
 
     # ── the parts of a kernel ─────────────────────────────────────────────────────────────────────────────────────
     def _matrices(self, out: Tensor) -> Tensor:
@@ -102,14 +107,14 @@ class Contractor:
         if self.reduction == "full":
             x, y = x.flatten(0, 1)[None], y.flatten(0, 1)[None]
         if not machine(out.device).near:
-            found = _at_once(x, y, self.dtype)
+            found = _at_once(x, self._right(y), self.dtype)
             matrices += found if len(found) == len(matrices) else found.sum(0, keepdim=True)
             return
         if self.reduction in ("trace", "sum"):
             matrices = matrices.expand(len(x), -1, -1)
         for matrix, a, b in zip(matrices, x, y, strict=True):
             parts = [matrix[rows, columns] for rows, columns in strips]
-            for u, v in zip(a.split(_STRETCH, 1), b.split(_STRETCH, 1), strict=True):
+            for u, v in zip(a.split(_STRETCH, 1), self._right(b).split(_STRETCH, 1), strict=True):
                 for part, (rows, columns) in zip(parts, strips, strict=True):
                     part.addmm_(u[rows], v[columns].T)
 
@@ -141,7 +146,7 @@ class Contractor:
         """Slabs of J, each multiplied with the other's (or its own) as soon as it is made."""
         one, two = aligned(one, two)
         first = one.open()
-        second = first if self.same else two.open()
+        second = first if one is two else two.open()
         at = machine(one.device)
         held = 1 if at.near and self.reduction != "full" else one.outputs
         row = max(one.n, two.n) * one.trailing * held
@@ -152,7 +157,7 @@ class Contractor:
             for start in range(0, one.outputs, held):
                 outputs = range(start, start + held)
                 a = self._slab(first, one, outputs, rows, 0)
-                b = a if self.same else self._slab(second, two, outputs, rows, 1)
+                b = a if one is two else self._slab(second, two, outputs, rows, 1)
                 self._products(total[start : start + held] if self.reduction == "blocks" else total, a, b)
         out += total
 
@@ -170,7 +175,7 @@ class Contractor:
         b = a if self.same else two.inputs()[:, 0, 0].to(self.dtype)
         inputs = torch.zeros(len(a), len(b), dtype=self.dtype, device=a.device)
         for start in range(0, a.shape[1], _STRETCH):
-            inputs.addmm_(a[:, start : start + _STRETCH], b[:, start : start + _STRETCH].T)
+            inputs.addmm_(a[:, start : start + _STRETCH], self._right(b[:, start : start + _STRETCH]).T)
         g = tuple(each[:, 0, 0] for each in one.g)
         products = self._gradients(g, g if self.same else tuple(each[:, 0, 0] for each in two.g))
         if self.reduction != "full":
@@ -257,6 +262,11 @@ def _unordered(one: Outer, two: Outer) -> tuple[Outer, Outer]:
         return one, two
     first = one.unordered()
     return first, first if one is two else two.unordered()
+
+
+def is_single(one: Factor, two: Factor) -> bool:
+    """Whether every J is one outer product: a weight used at one position, in one group."""
+    return isinstance(one, Outer) and isinstance(two, Outer) and one.positions == two.positions == one.groups == 1
 
 
 def _identity(grads: Gradients) -> tuple[int, ...]:

@@ -50,6 +50,7 @@ class Functional:
         state: Mapping[str, Tensor] | None = None,
         chunk_size: int | None = None,
         precision: Precision = "double",
+        signed: bool = False,
     ) -> Kernel:
         """See `Engine.kernel`.
 
@@ -66,7 +67,8 @@ class Functional:
         rich = richest(reduction, layers)
 
         def attempt(size: int) -> dict[str, Tensor]:
-            return self._blocks(network, blocks(x1, size), None if x2 is None else blocks(x2, size), state, rich, dtype)
+            other = None if x2 is None else blocks(x2, size)
+            return self._blocks(network, blocks(x1, size), other, state, rich, dtype, signed)
 
         theta = backing_off(attempt, chunk, network.device)
         total = torch.stack(list(theta.values())).sum(0)
@@ -82,6 +84,7 @@ class Functional:
         state: Mapping[str, Tensor] | None,
         reduction: Reduction,
         dtype: torch.dtype,
+        signed: bool,
     ) -> dict[str, Tensor]:
         parameters, blocks2 = trained_at(network, state), blocks1 if other is None else other
 
@@ -91,10 +94,11 @@ class Functional:
 
         def cell(i: int, j: int) -> dict[str, Tensor]:
             j1, j2 = jacobian(True, i), jacobian(other is None, j)
-            return {name: contract(j1[name], j2[name], reduction, dtype) for name in parameters}
+            right = {name: j.sign() for name, j in j2.items()} if signed else j2
+            return {name: contract(j1[name], right[name], reduction, dtype) for name in parameters}
 
         sizes = [[batch_size(inputs_of(b)) for b in each] for each in (blocks1, blocks2)]
-        return assemble(sizes[0], None if other is None else sizes[1], cell, lambda _: reduction)
+        return assemble(sizes[0], None if other is None and not signed else sizes[1], cell, lambda _: reduction)
 
     def chunk(self, parameters: Mapping[str, Tensor], n_outputs: int, limit: int) -> int:
         """Probes per block such that two blocks of Jacobians, and as much in passing, fit in the limit."""

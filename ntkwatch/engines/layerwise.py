@@ -16,6 +16,7 @@ from ntkwatch.engines.memory import backing_off, limit_bytes
 from ntkwatch.engines.rehearsal import predict, try_forward
 from ntkwatch.engines.run import WHOLE, Run
 from ntkwatch.engines.separation import Separation, separate_few
+from ntkwatch.engines.signs import SignRun
 from ntkwatch.model import Network, batch_size, inputs_of
 
 _REHEARSED = 32 << 20  # allowed for a kernel: with less, a rehearsal itself would take too much
@@ -41,6 +42,7 @@ class Layerwise:
         state: Mapping[str, Tensor] | None = None,
         chunk_size: int | None = None,
         precision: Precision = "double",
+        signed: bool = False,
     ) -> Kernel:
         """See `Engine.kernel`. Without `chunk_size`, blocks fit in a share of the free memory.
 
@@ -50,7 +52,8 @@ class Layerwise:
         """
         rich, precision = richest(reduction, layers), at_hand(precision, network.device)
         with quiet():
-            run = Run(network, state, rich, precision, self.recipe(network, x1, state), layers)
+            recipe = self.recipe(network, x1, state)
+            run = (SignRun if signed else Run)(network, state, rich, precision, recipe, layers)
             theta = self._backing_off(run, x1, x2, chunk_size)
         total = theta.pop(WHOLE)
         outputs = torch.cat([run.outputs[i] for i in sorted(run.outputs)])

@@ -47,7 +47,7 @@ class Run:
                 row.clear()
                 row[i] = self._capture(blocks1[i])
                 self.outputs[i] = row[i].outputs
-            return self._contract(row[i], row[i] if blocks2 is None and i == j else self._capture(others[j]))
+            return self._contract(row[i], row[i] if others is blocks1 and i == j else self._capture(others[j]))
 
         return assemble(sizes1, sizes2, cell, lambda name: self.reduction if name == WHOLE else str(self.layers))
 

@@ -17,6 +17,7 @@ from ntkwatch.metrics.alignment import (
     target_alignment,
 )
 from ntkwatch.metrics.distance import (
+    asymmetry,
     center,
     centered_distance,
     cka,
@@ -59,6 +60,7 @@ from ntkwatch.metrics.regression import (
     kernel_regression,
     loo_residuals,
 )
+from ntkwatch.metrics.softmax import softmax_centred, softmax_share
 from ntkwatch.metrics.spectrum import (
     condition_number,
     decay_exponent,
@@ -83,6 +85,7 @@ __all__ = [
     "after_kernel_gain",
     "alignment_null_mean",
     "alignment_z",
+    "asymmetry",
     "center",
     "centered_alignment",
     "centered_distance",
@@ -131,6 +134,8 @@ __all__ = [
     "power_k90",
     "relative_change",
     "smallest_eigenvalue",
+    "softmax_centred",
+    "softmax_share",
     "spectral_update",
     "stability_ratio",
     "stable_rank",

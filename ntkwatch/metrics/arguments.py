@@ -14,6 +14,7 @@ _SUBJECT = {
     "k": "the kernel",
     "k0": "the baseline kernel",
     "k_train": "the training kernel",
+    "theta": "the full kernel",
     "y": "the targets",
     "f0": "the outputs",
     "df": "the change of the outputs",

@@ -252,6 +252,23 @@ def directness(kernels: Sequence[Tensor]) -> Tensor:
     return (_angle(kernels[-1], kernels[0]) / length).clamp(max=1)
 
 
+@metric()
+def asymmetry(k: Tensor) -> Tensor:
+    """How far a kernel is from its transpose, as that of an optimizer's step may be.
+
+    Formula: ‖K − Kᵀ‖/‖K‖ (Frobenius)
+    Shape: [n, n], blocks [C, n, n] or full [n, C, n, C] -> []
+    Range: [0, 2], 0 if symmetric, √2 if K and Kᵀ are orthogonal, 2 if K = −Kᵀ; undefined where K is zero or not finite
+    Source: Malladi et al. 2023 (the kernel of sign descent is asymmetric)
+    Pitfalls: above rounding, K has no real spectrum to speak of, and CKA only of its symmetric part
+
+    >>> round(float(asymmetry(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))), 6)
+    1.414214
+    """
+    k = unit(matrices(k))
+    return (k - k.mT).norm()
+
+
 @metric(lambda k, *_, **__: nan(k).repeat(len(k)))
 def per_example_motion(k: Tensor, k0: Tensor) -> Tensor:
     """Which probes the rotation of the kernel is about.

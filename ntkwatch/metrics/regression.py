@@ -13,6 +13,8 @@ from ntkwatch.metrics.arguments import columns, finite, probe_kernel, real, subj
 from ntkwatch.metrics.spectrum import eigensystem
 from ntkwatch.metrics.undefined import Undefined, metric, nan
 
+TIE = 1e-9  # of the largest target: outputs that are closer are one up to rounding
+
 
 def inverse(k: Tensor, ridge: float, floor: float | None, name: str = "k") -> tuple[Tensor, int]:
     """(K + ridge·I)⁺ [n, n], modes at or below the noise floor left out, and how many those are."""
@@ -118,7 +120,7 @@ def after_kernel_gain(k: Tensor, k0: Tensor, y: Tensor, n_train: int, relative_r
     """How much better the kernel after training classifies than the one before it, both held out.
 
     Formula: accuracy(K_t) − accuracy(K_0) of ridge regression from the first n_train probes to the others, with
-        ridge = relative_ridge·tr K/n_train each; classes by argmax over C, by sign for C = 1
+        ridge = relative_ridge·tr K/n_train each; classes by argmax over C, by sign for C = 1, a tie by its share
     Shape: k, k0 [n, n] over training probes followed by held-out ones, y [n, C] -> []
     Range: [−1, 1]; undefined where a kernel is not finite
     Source: Long 2021; Vyas et al. 2022
@@ -140,10 +142,18 @@ def after_kernel_gain(k: Tensor, k0: Tensor, y: Tensor, n_train: int, relative_r
             raise Undefined(f"the trace of {subject(name)} is not positive")
         ridge = relative_ridge * train.trace() / n_train * torch.eye(n_train, dtype=train.dtype, device=train.device)
         guess = held_out @ torch.linalg.solve(train + ridge, target[:n_train])
-        return (_classes(guess) == _classes(target[n_train:])).double().mean()
+        return right_classes(guess, target[n_train:])
 
     return accuracy(k, "k") - accuracy(k0, "k0")
 
 
-def _classes(outputs: Tensor) -> Tensor:
-    return outputs.argmax(1) if outputs.shape[1] > 1 else outputs.sign().flatten()
+def right_classes(guess: Tensor, y: Tensor) -> Tensor:
+    """Share of m guesses [m, C] whose class is that of the targets [m, C], by argmax, by sign for C = 1.
+
+    What ties up to rounding, as where a probe has no kernel with any other, is right by its share of the tied classes.
+    """
+    if y.shape[1] == 1:
+        guess, y = torch.cat([-guess, guess], 1), torch.cat([-y, y], 1)
+    tied = guess >= guess.amax(1, keepdim=True) - TIE * y.abs().max()
+    own = tied.gather(1, y.argmax(1, keepdim=True))[:, 0]
+    return (own.double() / tied.sum(1)).mean()

@@ -12,10 +12,14 @@ ROOT_MODULE = "model"  # how the root module, whose own name is "", is called in
 
 @dataclass(frozen=True, eq=False)
 class Limit:
-    """The kernel [m, m] that a model's first one tends to with width, trace-reduced, on these of the probes, [m]."""
+    """The kernel [m, m] that a model's first one tends to with width, trace-reduced, on these of the probes, [m].
+
+    nngp: the covariance of an output at initialisation, on the same probes; None in records of before it was kept.
+    """
 
     kernel: Tensor
     rows: Tensor
+    nngp: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from ntkwatch.record.format import (
     INDEX,
     LAYER,
     LIMIT,
+    LIMIT_NNGP,
     LIMIT_ROWS,
     MANIFEST,
     SNAPSHOTS,
@@ -115,7 +116,9 @@ class Run:
 
     def _limit(self, step: int) -> Limit | None:
         tensors = self._snapshot(step)
-        return Limit(tensors[LIMIT], tensors[LIMIT_ROWS]) if LIMIT in tensors else None
+        if LIMIT not in tensors:
+            return None
+        return Limit(tensors[LIMIT], tensors[LIMIT_ROWS], tensors.get(LIMIT_NNGP))
 
     def measurement(self, step: int) -> Measurement:
         """The whole measurement of ``step``, as it was appended; RecordError if kernels were not saved."""

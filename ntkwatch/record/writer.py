@@ -15,6 +15,7 @@ from ntkwatch.record.format import (
     INDEX,
     LAYER,
     LIMIT,
+    LIMIT_NNGP,
     LIMIT_ROWS,
     MANIFEST,
     SCHEMA,
@@ -152,6 +153,7 @@ def _tensors(m: Measurement, save_kernels: bool) -> dict[str, Tensor]:
         tensors["kernel"] = m.kernel
         if m.limit is not None:
             tensors |= {LIMIT: m.limit.kernel, LIMIT_ROWS: m.limit.rows}
+            tensors |= {} if m.limit.nngp is None else {LIMIT_NNGP: m.limit.nngp}
         tensors |= {LAYER + name: kernel for name, kernel in m.layers.items()}
     return tensors
 

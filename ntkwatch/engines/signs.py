@@ -1,0 +1,42 @@
+"""The kernel of sign descent, J₁ sign(J₂)ᵀ: not symmetric, and no product of Grams, but still a slab of J at a time.
+
+Signs of an outer product are the outer product of signs, so a weight used at one position keeps its factors; of every
+other parameter the Jacobian has to be added up first, and its slabs are multiplied with their own signs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ntkwatch.engines.base import Reduction
+from ntkwatch.engines.contract import Contractor, is_single
+from ntkwatch.engines.factors import Factor
+from ntkwatch.engines.run import Run
+
+
+@dataclass
+class _Signs(Contractor):
+    """Multiplies with signs on the right; nothing is mirrored."""
+
+    def _by_gram(self, one: Factor, two: Factor) -> bool:
+        return is_single(one, two)
+
+    def _right(self, t: Tensor) -> Tensor:
+        return t.sign()
+
+
+@dataclass
+class SignRun(Run):
+    """A run of J₁ sign(J₂)ᵀ; all pairs of blocks are taken, for K[n, m] is not K[m, n]."""
+
+    def kernels(self, blocks1: list[Any], blocks2: list[Any] | None) -> dict[str, Tensor]:
+        """As of any run; `blocks2` None is the same examples on both sides."""
+        return super().kernels(blocks1, blocks1 if blocks2 is None else blocks2)
+
+    def contractor(self, reduction: Reduction, dtype: torch.dtype, same: bool) -> Contractor:
+        """Of a batch with itself as of any two."""
+        return _Signs(reduction, dtype, False, self.in_blocks)
