@@ -53,14 +53,14 @@ class Follower:
         self._trainer, self._ranks = trainer, ranks
         self._tell, self._failed = end, failed
         self._forecast: LinearForecast | None = forecast
-        self._steps: list[Stepped] = []  # of the optimizer, on this batch
+        self._stepped: Stepped | None = None  # how the optimizer did, on this batch
         self._error: Exception | None = None  # of this rank; the others learn of it at the next step
-        self._hook: Any = None
+        self._hooks: list[Any] = []
         self._saved: dict[str, str] | None = None
 
     # ── batch by batch ────────────────────────────────────────────────────────────────────────────────────────────
     def stepping(self, optimizer: Any) -> None:
-        """The optimizer is about to step. A hook, there for this step alone, sees with what and whether it does."""
+        """The optimizer is about to step. Hooks, there for this step alone, see with what and whether it does."""
         if self._forecast is not None:
             self._try(partial(self._watch, self._forecast, optimizer))
 
@@ -73,38 +73,44 @@ class Follower:
             self._step(self._forecast)
 
     def _watch(self, forecast: LinearForecast, optimizer: Any) -> None:
+        self._unhook()
+        self._once()
         if (reason := forecast.lost(optimizer)) is not None:
             raise ValueError(reason)
         before = forecast.rates()
-        note = lambda *_: self._try(lambda: self._steps.append(forecast.stepped(before)))  # noqa: E731
-        self._unhook()
-        self._hook = optimizer.register_step_post_hook(note)
+
+        def after(*_: Any) -> None:  # of a class that steps by its parent's step as well: the last call is the whole's
+            self._try(lambda: setattr(self, "_stepped", forecast.stepped(before)))
+
+        again = optimizer.register_step_pre_hook(lambda *_: self._try(self._once))
+        self._hooks = [again, optimizer.register_step_post_hook(after)]
+
+    def _once(self) -> None:
+        if self._stepped is not None:
+            raise ValueError("the optimizer stepped more than once on one batch")
 
     def _unhook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def _step(self, forecast: LinearForecast) -> None:
         """What all ranks have, in one collective; then all step, or none does."""
-        steps, self._steps = self._steps, []
-        if len(steps) > 1 and self._error is None:
-            self._error = ValueError(f"the optimizer stepped {len(steps)} times on one batch")
-        ok = self._error is None
+        stepped, self._stepped = self._stepped, None
+        ok, count = self._error is None, int(stepped is not None)
         try:
-            joined = self._ranks.join(forecast.gradients, forecast.parameters, ok=ok, count=len(steps))
+            joined = self._ranks.join(forecast.gradients, forecast.parameters, ok=ok, count=count)
         except RanksError as error:
             self._over(self._error or error)
             return
         if joined.failed:
             where = ", ".join(map(str, joined.failed))
             self._over(self._error or RuntimeError(f"it failed on rank {where}, whose log says why"))
-        elif joined.count == 0:
+        elif stepped is None and joined.count == 0:
             forecast.discard()  # the run's optimizer was skipped: by a gradient scaler, or by the module
-        elif joined.count != self._ranks.size:
+        elif stepped is None or joined.count != self._ranks.size:
             self._over(ValueError(f"the optimizer stepped on {joined.count} of {self._ranks.size} ranks"))
         else:
-            self._try(partial(self._apply, forecast, joined.gradients, steps[0]))
+            self._try(partial(self._apply, forecast, joined.gradients, stepped))
 
     def _apply(self, forecast: LinearForecast, gradients: Mapping[str, Tensor | None], stepped: Stepped) -> None:
         self._saved = None
@@ -232,5 +238,7 @@ def _made(trainer: Any, module: Any, settings: Settings, begun: Begun) -> Linear
     try:
         with true_precision(trainer):
             return LinearForecast(*args, targets=targets, start=start, resumed=resumed)
-    except Exception as error:  # the user's loss, outputs and optimizer are called
+    except ValueError as error:
         return str(error)
+    except Exception as error:  # the user's loss, outputs and optimizer are called
+        return f"the forecast could not be made ({type(error).__name__}: {error})"

@@ -92,7 +92,7 @@ class LinearForecast:
         if resumed is None and self._rule.has_stepped:
             raise ValueError("the optimizer has stepped already: make the forecast before training, at θ_0")
         self.gradient_error: float | None = None
-        self._steps = 0
+        self._steps = 0  # on gradients: what skipped batches make moves nothing
         self._left = self.weights()
         if resumed is not None:
             self._restore(resumed)
@@ -120,12 +120,12 @@ class LinearForecast:
         stepped: how the run's optimizer did; None: with the rates of now, to the weights of now.
         clip: what the run did to its gradients' size, on the linear model's parameters in place.
         """
-        how = stepped or self.stepped(self.rates())
+        how, moves = stepped or self.stepped(self.rates()), any(g is not None for g in self.gradients.values())
         with leave_no_trace(self.network.module):
             self._rule.step(how.rates, how.after, clip)
-        if self._steps == 0:
+        if self._steps == 0 and moves:
             self._compare_gradients()
-        self._steps += 1
+        self._steps += moves
         self._left = how.weights
         self.discard()
 

@@ -59,7 +59,7 @@ def why_missing(watcher: Any, rank: int) -> str | None:
     run = load_run(watcher.record)
     good = len(run.steps) >= 2 and all(real_kernel(run.kernel(step)) for step in run.steps)
     lazy = run.metrics.get("loss_if_lazy")
-    if lazy is not None and not lazy.notna().all() and "optimizer" not in run.reasons[run.steps[-1]]["loss_if_lazy"]:
+    if lazy is not None and not lazy.notna().all() and "optimiz" not in run.reasons[run.steps[-1]]["loss_if_lazy"]:
         return f"no forecast: {run.reasons[run.steps[-1]]}"
     return None if good else f"the record holds the steps {run.steps}"
 
