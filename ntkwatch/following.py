@@ -25,10 +25,10 @@ from ntkwatch.trainer import log, true_precision, warn
 
 FOLDER = "forecasts"
 NOT_NAMED = (
-    "the forecast costs about two training steps for each of the run's: ask for it by name, as in "
+    "the forecast costs two to three training steps for each of the run's: ask for it by name, as in "
     "diagnostics=['full', 'loss_if_lazy', 'forecast_error']"
 )
-SAID = "the linear forecast adds about two training steps to each of the run's: in ntk/overhead, outside budget="
+SAID = "the linear forecast adds two to three training steps to each of the run's: in ntk/overhead, outside budget="
 NOT_SAVED = "the forecast is not in the checkpoint, and it needs every batch since the baseline"
 OTHER_WEIGHTS = "the weights are not those that the checkpoint's forecast was saved beside"
 
@@ -71,6 +71,8 @@ class Follower:
             self._try(partial(self._forecast.add, batch, 1 / self._trainer.accumulate_grad_batches))
         if self._forecast is not None and stepped:
             self._step(self._forecast)
+        if self._forecast is not None and self._error is not None and self._ranks.size == 1:
+            self._over(self._error)  # alone there is nobody to wait for
 
     def _watch(self, forecast: LinearForecast, optimizer: Any) -> None:
         self._unhook()
@@ -118,7 +120,7 @@ class Follower:
         forecast.apply(stepped, clipping(self._trainer))
 
     def _try(self, work: Callable[[], Any]) -> None:
-        """Whatever the linear model meets, the run goes on. The other ranks are told when they next step."""
+        """Whatever the linear model meets, the run goes on, maybe inside its optimizer's step: `batch` ends the forecast."""
         if self._error is not None:
             return
         try:
@@ -126,8 +128,6 @@ class Follower:
         except Exception as error:
             self._error = error
             self._say(error)
-        if self._error is not None and self._ranks.size == 1:
-            self._over(self._error)
 
     def _over(self, error: Exception) -> None:
         self._say(error)

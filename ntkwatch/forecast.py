@@ -45,8 +45,9 @@ class LinearForecast:
             forecast.step(batch)
         monitor.forecast = forecast                            # gives loss_if_lazy and forecast_error
 
-    A step costs a forward-mode product and a backward pass at θ_0, about two training steps; memory is three copies of
-    the parameters and one of the optimizer's state. Network and loss are taken in evaluation mode at the BatchNorm
+    A step costs a forward-mode product, a forward and a backward pass at θ_0: two to three training steps
+    (`python -m tests.bench.forecast` prints the ratio); memory is three copies of the parameters and one of the
+    optimizer's state. Network and loss are taken in evaluation mode at the BatchNorm
     statistics of the start, so a run with dropout or BatchNorm also differs from its forecast by those:
     `gradient_error` says by how much at the first step. Inside a Trainer, `NTKWatch` does all this where
     `loss_if_lazy` or `forecast_error` is among its diagnostics by name.

@@ -261,27 +261,41 @@ def test_the_full_preset_does_not_train_a_second_model_silently(tmp_path: Path) 
     assert watch.last.metrics["effective_rank"] is not None
 
 
+@pytest.mark.parametrize("method", ["add", "apply", "stepped", "rates", "weights"])
 @pytest.mark.parametrize("on_error", ["warn", "raise"])
 def test_a_forecast_that_fails_ends_with_a_reason_and_the_run_goes_on(
-    on_error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    on_error: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Wherever it fails, also inside the optimizer's own step, whose hooks must not be touched there."""
     from ntkwatch.forecast import LinearForecast
 
-    def failing(self: LinearForecast, *args: Any, **kwargs: Any) -> float:
+    inner, calls = getattr(LinearForecast, method), iter(range(1000))
+
+    def failing(self: LinearForecast, *args: Any, **kwargs: Any) -> Any:
+        if next(calls) < 3:
+            return inner(self, *args, **kwargs)
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(LinearForecast, "add", failing)
-    watch = NTKWatch(probes="train", budget=None, every=1, diagnostics=LAZY, on_error=on_error)
+    monkeypatch.setattr(LinearForecast, method, failing)
+    watch = NTKWatch(probes="train", budget=None, every=[0, 5], diagnostics=LAZY, on_error=on_error)
     run = trainer(tmp_path, watch, max_steps=5)
+    module = Linear(sgd)
+    start = {name: value.clone() for name, value in module.state_dict().items()}
     if on_error == "raise":
         with pytest.raises(RuntimeError, match="no such kernel"):
-            run.fit(Linear(sgd), data())
+            run.fit(module, data())
         return
     with pytest.warns(UserWarning, match="the linear forecast failed"):
-        run.fit(Linear(sgd), data())
+        run.fit(module, data())
     assert run.global_step == 5
     assert "RuntimeError: no such kernel" in watch.last.reasons["forecast_error"]
     assert watch.last.metrics["kernel_angle"] is not None
+    plain = Linear(sgd)
+    plain.load_state_dict(start)
+    trainer(tmp_path, max_steps=5).fit(plain, data())
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
+    for hooks in (run.optimizers[0]._optimizer_step_pre_hooks, run.optimizers[0]._optimizer_step_post_hooks):
+        assert not hooks
 
 
 def test_another_loss_than_the_runs_is_seen_at_the_first_step(tmp_path: Path) -> None:

@@ -748,7 +748,7 @@ def test_the_writers_of_these_tests_write_what_the_readers_expect(tmp_path: Path
 
 
 def some(value: float, size: int = 1000) -> dict[str, Tensor]:
-    return {"theta/net.0.weight": torch.full((size,), value), "steps": torch.tensor(3)}
+    return {"theta/net.0.weight": torch.full((size,), float(value)), "steps": torch.tensor(3)}
 
 
 def test_a_shelf_gives_back_every_branch_of_a_run(tmp_path: Path) -> None:
