@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")  # one process, or gradients averaged over several
 OWN = ("configure_gradient_clipping", "clip_gradients", "optimizer_zero_grad")  # what a module may do in its own way
 
@@ -25,7 +26,7 @@ def why_not(trainer: Any, module: Any) -> str | None:
 
 def _strategy(strategy: Any) -> str | None:
     """Told by name: a class of the user's counts as what it is made from."""
-    kinds = [kind.__name__ for kind in type(strategy).__mro__ if "lightning" in kind.__module__.partition(".")[0]]
+    kinds = [kind.__name__ for kind in type(strategy).__mro__ if kind.__module__.partition(".")[0] in LIGHTNING]
     if not kinds or kinds[0] not in STRATEGIES:
         return f"the forecast follows one device or DDP and this run's strategy is {type(strategy).__name__}"
     if getattr(strategy, "_ddp_comm_hook", None) is not None:

@@ -120,7 +120,7 @@ class Follower:
         forecast.apply(stepped, clipping(self._trainer))
 
     def _try(self, work: Callable[[], Any]) -> None:
-        """Whatever the linear model meets, the run goes on, maybe inside its optimizer's step: `batch` ends the forecast."""
+        """Whatever the linear model meets, the run goes on; `batch` ends the forecast, outside the optimizer's step."""
         if self._error is not None:
             return
         try:
@@ -176,7 +176,6 @@ def follow(
     Args:
         session: rank 0's; None elsewhere.
         earlier: the callback's state, where the session has just resumed it.
-
         failures: are told of what goes wrong later; they switch off where a rank does not come.
     """
 

@@ -298,6 +298,35 @@ def test_a_forecast_that_fails_ends_with_a_reason_and_the_run_goes_on(
         assert not hooks
 
 
+def test_a_rank_that_does_not_come_ends_the_forecast_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ntkwatch.distributed import Ranks, RanksError
+
+    def absent(self: Ranks, *args: Any, **kwargs: Any) -> None:
+        raise RanksError("rank 0 waited to add up gradients with 2 ranks and one did not come within 300 s")
+
+    monkeypatch.setattr(Ranks, "join", absent)
+    watch = NTKWatch(probes="train", budget=None, every=[0, 4], diagnostics=LAZY)
+    run = trainer(tmp_path, watch, max_steps=4)
+    run.fit(Linear(sgd), data())
+    assert run.global_step == 4
+    assert "one did not come within 300 s" in watch.last.reasons["loss_if_lazy"]
+
+
+def test_a_second_fit_has_a_forecast_of_its_own(tmp_path: Path) -> None:
+    module = Deep(lambda m: sgd(m, momentum=0.9))
+    errors = []
+    for _ in range(2):
+        watch = NTKWatch(probes="train", budget=None, every=[0, 1, 5], diagnostics=LAZY, on_error="raise")
+        trainer(tmp_path, watch, max_epochs=1, max_steps=-1).fit(module, data())
+        metrics = load_run(watch.record).metrics
+        assert metrics["loss_if_lazy"].iloc[0] == pytest.approx(metrics["loss"].iloc[0]), "from its own start"
+        errors.append(metrics["forecast_error"].iloc[-1])
+        assert metrics["forecast_start_error"].iloc[-1] < 1e-9
+    assert errors[0] != errors[1]
+
+
 def test_another_loss_than_the_runs_is_seen_at_the_first_step(tmp_path: Path) -> None:
     watch = NTKWatch(probes="train", budget=None, every=[0, 2], diagnostics=LAZY)
     trainer(tmp_path, watch, max_steps=2).fit(Unlabelled(sgd), data())
