@@ -155,6 +155,10 @@ class NTKWatch(Callback):
         self._begun = True
         self._together(trainer, "settling the baseline", partial(self._begin, trainer, pl_module, batch), start=True)
         self._continued = self._share(self._continued, False)
+        if self._failures.off is None:
+            earlier = self._restored if self._continued else None
+            fit = (trainer, pl_module, self._session, self._settings, earlier)
+            self._follower = follow(*fit, self._ranks, self._failures)
         if self._failures.off is None and not self._continued:
             if self._restored is None:
                 self._candidate()
@@ -163,9 +167,9 @@ class NTKWatch(Callback):
             self._session.tell_unfollowed()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """The learning rates of this step, for the linear forecast: a scheduler changes them before the batch ends."""
+        """For the linear forecast: a scheduler changes the learning rates of this step before the batch ends."""
         if self._follower is not None:
-            self._follower.stepping()
+            self._follower.stepping(optimizer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count optimizer-stepping batches; measure where the schedule says so."""
@@ -197,10 +201,12 @@ class NTKWatch(Callback):
             self._hide_columns = None  # a closure: the callback stays picklable
         if self._session is not None:
             self._failures.quietly("closing the loggers", self._session.finish)
-            self._carried = self._state(
-                self._session
-            )  # `trainer.save_checkpoint` after the fit still resumes the record
-            self._session = self._follower = None
+            # `trainer.save_checkpoint` after the fit still resumes the record
+            self._carried = self._state(self._session)
+            self._session = None
+        if self._follower is not None:
+            self._follower.close()
+            self._follower = None
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only, under 1 MB."""
@@ -272,8 +278,6 @@ class NTKWatch(Callback):
             self._continued = self._continue(self._session)
             if not self._continued:
                 self._session.begin([trainer.precision_plugin.convert_input(batch)])
-            earlier = self._restored if self._continued else None
-            self._follower = follow(trainer, pl_module, self._session, self._settings, earlier, self._failures.beside)
         for line in self._session.introduction():
             log.info(f"NTKWatch: {line}")
         self.record = self._session.record

@@ -25,7 +25,7 @@ from ntkwatch.statistics import running_statistics
 ALGEBRA = 4.5e10  # operations per second, in the units of Price: measured on one core, on 640 × 640
 FORECAST = (
     "the linear forecast takes a forward-mode product, a forward and a backward pass of every training batch besides, "
-    "about two training steps a step"
+    "two to three training steps a step"
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,6 +19,15 @@ T = TypeVar("T")
 
 class RanksError(RuntimeError):
     """A rank did not answer in time, or what rank 0 had to say cannot be sent; training's own groups are untouched."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What all ranks had: the mean of their gradients by name, who failed, and the sum of their counts."""
+
+    gradients: dict[str, Tensor | None]
+    failed: tuple[int, ...]
+    count: int
 
 
 class Ranks:
@@ -68,6 +77,38 @@ class Ranks:
             raise RanksError(f"rank 0 cannot send its {said}; send primitives, dicts and tensors")
         return value if self.first() else pickle.loads(payload)  # from rank 0 of this very run
 
+    def join(
+        self, gradients: Mapping[str, Tensor | None], like: Mapping[str, Tensor], *, ok: bool, count: int
+    ) -> Joined:
+        """One all-reduce: the mean of gradients over all ranks, as DDP takes it, and what each had to say beside.
+
+        A gradient that no rank has stays None; one that some have counts as zero on the others. What a rank that is not
+        ok brings is left out, but it must come: raises RanksError on every rank if one does not come in time.
+
+        Args:
+            like: a tensor of each gradient's shape and type, by name; the same on every rank.
+            ok, count: this rank's own.
+        """
+        if self.size == 1:
+            return Joined(dict(gradients), () if ok else (0,), count)
+        given = {name: gradients.get(name) if ok else None for name in like}
+        wide = any(tensor.dtype == torch.float64 for tensor in like.values())
+        said = [float(g is not None) for g in given.values()] + [float(count)]
+        said += [float(ok or rank != self.rank) for rank in range(self.size)]
+        parts = [
+            torch.zeros(p.numel(), device="cpu") if (g := given[name]) is None else _flat(g) for name, p in like.items()
+        ]
+        dtype = torch.float64 if wide else torch.float32
+        whole = torch.cat([part.to("cpu", dtype) for part in [*parts, torch.tensor(said, device="cpu")]])
+        self._together("add up gradients", lambda group: dist.all_reduce(whole, group=group))
+        *sums, said_together = whole.split([*(p.numel() for p in like.values()), len(said)])
+        has, (total, *votes) = said_together[: len(like)], said_together[len(like) :].tolist()
+        means = {
+            name: (s / self.size).reshape(p.shape).to(p) if h else None
+            for (name, p), s, h in zip(like.items(), sums, has.tolist(), strict=True)
+        }
+        return Joined(means, tuple(r for r, vote in enumerate(votes) if round(vote) < self.size), round(total))
+
     def _together(self, what: str, collective: Callable[[Any], Any]) -> None:
         own = _own_group(self.timeout)
         if own.broken is not None:
@@ -101,6 +142,10 @@ def _own_group(timeout: float) -> _Own:
     if own is None or own.world() is not dist.group.WORLD:
         own = _groups[timeout] = _Own(weakref.ref(dist.group.WORLD))
     return own
+
+
+def _flat(gradient: Tensor) -> Tensor:
+    return (gradient.to_dense() if gradient.layout != torch.strided else gradient).detach().reshape(-1)
 
 
 def _packed(value: Any) -> tuple[str | None, bytes]:

@@ -1,174 +1,243 @@
-"""Following a Trainer's run for the linear forecast: every batch, at the rates that its optimizer stepped with."""
+"""Following a Trainer's run for the linear forecast: every batch of every rank, at its optimizer's rates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ntkwatch.baseline import NO_THETA_0
 from ntkwatch.diagnostics import names_forecast
-from ntkwatch.forecast import LinearForecast, Rates
+from ntkwatch.distributed import Ranks, RanksError
+from ntkwatch.failures import Failures
+from ntkwatch.followable import clipping, why_not
+from ntkwatch.forecast import LinearForecast, Stepped
+from ntkwatch.model import Network
 from ntkwatch.monitor import Monitor
 from ntkwatch.opening import Settings
-from ntkwatch.record import RecordError, load_tensors, save_tensors
+from ntkwatch.probes import content_hash
+from ntkwatch.record import RecordError, Shelf
 from ntkwatch.session import Session
-from ntkwatch.trainer import log, warn
+from ntkwatch.trainer import log, true_precision, warn
 
-FILE = "forecast"
+FOLDER = "forecasts"
 NOT_NAMED = (
-    "the forecast costs about two training steps for each of the run's: ask for it by name, as in "
+    "the forecast costs two to three training steps for each of the run's: ask for it by name, as in "
     "diagnostics=['full', 'loss_if_lazy', 'forecast_error']"
 )
-SAID = "the linear forecast adds about two training steps to each of the run's: in ntk/overhead, outside budget="
+SAID = "the linear forecast adds two to three training steps to each of the run's: in ntk/overhead, outside budget="
+NOT_SAVED = "the forecast is not in the checkpoint, and it needs every batch since the baseline"
+OTHER_WEIGHTS = "the weights are not those that the checkpoint's forecast was saved beside"
 
 
 class Follower:
-    """Gives a monitor its linear forecast and feeds it; what cannot be followed makes the forecast's numbers undefined.
+    """Feeds a linear forecast on one rank of a fit; what cannot be followed ends it on all of them, with a reason.
 
-    Call `stepping` before the optimizer steps and `batch` after each training batch. An error ends the forecast with a
-    reason and is handed to `failed`, with what failed.
-
-    Args:
-        trainer, module: of a Lightning fit, at θ_0 or where the checkpoint of `resumed` was written.
-        monitor: started, or restored; its forecast is set.
-        targets: callable (batch) -> targets, where they are not the batch's own.
-        resumed: what `state` returned.
-        folder: of the record that `resumed` is kept in.
+    Call `stepping` before the optimizer steps and `batch` after each training batch, on every rank: each optimizer step
+    is one all-reduce of the ranks' gradients and of what went wrong on them, so that all end or none. An error is
+    handed to `failed`, with what failed, and to `end`, in words.
     """
 
     def __init__(
         self,
         trainer: Any,
-        module: Any,
-        monitor: Monitor,
+        forecast: LinearForecast,
+        ranks: Ranks,
         *,
-        targets: Callable[[Any], Tensor] | None = None,
-        resumed: Mapping[str, Any] | None = None,
-        folder: Path | None = None,
+        end: Callable[[str], None],
         failed: Callable[[str, Exception], None],
     ) -> None:
-        self._trainer, self._monitor, self._failed = trainer, monitor, failed
-        self._rates: list[Rates] = []
-        self._forecast: LinearForecast | None = None
-        if (reason := why_not(trainer, module)) is not None:
-            self._end(reason)
-            return
-        try:
-            self._forecast = monitor.forecast = _forecast(trainer.optimizers[0], monitor, targets, resumed, folder)
-        except (ValueError, RecordError) as error:
-            self._end(str(error))
+        self._trainer, self._ranks = trainer, ranks
+        self._tell, self._failed = end, failed
+        self._forecast: LinearForecast | None = forecast
+        self._stepped: Stepped | None = None  # how the optimizer did, on this batch
+        self._error: Exception | None = None  # of this rank; the others learn of it at the next step
+        self._hooks: list[Any] = []
+        self._saved: dict[str, str] | None = None
 
-    def stepping(self) -> None:
-        """The optimizer is about to step: the rates that it steps with, before a scheduler changes them."""
+    # ── batch by batch ────────────────────────────────────────────────────────────────────────────────────────────
+    def stepping(self, optimizer: Any) -> None:
+        """The optimizer is about to step. Hooks, there for this step alone, see with what and whether it does."""
         if self._forecast is not None:
-            self._rates.append(self._forecast.rates())
+            self._try(partial(self._watch, self._forecast, optimizer))
 
     def batch(self, batch: Any, outputs: Any, stepped: bool) -> None:
         """The run is done with a batch. outputs: what training_step returned, empty for a batch that it skipped."""
-        if self._forecast is None:
+        self._unhook()
+        if self._forecast is not None and outputs is not None and outputs != {}:
+            self._try(partial(self._forecast.add, batch, 1 / self._trainer.accumulate_grad_batches))
+        if self._forecast is not None and stepped:
+            self._step(self._forecast)
+        if self._forecast is not None and self._error is not None and self._ranks.size == 1:
+            self._over(self._error)  # alone there is nobody to wait for
+
+    def _watch(self, forecast: LinearForecast, optimizer: Any) -> None:
+        self._unhook()
+        self._once()
+        if (reason := forecast.lost(optimizer)) is not None:
+            raise ValueError(reason)
+        before = forecast.rates()
+
+        def after(*_: Any) -> None:  # of a class that steps by its parent's step as well: the last call is the whole's
+            self._try(lambda: setattr(self, "_stepped", forecast.stepped(before)))
+
+        again = optimizer.register_step_pre_hook(lambda *_: self._try(self._once))
+        self._hooks = [again, optimizer.register_step_post_hook(after)]
+
+    def _once(self) -> None:
+        if self._stepped is not None:
+            raise ValueError("the optimizer stepped more than once on one batch")
+
+    def _unhook(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _step(self, forecast: LinearForecast) -> None:
+        """What all ranks have, in one collective; then all step, or none does."""
+        stepped, self._stepped = self._stepped, None
+        ok, count = self._error is None, int(stepped is not None)
+        try:
+            joined = self._ranks.join(forecast.gradients, forecast.parameters, ok=ok, count=count)
+        except RanksError as error:
+            self._over(self._error or error)
+            return
+        if joined.failed:
+            where = ", ".join(map(str, joined.failed))
+            self._over(self._error or RuntimeError(f"it failed on rank {where}, whose log says why"))
+        elif stepped is None and joined.count == 0:
+            forecast.discard()  # the run's optimizer was skipped: by a gradient scaler, or by the module
+        elif stepped is None or joined.count != self._ranks.size:
+            self._over(ValueError(f"the optimizer stepped on {joined.count} of {self._ranks.size} ranks"))
+        else:
+            self._try(partial(self._apply, forecast, joined.gradients, stepped))
+
+    def _apply(self, forecast: LinearForecast, gradients: Mapping[str, Tensor | None], stepped: Stepped) -> None:
+        self._saved = None
+        forecast.gradients = dict(gradients)
+        forecast.apply(stepped, clipping(self._trainer))
+
+    def _try(self, work: Callable[[], Any]) -> None:
+        """Whatever the linear model meets, the run goes on; `batch` ends the forecast, outside the optimizer's step."""
+        if self._error is not None:
             return
         try:
-            if outputs is not None and outputs != {}:
-                self._forecast.add(batch, 1 / self._trainer.accumulate_grad_batches)
-            if stepped:
-                self._step()
-        except Exception as error:  # whatever the linear model meets, the run goes on
-            self._end(f"the forecast ended at step {self._trainer.global_step} ({type(error).__name__}: {error})")
-            self._failed("the linear forecast", error)
+            work()
+        except Exception as error:
+            self._error = error
+            self._say(error)
 
-    def _step(self) -> None:
-        assert self._forecast is not None
-        rates, self._rates = self._rates, []
-        if len(rates) != 1:
-            raise ValueError(f"the optimizer stepped {len(rates)} times on one batch")
-        self._forecast.apply(rates[0], clipping(self._trainer))
+    def _over(self, error: Exception) -> None:
+        self._say(error)
+        self.close()
+        self._failed("the linear forecast", error)
 
+    def _say(self, error: Exception) -> None:
+        self._tell(f"the forecast ended at step {self._trainer.global_step} ({type(error).__name__}: {error})")
+
+    def close(self) -> None:
+        """Follow no longer."""
+        self._unhook()
+        self._forecast = None
+
+    # ── checkpoints ───────────────────────────────────────────────────────────────────────────────────────────────
     def state(self, folder: Path | None) -> dict[str, str] | None:
-        """For a checkpoint; the tensors go beside the record, where the newest checkpoint's replace the others'."""
-        if self._forecast is None or folder is None:
+        """For a checkpoint: a name and checksums; the tensors go on a shelf beside the record in `folder`."""
+        forecast = self._forecast
+        if forecast is None or self._error is not None or folder is None:
             return None
         try:
-            return {"sha256": save_tensors(folder, FILE, self._forecast.tensors())}
-        except OSError as error:
+            if forecast.moved() is not None:  # in the middle of a batch, say
+                return None
+            if self._saved is None:
+                kept = Shelf(folder / FOLDER).put(self._trainer.global_step, forecast.tensors())
+                self._saved = kept | {"weights": content_hash(forecast.network.parameters)}
+            return self._saved
+        except Exception as error:  # a checkpoint is the run's, and saved whatever becomes of the forecast
             warn(f"the forecast is not in the checkpoint ({type(error).__name__}: {error})")
             return None
-
-    def _end(self, reason: str) -> None:
-        self._forecast, self._monitor.forecast = None, reason
 
 
 def follow(
     trainer: Any,
     module: Any,
-    session: Session,
+    session: Session | None,
     settings: Settings,
     earlier: Mapping[str, Any] | None,
-    failed: Callable[[str, Exception], None],
+    ranks: Ranks,
+    failures: Failures,
 ) -> Follower | None:
-    """A follower where a diagnostic that needs one was asked for by name; else the monitor is told why there is none.
+    """A follower on every rank where a diagnostic that needs one was asked for by name; else rank 0's monitor is told.
 
-    earlier: the callback's state, where the session has just resumed it.
+    Call it on every rank, at θ_0 or where the checkpoint of `earlier` was written.
+
+    Args:
+        session: rank 0's; None elsewhere.
+        earlier: the callback's state, where the session has just resumed it.
+        failures: are told of what goes wrong later; they switch off where a rank does not come.
     """
+
+    def end(reason: str) -> None:
+        if session is not None:
+            session.monitor.forecast = reason
+
     if not names_forecast(settings.monitor["diagnostics"]):
-        session.monitor.forecast = NOT_NAMED
+        end(NOT_NAMED)
         return None
-    log.info(f"NTKWatch: {SAID}")
-    return Follower(
-        trainer,
-        module,
-        session.monitor,
-        targets=settings.targets if callable(settings.targets) else None,
-        resumed=((earlier or {}).get("session") or {}).get("forecast"),
-        folder=session.record,
-        failed=failed,
-    )
-
-
-def why_not(trainer: Any, module: Any) -> str | None:
-    """Why the batches of this fit do not make a linear model's steps, None where they do."""
-    if trainer.world_size > 1:
-        return f"the forecast follows the batches of one process and this run has {trainer.world_size}"
-    if not module.automatic_optimization:
-        return "the forecast cannot tell which batches make a step under manual optimization"
-    if len(trainer.optimizers) != 1:
-        return f"the forecast follows one optimizer and this run has {len(trainer.optimizers)}"
-    own = next(c for c in type(module).__mro__ if "configure_gradient_clipping" in vars(c))
-    if own.__name__ not in ("LightningModule", "_Scaled"):  # an output-scale twin clips only where the trainer does
-        return f"the forecast cannot follow {own.__name__}.configure_gradient_clipping"
-    if own.__name__ == "_Scaled" and trainer.gradient_clip_val:
-        return "the forecast cannot follow the clipping of an output-scale twin"
-    return None
-
-
-def clipping(trainer: Any) -> Callable[[Sequence[Tensor]], None] | None:
-    """The trainer's own clipping of gradients as a function of parameters, None where it clips nothing."""
-    value = trainer.gradient_clip_val
-    if not value:
+    if ranks.first():
+        log.info(f"NTKWatch: {SAID}")
+    try:
+        begun = ranks.broadcast(_begun(session, earlier) if session is not None else NOT_SAVED)
+        forecast = begun if isinstance(begun, str) else _made(trainer, module, settings, begun)
+        lacking = ranks.failed(not isinstance(forecast, str))
+    except RanksError as error:
+        failures.switch_off(f"the ranks do not answer each other ({error})")
         return None
-    by_value = str(getattr(trainer.gradient_clip_algorithm, "value", trainer.gradient_clip_algorithm)) == "value"
-    clip: Any = torch.nn.utils.clip_grad_value_ if by_value else torch.nn.utils.clip_grad_norm_
-    return lambda parameters: clip(parameters, value)
+    if isinstance(forecast, str) or lacking:
+        end(forecast if isinstance(forecast, str) else f"the forecast could not be made on rank {lacking[0]}")
+        return None
+    if session is not None:
+        session.monitor.forecast = forecast
+    return Follower(trainer, forecast, ranks, end=end, failed=failures.beside)
 
 
-def _forecast(
-    optimizer: torch.optim.Optimizer,
-    monitor: Monitor,
-    targets: Callable[[Any], Tensor] | None,
-    resumed: Mapping[str, Any] | None,
-    folder: Path | None,
-) -> LinearForecast:
-    network, base = monitor.network, monitor.baseline
-    start: Mapping[str, Tensor] | None = {**network.parameters, **monitor.statistics}
-    tensors = None
-    if base is not None:
-        if not resumed or folder is None:
-            raise ValueError("the forecast is not in the checkpoint, and it needs every batch since the baseline")
-        start, tensors = base.state(network.device), load_tensors(folder, FILE, resumed["sha256"])
+Begun = tuple[dict[str, Tensor], dict[str, Tensor] | None, str | None]
+
+
+def _begun(session: Session, earlier: Mapping[str, Any] | None) -> Begun | str:
+    """Where the linear model starts, or why that is not known: θ_0 and statistics, what it has become since, and the
+    hash of the run's weights when it had."""
+    monitor: Monitor = session.monitor
+    if monitor.baseline is None:
+        return dict(monitor.statistics), None, None  # θ_0 is what every rank has
+    start = monitor.baseline.state(monitor.network.device)
+    kept = ((earlier or {}).get("session") or {}).get("forecast")
     if start is None:
-        raise ValueError(NO_THETA_0)
-    loss = None if isinstance(monitor.loss, str) else monitor.loss
-    return LinearForecast(network, optimizer, loss, targets=targets, start=start, resumed=tensors)
+        return NO_THETA_0
+    if not kept or session.record is None:
+        return NOT_SAVED
+    try:
+        return start, Shelf(session.record / FOLDER).get(kept), kept["weights"]
+    except (RecordError, KeyError, TypeError) as error:
+        return str(error)
+
+
+def _made(trainer: Any, module: Any, settings: Settings, begun: Begun) -> LinearForecast | str:
+    """This rank's forecast, or why it has none."""
+    if (reason := why_not(trainer, module)) is not None:
+        return reason
+    start, resumed, weights = begun
+    targets = settings.targets if callable(settings.targets) else None
+    network = Network(module, settings.monitor["outputs"])
+    if weights is not None and content_hash(network.parameters) != weights:
+        return OTHER_WEIGHTS
+    args: Any = (network, trainer.optimizers[0], settings.monitor["loss"])
+    try:
+        with true_precision(trainer):
+            return LinearForecast(*args, targets=targets, start=start, resumed=resumed)
+    except ValueError as error:
+        return str(error)
+    except Exception as error:  # the user's loss, outputs and optimizer are called
+        return f"the forecast could not be made ({type(error).__name__}: {error})"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +13,23 @@ from ntkwatch.engines.tangent import jvp
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.losses import LossAt, LossFn, loss_of
 from ntkwatch.model import Network, targets_of, to_device
+from ntkwatch.shadow import Clip, Rates, Shadow
 from ntkwatch.statistics import running_statistics
 
 NO_FORECAST = "the forecast needs every training batch: set monitor.forecast = LinearForecast(...) and step it"
-Rates = list[dict[str, Any]]  # the settings of an optimizer's parameter groups, without the parameters
+MOVED = (
+    "the weights are not those that the optimizer left: something else averaged, swapped or changed them, and the "
+    "forecast is of the optimizer's steps alone"
+)
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """One step of the run's optimizer: the rates it had before and after, and the weights that it left."""
+
+    rates: Rates
+    after: Rates
+    weights: Tensor
 
 
 class LinearForecast:
@@ -32,15 +45,16 @@ class LinearForecast:
             forecast.step(batch)
         monitor.forecast = forecast                            # gives loss_if_lazy and forecast_error
 
-    A step costs a forward-mode product and a backward pass at θ_0, about two training steps; memory is three copies of
-    the parameters and one of the optimizer's state. Network and loss are taken in evaluation mode at the BatchNorm
+    A step costs a forward-mode product, a forward and a backward pass at θ_0: two to three training steps
+    (`python -m tests.bench.forecast` prints the ratio); memory is three copies of the parameters and one of the
+    optimizer's state. Network and loss are taken in evaluation mode at the BatchNorm
     statistics of the start, so a run with dropout or BatchNorm also differs from its forecast by those:
     `gradient_error` says by how much at the first step. Inside a Trainer, `NTKWatch` does all this where
     `loss_if_lazy` or `forecast_error` is among its diagnostics by name.
 
     Args:
         model: the module at θ_0, or a Network of it.
-        optimizer: the run's own, before its first step; any torch optimizer whose `step` needs no closure.
+        optimizer: the run's own, before its first step; any torch optimizer that `Shadow` can copy.
         loss: callable (outputs, targets) -> mean loss; None takes the module's `ntk_loss`.
         outputs: callable (model, batch) -> [n, C], where the model's own output is something else.
         targets: callable (batch) -> targets, where they are not the batch's own.
@@ -52,7 +66,8 @@ class LinearForecast:
             run's `.grad` were gone by then.
 
     Raises:
-        ValueError: no loss, or an optimizer that cannot be copied or has stepped already.
+        ValueError: no loss, or an optimizer that cannot be copied or has stepped already; in `apply`, where the run's
+            optimizer is no longer the same.
     """
 
     def __init__(
@@ -71,11 +86,12 @@ class LinearForecast:
         here = {**self.network.parameters, **running_statistics(self.network.module), **(start or {})}
         self._start = {name: tensor.detach().to(self.network.device, copy=True) for name, tensor in here.items()}
         self.parameters = {name: self._start[name].clone() for name in self.network.parameters}
-        if resumed is None and _has_stepped(optimizer):
+        self._rule = Shadow(optimizer, self.network.parameters, self.parameters)
+        if resumed is None and self._rule.has_stepped:
             raise ValueError("the optimizer has stepped already: make the forecast before training, at θ_0")
         self.gradient_error: float | None = None
-        self._stepped = resumed is not None
-        self._optimizer, self._groups = self._copy(optimizer)
+        self._steps = 0  # on gradients: what skipped batches make moves nothing
+        self._left = self.weights()
         if resumed is not None:
             self._restore(resumed)
         if isinstance(found, str):  # last: a run that cannot be followed under any loss is not asked for one
@@ -99,29 +115,56 @@ class LinearForecast:
             self._pull_back(batch, share * at.gradient)
         return at.value
 
-    def apply(self, rates: Rates | None = None, clip: Callable[[Sequence[Tensor]], None] | None = None) -> None:
+    def apply(self, stepped: Stepped | None = None, clip: Clip | None = None) -> None:
         """Step on the gradients added since the last one.
 
-        rates: what `rates()` said when the run's optimizer stepped; None: as they are now.
+        stepped: how the run's optimizer did; None: with the rates of now, to the weights of now.
         clip: what the run did to its gradients' size, on the linear model's parameters in place.
         """
-        for mine, theirs in zip(self._optimizer.param_groups, rates or self.rates(), strict=True):
-            mine.update(theirs)
-        moved = [p for p in self.parameters.values() if p.grad is not None]
-        if clip is not None and moved:
-            clip(moved)
-        if not self._stepped:
-            self._compare_gradients()
+        how, moves = stepped or self.stepped(self.rates()), any(g is not None for g in self.gradients.values())
         with leave_no_trace(self.network.module):
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+            self._rule.step(how.rates, how.after, clip)
+        if self._steps == 0 and moves:
+            self._compare_gradients()
+        self._steps += moves
+        self._left = how.weights
+        self.discard()
+
+    def stepped(self, rates: Rates) -> Stepped:
+        """Said right after the run's optimizer stepped, with the rates that it had right before."""
+        return Stepped(rates, self.rates(), self.weights())
+
+    def discard(self) -> None:
+        """Forget the gradients added since the last step: the run's optimizer did not step on its own."""
+        for p in self.parameters.values():
+            p.grad = None
 
     def rates(self) -> Rates:
         """Learning rates and every other setting of the run's parameter groups, as they stand."""
-        return [
-            {key: value.clone() if isinstance(value, Tensor) else value for key, value in g.items() if key != "params"}
-            for g in self._groups
-        ]
+        return self._rule.rates()
+
+    @property
+    def gradients(self) -> dict[str, Tensor | None]:
+        """Those added since the last step, by parameter name, None where there is none; to read and to set."""
+        return {name: p.grad for name, p in self.parameters.items()}
+
+    @gradients.setter
+    def gradients(self, given: Mapping[str, Tensor | None]) -> None:
+        for name, gradient in given.items():
+            self.parameters[name].grad = gradient
+
+    def weights(self) -> Tensor:
+        """What tells the run's weights of now from others: sum and norm of each parameter [P, 2], float64."""
+        with torch.no_grad():
+            return torch.stack([_traits(p.detach()) for p in self.network.parameters.values()]).cpu()
+
+    def lost(self, optimizer: torch.optim.Optimizer | None = None) -> str | None:
+        """Why the next step of the run's optimizer (of now) is not the forecast's as well; None where it is."""
+        return self._rule.changed(optimizer) or self.moved()
+
+    def moved(self) -> str | None:
+        """Said where the run's weights are not where its optimizer's last step left them."""
+        return None if torch.allclose(self.weights(), self._left, rtol=0, atol=0, equal_nan=True) else MOVED
 
     def outputs(self, batch: Any) -> Tensor:
         """The linear model's outputs [n, C] on a batch, float64 on the CPU."""
@@ -131,18 +174,16 @@ class LinearForecast:
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and optimizer state, as one flat mapping that a resumed forecast is made from."""
         found = {f"theta/{name}": p.detach() for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
-            held = self._optimizer.state.get(p, {})
-            found |= {f"state/{name}/{key}": torch.as_tensor(v) for key, v in held.items() if v is not None}
-        return found
+        found |= {f"state/{name}": value for name, value in self._rule.tensors().items()}
+        error = torch.nan if self.gradient_error is None else self.gradient_error
+        return found | {"steps": torch.tensor(self._steps), "gradient_error": torch.tensor(error).double()}
 
     def _restore(self, tensors: Mapping[str, Tensor]) -> None:
         for name, p in self.parameters.items():
             p.copy_(tensors[f"theta/{name}"])
-            prefix = f"state/{name}/"
-            held = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            if held:
-                self._optimizer.state[p] = {key: v.to(p.device) if v.ndim else v.clone() for key, v in held.items()}
+        self._rule.restore({key.removeprefix("state/"): v for key, v in tensors.items() if key.startswith("state/")})
+        self._steps, error = int(tensors["steps"]), float(tensors["gradient_error"])
+        self.gradient_error = None if error != error else error
 
     def _linear(self, batch: Any) -> Tensor:
         direction = {name: p - self._start[name] for name, p in self.parameters.items()}
@@ -150,8 +191,11 @@ class LinearForecast:
         return f_0.double() + moved.double()
 
     def _pull_back(self, batch: Any, gradient: Tensor) -> None:
-        """Add J_0ᵀ∇_f𝓛 to the `.grad` of the linear model's parameters."""
-        leaves = {name: self._start[name].detach().clone().requires_grad_() for name in self.parameters}
+        """Add J_0ᵀ∇_f𝓛 to the `.grad` of the linear model's parameters, those that the run has not frozen since."""
+        trained = [name for name, p in self.network.parameters.items() if p.requires_grad]
+        if not trained:
+            return
+        leaves = {name: self._start[name].detach().clone().requires_grad_() for name in trained}
         f = self.network.outputs(batch, {**self._start, **leaves})
         grads = torch.autograd.grad(f, list(leaves.values()), gradient.to(f), allow_unused=True)
         for name, g in zip(leaves, grads, strict=True):
@@ -161,7 +205,6 @@ class LinearForecast:
 
     def _compare_gradients(self) -> None:
         """At the first step both models are at θ_0: their gradients are one, if loss and mode are the run's."""
-        self._stepped = True
         run = {name: p.grad.detach().double() for name, p in self.network.parameters.items() if p.grad is not None}
         if not run:
             return
@@ -171,27 +214,10 @@ class LinearForecast:
         if size > 0:
             self.gradient_error = float(torch.stack(gone).norm() / size)
 
-    def _copy(self, optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, list[dict[str, Any]]]:
-        """An optimizer of the same class and settings on the linear model's parameters, and the groups it copies."""
-        mine = {id(p): self.parameters[name] for name, p in self.network.parameters.items()}
-        groups = [g for g in optimizer.param_groups if any(id(p) in mine for p in g["params"])]
-        if not groups:
-            raise ValueError("the optimizer trains none of the model's parameters")
-        copies = [{**g, "params": [mine[id(p)] for p in g["params"] if id(p) in mine]} for g in groups]
-        takes = inspect.signature(type(optimizer).__init__).parameters
-        needs_closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-        if needs_closure is not None and needs_closure.default is inspect.Parameter.empty:
-            raise ValueError(f"{type(optimizer).__name__} steps with a closure: the forecast cannot follow it")
-        defaults = {key: value for key, value in optimizer.defaults.items() if key in takes}
-        try:
-            return type(optimizer)(copies, **defaults), groups
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{type(optimizer).__name__} cannot be copied ({error})") from error
 
-
-def _has_stepped(optimizer: torch.optim.Optimizer) -> bool:
-    """Some optimizers lay out their state, at step 0, when they are made."""
-    return any(held and float(held.get("step", 1)) > 0 for held in optimizer.state.values())
+def _traits(p: Tensor) -> Tensor:
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    return torch.stack([p.sum(dtype=dtype), torch.linalg.vector_norm(p, dtype=dtype)]).double()
 
 
 def at_probe(forecast: LinearForecast | str, network: Network, batch: Any) -> dict[str, Any]:
@@ -203,4 +229,7 @@ def at_probe(forecast: LinearForecast | str, network: Network, batch: Any) -> di
         return {"f_lazy": reason, "lazy_start": reason}
     missing = "the forecast has not met the gradients of a first step"
     start = forecast.gradient_error
-    return {"f_lazy": forecast.outputs(batch), "lazy_start": missing if start is None else start}
+    return {
+        "f_lazy": forecast.moved() or forecast.outputs(batch),
+        "lazy_start": missing if start is None else start,
+    }

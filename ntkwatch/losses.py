@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ntkwatch.metrics.undefined import Undefined
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
+SEPARATE = 1e-5  # of the curvature: above rounding in float32, far below what examples that are coupled have
 ROWS = 4  # that tell how a loss meets flat targets
 NO_LOSS = "no loss is known: pass loss=, a callable (outputs, targets) -> mean loss, or define ntk_loss on the module"
 
@@ -26,7 +27,7 @@ def loss_of(module: nn.Module, given: LossFn | None) -> LossFn | str:
 
 @dataclass(frozen=True)
 class LossAt:
-    """The reduced loss 𝓛 at outputs [n, C] and targets as they come from the batch, computed in float64.
+    """The reduced loss 𝓛 at outputs [n, C] and targets as they come from the batch, in float64 where the loss can.
 
     What the loss cannot do raises `Undefined` with the reason: it fails, is no scalar, or couples examples.
     """
@@ -78,6 +79,8 @@ class LossAt:
     def _gap(self, shape: Callable[[Tensor], Tensor]) -> float:
         """How far the loss of some rows is from the mean, or the sum, of their own; infinite where it fails."""
         f, y = self.outputs[:ROWS].detach(), shape(self.targets[:ROWS])
+        if len(f) == 0:
+            return math.inf
         try:
             with torch.no_grad():
                 together = self._called(f, y)
@@ -91,17 +94,27 @@ class LossAt:
         return y[:, None]
 
     def _called(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        targets = targets.to(outputs.device)
-        targets = targets.to(outputs.dtype) if targets.is_floating_point() else targets
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", message=".*target size.*different.*")
-                loss = self.function(outputs, targets)
+            loss = self._evaluated(outputs, targets)
         except Exception as error:
-            raise Undefined(f"the loss failed on the probes ({type(error).__name__}: {error})") from error
+            loss = self._in_float32(outputs, targets, error)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
             raise Undefined("the loss is not one number: it must return a mean over the examples")
-        return loss.reshape(())
+        return loss.reshape(()).to(outputs.dtype)
+
+    def _evaluated(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        targets = targets.to(outputs.device)
+        targets = targets.to(outputs.dtype) if targets.is_floating_point() else targets
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*target size.*different.*")
+            return self.function(outputs, targets)
+
+    def _in_float32(self, outputs: Tensor, targets: Tensor, failed: Exception) -> Tensor:
+        """For a loss that holds float32 tensors of its own, class weights say, which float64 outputs do not go with."""
+        try:
+            return self._evaluated(outputs.float(), targets)
+        except Exception:
+            raise Undefined(f"the loss failed on the probes ({type(failed).__name__}: {failed})") from failed
 
     def _leaf(self) -> Tensor:
         return self.outputs.detach().double().requires_grad_()
@@ -121,5 +134,5 @@ class LossAt:
         w = torch.randn(f.shape, dtype=f.dtype, generator=torch.Generator().manual_seed(0)).to(f.device)
         product = torch.autograd.grad((gradient * w).sum(), f, retain_graph=True)[0]
         own = torch.einsum("ncd,nc->nd", blocks, w)
-        if (product - own).norm() > 1e-8 * own.norm():
+        if (product - own).norm() > SEPARATE * own.norm():
             raise Undefined("the loss couples examples: its curvature is not one block for each")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.bench import comparison
+from tests.bench import comparison, forecast
 from tests.bench.comparison import SINGLE, compare
 from tests.bench.engines import Ours, float64_kernel
 from tests.bench.growth import exponent
@@ -103,6 +103,15 @@ def test_failures_are_shown_and_not_ranked(monkeypatch: pytest.MonkeyPatch) -> N
     assert cell.fastest_peer() == "right"
     assert cell.outcomes[SINGLE].error is not None
     assert cell.outcomes[SINGLE].error < 1e-5
+
+
+def test_the_cost_of_the_forecast_is_printed_as_a_ratio() -> None:
+    header, *rows = forecast.main(["--quick", "--rounds", "1"]).splitlines()
+    assert header.split()[-1] == "ratio"
+    assert len(rows) == len(QUICK)
+    for row in rows:
+        run, _, lazy, _, ratio = row.split()[-5:]
+        assert float(ratio) == pytest.approx(float(lazy) / float(run), rel=0.3), row
 
 
 def test_slow_work_is_called_less_often() -> None:

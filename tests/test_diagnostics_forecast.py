@@ -23,7 +23,22 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "Adagrad": lambda m: torch.optim.Adagrad(m.parameters(), lr=0.05),
     "NAdam": lambda m: torch.optim.NAdam(m.parameters(), lr=0.02),
     "RMSprop": lambda m: torch.optim.RMSprop(m.parameters(), lr=0.01),
+    "RMSprop, centred, momentum": lambda m: torch.optim.RMSprop(m.parameters(), 0.005, centered=True, momentum=0.5),
+    "Adam, amsgrad, decay": lambda m: torch.optim.Adam(m.parameters(), 0.02, amsgrad=True, weight_decay=0.1),
+    "Adam, its rate a tensor": lambda m: torch.optim.Adam(m.parameters(), torch.tensor(0.02)),
+    "Adam, fused": lambda m: torch.optim.Adam(m.parameters(), 0.02, fused=True),
+    "Adam, foreach": lambda m: torch.optim.Adam(m.parameters(), 0.02, foreach=True),
+    "Adam of named parameters": lambda m: torch.optim.Adam(m.named_parameters(), 0.02),
+    "SGD, maximizing": lambda m: torch.optim.SGD(m.parameters(), 0.02, momentum=0.9, maximize=True),
+    "Adamax": lambda m: torch.optim.Adamax(m.parameters(), 0.02),
+    "RAdam": lambda m: torch.optim.RAdam(m.parameters(), 0.05),
+    "Adadelta": lambda m: torch.optim.Adadelta(m.parameters(), 10.0),
+    "Rprop": lambda m: torch.optim.Rprop(m.parameters(), 0.01),
+    "ASGD": lambda m: torch.optim.ASGD(m.parameters(), 0.05),
+    "Adafactor": lambda m: torch.optim.Adafactor(m.parameters(), 0.05),
+    "Muon": lambda m: torch.optim.Muon([m.weight], 0.02),
 }
+OPTIMIZERS = {name: make for name, make in OPTIMIZERS.items() if hasattr(torch.optim, name.split(",")[0].split()[0])}
 
 
 def batches(count: int = 12) -> list[tuple[Tensor, Tensor]]:
@@ -114,6 +129,47 @@ def stepped(model: nn.Module) -> torch.optim.Optimizer:
     model(torch.zeros(1, 4).double()).sum().backward()
     optimizer.step()
     return optimizer
+
+
+def test_sparse_gradients_are_followed() -> None:
+    model = nn.EmbeddingBag(10, 2, sparse=True).double()
+    optimizer = torch.optim.SparseAdam(model.parameters(), 0.05)
+    forecast = LinearForecast(model, optimizer, mse)
+    data = [(torch.randint(0, 10, (8, 3)), torch.randn(8, 2).double()) for _ in range(6)]
+    follow(model, optimizer, forecast, data)
+    torch.testing.assert_close(forecast.outputs(data[0]), model(data[0][0]).detach(), rtol=1e-9, atol=1e-10)
+
+
+def test_tied_weights_are_one() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 2), nn.Linear(4, 2)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + 2 * self.b(x.flip(1))
+
+    model = Tied().double()
+    optimizer, data = torch.optim.Adam(model.parameters(), 0.02, weight_decay=0.1), batches()
+    forecast = LinearForecast(model, optimizer, mse)
+    follow(model, optimizer, forecast, data)
+    torch.testing.assert_close(forecast.outputs(data[0][0]), model(data[0][0]).detach(), rtol=1e-9, atol=1e-10)
+
+
+def test_a_step_that_the_forecast_was_not_told_of_makes_it_undefined() -> None:
+    model, data = nn.Linear(4, 2).double(), batches(3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    monitor = Monitor(model, data[0], loss=mse, diagnostics=["forecast_error", "loss_if_lazy"])
+    monitor.measure(0)
+    monitor.forecast = forecast = LinearForecast(model, optimizer, mse)
+    follow(model, optimizer, forecast, data[:2])
+    assert monitor.measure(2).metrics["forecast_error"] == pytest.approx(0, abs=1e-9)
+    mse(model(data[2][0]), data[2][1]).backward()
+    optimizer.step()
+    found = monitor.measure(3)
+    assert found.metrics["loss_if_lazy"] is None
+    assert "not those that the optimizer left" in found.reasons["loss_if_lazy"]
 
 
 REFUSED: dict[str, tuple[Callable[[nn.Module], torch.optim.Optimizer], object, str]] = {

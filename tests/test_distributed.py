@@ -30,6 +30,8 @@ def test_alone_is_the_identity() -> None:
     assert not ranks.agree(False)
     assert ranks.failed(False) == (0,)
     assert ranks.broadcast(value) is value, "alone, a value is not even copied"
+    joined = ranks.join({"w": value["a"]}, {"w": value["a"]}, ok=False, count=1)
+    assert (joined.gradients["w"] is value["a"], joined.failed, joined.count) == (True, (0,), 1)
 
 
 def test_a_plain_module_is_not_sharded() -> None:
@@ -148,6 +150,26 @@ def outlives_its_default_group(rank: int, folder: str) -> Any:
     return answers
 
 
+def joins(rank: int) -> Any:
+    """Means as DDP takes them: what one rank lacks is zero there, what both lack stays absent. Votes, counts beside."""
+    ranks = Ranks.detect()
+    like = {"w": torch.zeros(2, 2), "b": torch.zeros(()).double(), "idle": torch.zeros(3)}
+    mine = {"w": torch.full((2, 2), 1.0 + rank), "b": torch.tensor(4.0).double() if rank else None, "idle": None}
+    both, one = (ranks.join(mine, like, ok=ok, count=rank + 1) for ok in (True, rank == 0))
+    half = ranks.join({"w": torch.full((2, 2), torch.nan)} if rank else mine, like, ok=rank == 0, count=1)
+    return [
+        [both.gradients["w"].tolist(), float(both.gradients["b"]), str(both.gradients["b"].dtype), both.failed],
+        [both.gradients["idle"], both.count, one.failed, half.gradients["w"].tolist(), half.failed],
+    ]
+
+
+def joins_with_one_absent(rank: int) -> Any:
+    ranks = Ranks.detect(timeout=1)
+    ranks.agree(True)
+    said = caught(lambda: ranks.join({}, {"w": torch.zeros(2)}, ok=True, count=1)) if rank == 0 else None
+    return {"said": said, "trained": training_goes_on(rank)}
+
+
 def names_what_is_sharded(rank: int) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -184,8 +206,8 @@ def _worker(rank: int, folder: str, tasks: list[tuple[str, bool]], pipe: Any) ->
 
 TASKS = [
     agrees, names_who_failed, broadcasts, agrees_that_one_raised, cannot_be_sent, leaves_the_random_state,
-    works_in_any_mode, makes_one_group, one_is_absent, one_is_absent_from_the_start, names_what_is_sharded,
-    outlives_its_default_group,
+    works_in_any_mode, joins, joins_with_one_absent, makes_one_group, one_is_absent, one_is_absent_from_the_start,
+    names_what_is_sharded, outlives_its_default_group,
 ]  # fmt: skip
 
 
@@ -220,6 +242,10 @@ EXPECTED: dict[Callable[..., Any], Any] = {
     leaves_the_random_state: True,
     works_in_any_mode: [True, 1.0, False, 1.5],
     makes_one_group: [0, 1],
+    joins: [
+        [[[1.5, 1.5], [1.5, 1.5]], 2.0, "torch.float64", []],
+        [None, 3, [1], [[0.5, 0.5], [0.5, 0.5]], [1]],
+    ],
     outlives_its_default_group: [True, 1, True],
     names_what_is_sharded: ["1.weight is a DTensor", "1 is managed by FSDPModule"],
 }
@@ -250,6 +276,12 @@ def test_absence_at_the_first_collective(answers: dict[str, list[Any]]) -> None:
     assert waiting["trained"] == absent["trained"] == 3.0
 
 
+def test_absence_at_a_step_raises_and_training_goes_on(answers: dict[str, list[Any]]) -> None:
+    waiting, absent = answers["joins_with_one_absent"]
+    assert "rank 0 waited to add up gradients with 2 ranks" in waiting["said"], waiting
+    assert waiting["trained"] == absent["trained"] == 3.0
+
+
 def test_what_cannot_be_sent_raises_on_every_rank(answers: dict[str, list[Any]]) -> None:
     for rank in range(WORLD):
         answer = answers["cannot_be_sent"][rank]
@@ -258,7 +290,7 @@ def test_what_cannot_be_sent_raises_on_every_rank(answers: dict[str, list[Any]])
 
 
 def test_no_test_is_left_out() -> None:
-    others = {one_is_absent, one_is_absent_from_the_start, cannot_be_sent}
+    others = {joins_with_one_absent, one_is_absent, one_is_absent_from_the_start, cannot_be_sent}
     assert set(TASKS) == set(EXPECTED) | others
 
 

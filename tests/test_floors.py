@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "ntkwatch"
 FLOORS = {
-    4: {"callback", "opening", "trainer", "following", "failures", "cli", "demo", "interventions"},
+    4: {"callback", "opening", "trainer", "following", "followable", "failures", "cli", "demo", "interventions"},
     3: {
         "session",
         "monitor",
@@ -39,6 +39,7 @@ FLOORS = {
         "words",
         "losses",
         "optimizers",
+        "shadow",
     },
     0: {"schedule", "metrics", "infinite", "distributed", "record", "figures", "slopes"},
 }

@@ -26,6 +26,7 @@ from ntkwatch.record import (
     RecordError,
     RecordWriter,
     Run,
+    Shelf,
     find_runs,
     load_run,
     load_tensors,
@@ -741,3 +742,41 @@ def test_the_writers_of_these_tests_write_what_the_readers_expect(tmp_path: Path
     writer = RecordWriter.create(tmp_path, {})
     writer.append(dataclasses.replace(measurement(1), metrics={"double": 3.0}))
     assert load_run(tmp_path).metrics.loc[1, "double"] != 2.0
+
+
+# ── the shelf ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def some(value: float, size: int = 1000) -> dict[str, Tensor]:
+    return {"theta/net.0.weight": torch.full((size,), float(value)), "steps": torch.tensor(3)}
+
+
+def test_a_shelf_gives_back_every_branch_of_a_run(tmp_path: Path) -> None:
+    """Resumed from step 5, the run comes by step 9 again: both are there, by their own names."""
+    shelf = Shelf(tmp_path)
+    entries = [shelf.put(step, some(i)) for i, step in enumerate((5, 9, 9))]
+    assert len({entry["name"] for entry in entries}) == 3
+    for i, entry in enumerate(entries):
+        found = Shelf(tmp_path).get(entry)
+        assert list(found) == ["theta/net.0.weight", "steps"]
+        assert found["theta/net.0.weight"].unique().tolist() == [i]
+
+
+@pytest.mark.parametrize(("limits", "kept"), [((20_000, 100), 4), ((10**9, 3), 3), ((1, 100), 2), ((10**9, 100), 9)])
+def test_a_shelf_keeps_the_newest_within_its_limits_and_two_in_any_case(
+    limits: tuple[int, int], kept: int, tmp_path: Path
+) -> None:
+    shelf = Shelf(tmp_path, *limits)
+    (tmp_path / ".step_00000000.safetensors.dead.tmp").write_bytes(b"of a writer that was killed")
+    entries = [shelf.put(step, some(step)) for step in range(9)]
+    assert len(list(tmp_path.iterdir())) == kept, f"{limits}"
+    for entry in entries[: 9 - kept]:
+        with pytest.raises(RecordError, match="resume from a later checkpoint"):
+            shelf.get(entry)
+    assert all(float(shelf.get(entry)["theta/net.0.weight"][0]) >= 9 - kept for entry in entries[9 - kept :])
+
+
+def test_a_shelf_never_reads_beside_itself(tmp_path: Path) -> None:
+    entry = Shelf(tmp_path / "forecasts").put(1, some(1))
+    with pytest.raises(RecordError, match="lies outside"):
+        Shelf(tmp_path / "forecasts" / "deeper").get(entry | {"name": "../step_00000001"})

@@ -118,4 +118,4 @@ def test_a_sample_of_ddp_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.soak
 def test_every_ddp_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     every = [(launcher, job.name, WATCHERS) for launcher in LAUNCHERS for job in DDP_JOBS]
-    assert run(every, tmp_path, capsys).cells == 24
+    assert run(every, tmp_path, capsys).cells == 32

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from torch.nn.functional import cross_entropy
 from trust_configs import QUIET, Job, task
 from trust_harness import Driver, MonitorProbe, final_state, quieten, real_kernel, seed_all
 from trust_mutants import backward
@@ -27,7 +28,8 @@ DDP_JOBS = [
 LAUNCHERS = {"ddp": "popen", "ddp_spawn": "spawn"}
 UNWATCHED = "unwatched"
 NAIVE = "naive"  # a probe that leaves its gradients: the harness must see it on both ranks
-WATCHERS = ["NTKWatch", "on_train_batch_start", "on_after_backward"]
+FORECAST = "NTKWatch with its forecast"
+WATCHERS = ["NTKWatch", FORECAST, "on_train_batch_start", "on_after_backward"]
 
 
 class Report(pl.Callback):
@@ -56,6 +58,9 @@ def why_missing(watcher: Any, rank: int) -> str | None:
         return "rank 0 has no record"
     run = load_run(watcher.record)
     good = len(run.steps) >= 2 and all(real_kernel(run.kernel(step)) for step in run.steps)
+    lazy = run.metrics.get("loss_if_lazy")
+    if lazy is not None and not lazy.notna().all() and "optimiz" not in run.reasons[run.steps[-1]]["loss_if_lazy"]:
+        return f"no forecast: {run.reasons[run.steps[-1]]}"
     return None if good else f"the record holds the steps {run.steps}"
 
 
@@ -69,6 +74,11 @@ def watch(name: str) -> list[Any]:
         from ntkwatch import NTKWatch
 
         return [NTKWatch(probes=6, every=[1, 2], budget=None, on_error="raise")]
+    if name == FORECAST:
+        from ntkwatch import NTKWatch
+
+        names = ["default", "loss_if_lazy", "forecast_error"]
+        return [NTKWatch(6, [1, 2], None, diagnostics=names, loss=cross_entropy, on_error="raise")]
     return [Driver(name, MonitorProbe("layerwise"))]
 
 

@@ -26,10 +26,11 @@ def loss_if_lazy(view: View) -> float:
 
     Formula: 𝓛(f_0 + J_0·(θ_lin − θ_0), y), θ_lin trained by a copy of the run's optimizer on the linear model
     Range: the loss's own; undefined unless a LinearForecast is attached: NTKWatch does where this is named in
-        diagnostics=, at the cost of about two training steps a step, which no budget bounds
+        diagnostics=, at the cost of two to three training steps a step, which no budget bounds
+        (`python -m tests.bench.forecast` prints the ratio)
     Source: Lee et al. 2019
     Pitfalls: read it beside loss; in evaluation mode at the baseline's BatchNorm statistics, whatever mode the run
-        trains in
+        trains in, and without the run's reduced precision: forecast_start_error tells how far that is from its gradient
     """
     if view.f_lazy == NO_FORECAST:
         known(view.loss)

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from ntkwatch.probes.choose import choose, from_stream, is_streaming
-from ntkwatch.probes.probeset import ProbeSet, Wanted, given, resolve
+from ntkwatch.probes.probeset import ProbeSet, Wanted, content_hash, given, resolve
 from ntkwatch.probes.targets import encode_targets
 
-__all__ = ["ProbeSet", "Wanted", "choose", "encode_targets", "from_stream", "given", "is_streaming", "resolve"]
+__all__ = [
+    "ProbeSet",
+    "Wanted",
+    "choose",
+    "content_hash",
+    "encode_targets",
+    "from_stream",
+    "given",
+    "is_streaming",
+    "resolve",
+]

@@ -18,6 +18,7 @@ from __future__ import annotations
 from ntkwatch.record.format import SCHEMA, RecordError, load_tensors, safe_name, save_tensors
 from ntkwatch.record.measurement import Limit, Measurement
 from ntkwatch.record.run import Run, find_runs, load_run
+from ntkwatch.record.shelf import Shelf
 from ntkwatch.record.writer import RecordWriter
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "RecordError",
     "RecordWriter",
     "Run",
+    "Shelf",
     "find_runs",
     "load_run",
     "load_tensors",
