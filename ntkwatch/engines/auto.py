@@ -60,7 +60,7 @@ def _choose(network: Network, x: Any, engine: str) -> Choice:
     with math_attention():
         check_uncoupled(network, x)
     reasons: list[str] = []
-    for candidate in (Layerwise(), Functional()):
+    for candidate in (Layerwise(uncoupled=True), Functional()):
         if engine not in ("auto", candidate.name):
             continue
         error, reason = _trial(candidate, network, x)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +20,10 @@ from ntkwatch.engines.capture import Capture, Found
 from ntkwatch.engines.contract import Contractor
 from ntkwatch.engines.costs import choose
 from ntkwatch.engines.factors import Factor, Rows
-from ntkwatch.engines.memory import Forward, LiveStorages, shapes_only
+from ntkwatch.engines.memory import Forward, LiveStorages
 from ntkwatch.engines.run import Run
 from ntkwatch.engines.separation import few, leaves_at, outputs_at
+from ntkwatch.engines.shapes import shapes_only
 from ntkwatch.model import batch_size, inputs_of, leaves, take
 
 
@@ -101,6 +103,10 @@ class _Remembering(Contractor):
             rise, made = self.seen[key]
             self.seen[key] = rise - max(0, self.counter.now - before), made
 
+    def _blocks(self, n: int, size: int) -> Iterator[slice]:
+        """The first three: with the third all that is held at once has been held, and the last is no larger."""
+        return itertools.islice(super()._blocks(n, size), 3)
+
     def _positions(self, one: Any, rows: slice) -> Any:
         key = ("positions", _kind(one), rows.stop - rows.start)
         return self._once(key, lambda: super(_Remembering, self)._positions(one, rows))
@@ -140,7 +146,7 @@ def predict(run: Run, x: Any, chunk: int, forward: Forward) -> Prediction:
         with contextlib.suppress(Exception):  # whatever a model does with values that are not there
             with shapes_only(run.network, x, run.state) as (batch, state):
                 done = _rehearse(run, state, batch, chunk, forward.answers, distinct)
-            hidden = hidden_bytes(run, x, forward) * min(n, 2 * chunk)
+                hidden = hidden_bytes(run, state, batch, forward) * min(n, 2 * chunk)
             return Prediction(
                 math.ceil(done.counter.peak + hidden), list(done.rows.values()), done.outputs[0].shape[1], True
             )
@@ -183,11 +189,11 @@ def try_forward(run: Run, x: Any) -> Forward:
     return forward
 
 
-def hidden_bytes(run: Run, x: Any, forward: Forward) -> float:
+def hidden_bytes(run: Run, state: Mapping[str, Tensor], x: Any, forward: Forward) -> float:
     """Per probe, workspace that operations keep and that shapes do not show (oneDNN's recurrent layers)."""
     some = few(x)
-    with shapes_only(run.network, some, run.state) as (batch, state), LiveStorages(forward.answers) as counter:
-        kept = outputs_at(run.network, batch, state, leaves_at(run.network, state))
+    with LiveStorages(forward.answers) as counter:
+        kept = outputs_at(run.network, some, state, leaves_at(run.network, state))
         shown = counter.now
     del kept
     return max(0.0, (forward.kept - shown) / batch_size(inputs_of(some)))
