@@ -14,6 +14,7 @@ from ntkwatch.model import Network, UnsupportedModel
 
 REDUCTIONS = ("trace", "blocks", "full", "sum")
 ENGINES = ("auto", "functional", "layerwise")
+LAYERS: Reduction = "trace"  # of the kernel per parameter that every probe keeps
 FULL_LIMIT = 1e9  # bytes of one [nC, nC] float64 kernel
 
 

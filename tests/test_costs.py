@@ -90,6 +90,19 @@ def test_what_is_too_large_to_measure_is_noted(monkeypatch: pytest.MonkeyPatch) 
     assert "the full kernel of 12 probes x 3 outputs" in note
 
 
+def test_a_kernel_per_parameter_is_counted_as_the_monitor_keeps_it() -> None:
+    """Of a wide, shallow model whose kernels outweigh its factors."""
+    x = torch.randn(256, 4)
+    alone, kept = (plan(mlp(), x, layers=layers) for layers in (None, "trace"))
+    kernel = 256 * 256 * 8
+    assert kept.peak_bytes - alone.peak_bytes >= 3 * kernel  # of four parameters; one is the whole's buffer
+    assert kept.seconds > alone.seconds
+    probe = plan(mlp(), x, diagnostics=["kernel_angle"])
+    assert probe.peak_bytes == kept.peak_bytes, "a Monitor keeps a kernel of each parameter"
+    with pytest.raises(ValueError, match="layers must be one of"):
+        plan(mlp(), x, layers="rows")  # type: ignore[arg-type]
+
+
 def test_without_diagnostics_the_plan_is_the_kernels_alone() -> None:
     assert list(told(None)) == ["forward and backward", "0.weight", "0.bias", "2.weight", "2.bias"]
     with pytest.raises(ValueError, match="unknown diagnostics"):

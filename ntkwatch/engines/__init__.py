@@ -8,8 +8,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from ntkwatch.engines.auto import choose
-from ntkwatch.engines.base import Kernel, Plan, Precision, Reduction, UnsupportedModel, check_reduction, work_dtype
-from ntkwatch.engines.planning import make_plan
+from ntkwatch.engines.base import (
+    Kernel,
+    Plan,
+    Precision,
+    Reduction,
+    UnsupportedModel,
+    check_reduction,
+    richest,
+    work_dtype,
+)
+from ntkwatch.engines.planning import Wanted, make_plan
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import Network, OutputsFn, batch_size, inputs_of, leaves
 
@@ -72,6 +81,7 @@ def plan(
     x: Any,
     *,
     reduction: Reduction = "trace",
+    layers: Reduction | None = None,
     engine: str = "auto",
     outputs: OutputsFn | None = None,
     params: str | Sequence[str] | None = None,
@@ -80,14 +90,19 @@ def plan(
 ) -> Plan:
     """What `empirical_ntk` would do: engine and reason, rule and cost per parameter, peak memory, probes per block.
 
+    layers: the reduction of a kernel kept for each parameter, as `layer_ntks` keeps them in its own; None for none.
+
     Raises:
         UnsupportedModel, ValueError: as `empirical_ntk` would.
     """
     check_reduction(reduction)
+    if layers is not None:
+        check_reduction(layers, "layers")
     network = Network(model, outputs, params)
     check_batch(x)
+    wanted = Wanted(richest(reduction, layers), layers, precision, chunk_size)
     with leave_no_trace(network.module):
-        return make_plan(choose(network, x, engine), network, x, reduction, precision, chunk_size)
+        return make_plan(choose(network, x, engine), network, x, wanted)
 
 
 def _kernel(

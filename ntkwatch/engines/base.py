@@ -191,6 +191,11 @@ def check_reduction(reduction: str, what: str = "reduction") -> str:
     return reduction
 
 
+def entries(reduction: str, outputs: int) -> int:
+    """Numbers that a kernel of C outputs holds per pair of examples."""
+    return {"full": outputs**2, "blocks": outputs}.get(reduction, 1)
+
+
 def richest(reduction: Reduction, layers: Reduction | None) -> Reduction:
     """The smallest reduction that determines both."""
     if layers is None or layers in _RICHER[reduction]:

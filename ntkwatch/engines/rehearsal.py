@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ntkwatch.engines.base import Reduction, Row
+from ntkwatch.engines.base import Reduction, Row, entries
 from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.capture import Capture, Found
 from ntkwatch.engines.contract import Contractor
-from ntkwatch.engines.costs import choose
+from ntkwatch.engines.costs import BANDWIDTH, choose
 from ntkwatch.engines.factors import Factor, Rows
 from ntkwatch.engines.memory import Forward, LiveStorages
 from ntkwatch.engines.run import Run
 from ntkwatch.engines.separation import few, leaves_at, outputs_at
 from ntkwatch.engines.shapes import shapes_only
 from ntkwatch.model import batch_size, inputs_of, leaves, take
+
+_KEEPING = 7  # times that a kernel of one parameter is gone through: cleared, added to the whole, finished, reduced
 
 
 @dataclass
@@ -69,7 +71,10 @@ class Rehearsal(Run):
         how, cost = choose(found.factor, n, m, contract.reduction, contract.dtype, contract.same)
         old = self.rows.get(found.name, Row(found.name, "", 0.0, 0.0, 0.0))
         times = self._groups * self._cells
-        sums = (getattr(old, what) + times * getattr(cost, what) for what in ("flops", "bytes", "seconds"))
+        kept = 0.0 if self.layers is None else float(n * m * entries(contract.reduction, found.factor.outputs))
+        moved = _KEEPING * kept * contract.dtype.itemsize
+        more = (cost.flops, cost.bytes + moved, cost.seconds + moved / BANDWIDTH)
+        sums = (was + times * new for was, new in zip((old.flops, old.bytes, old.seconds), more, strict=True))
         self.rows[found.name] = Row(found.name, f"{how}: {found.rule}", *sums)
 
 
