@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ntkwatch.engines.base import Reduction, richest
 from ntkwatch.guard import leave_no_trace
+from ntkwatch.misfits import misfit
 from ntkwatch.model import Network, UnsupportedModel
 
 REDUCTIONS = ("trace", "blocks", "full", "sum")
@@ -56,7 +57,8 @@ def _outputs(network: Network, batch: Any) -> Tensor:
         raise
     except Exception as error:
         raise ValueError(
-            f"the model failed on the probes ({type(error).__name__}: {error}): "
+            misfit(network.module, batch, error)
+            or f"the model failed on the probes ({type(error).__name__}: {error}): "
             "give probes= in the form of the loader's batches, or outputs=, a callable (model, batch) -> [n, C]"
         ) from error
 

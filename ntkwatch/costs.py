@@ -19,6 +19,7 @@ from ntkwatch.engines.base import Precision, Reduction, Row
 from ntkwatch.engines.costs import MACHINES
 from ntkwatch.engines.planning import PASSES
 from ntkwatch.guard import leave_no_trace
+from ntkwatch.misfits import explained
 from ntkwatch.model import Network, OutputsFn, batch_size, inputs_of
 from ntkwatch.statistics import running_statistics
 
@@ -65,7 +66,7 @@ def plan(
     if diagnostics is None:
         return engines.plan(model, x, reduction=reduction, layers=layers, **settings)
     names, network = select(diagnostics), Network(model, outputs, params)
-    with leave_no_trace(network.module), torch.no_grad():
+    with leave_no_trace(network.module), torch.no_grad(), explained(network.module, x):
         n, c = batch_size(inputs_of(x)), network.outputs(x).shape[1]
     measured, left_out = to_measure(reduction, richest_of(names), n, c)
     kernel = engines.plan(model, x, reduction=measured, layers=layers or LAYERS, **settings)

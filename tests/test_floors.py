@@ -38,6 +38,7 @@ FLOORS = {
         "report",
         "words",
         "losses",
+        "misfits",
         "optimizers",
     },
     0: {"schedule", "metrics", "infinite", "distributed", "record", "figures", "slopes"},

@@ -20,6 +20,7 @@ from ntkwatch.engines.base import (
 )
 from ntkwatch.engines.planning import Wanted, make_plan
 from ntkwatch.guard import leave_no_trace
+from ntkwatch.misfits import explained
 from ntkwatch.model import Network, OutputsFn, batch_size, inputs_of, leaves
 
 __all__ = ["Kernel", "Plan", "UnsupportedModel", "empirical_ntk", "layer_ntks", "plan"]
@@ -55,7 +56,8 @@ def empirical_ntk(
 
     Raises:
         UnsupportedModel: outputs are not [n, C], examples are coupled, or no engine can do the model.
-        ValueError: an unknown reduction, engine, precision, or a params glob that matches nothing.
+        ValueError: an unknown reduction, engine, precision, or a params glob that matches nothing; probes of a type or
+            shape that the model does not take, naming the module that they reached.
     """
     return _kernel(model, x1, x2, reduction, None, engine, outputs, params, chunk_size, precision).value
 
@@ -101,7 +103,7 @@ def plan(
     network = Network(model, outputs, params)
     check_batch(x)
     wanted = Wanted(richest(reduction, layers), layers, precision, chunk_size)
-    with leave_no_trace(network.module):
+    with leave_no_trace(network.module), explained(network.module, x):
         return make_plan(choose(network, x, engine), network, x, wanted)
 
 
@@ -125,10 +127,12 @@ def _kernel(
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be a whole number of probes ≥ 1, got {chunk_size!r}")
     with leave_no_trace(network.module):
-        chosen = choose(network, x1, engine).engine
-        return chosen.kernel(
-            network, x1, x2, reduction=reduction, layers=layers, chunk_size=chunk_size, precision=precision
-        )
+        with explained(network.module, x1):
+            chosen = choose(network, x1, engine).engine
+        with explained(network.module, x1 if x2 is None else x2):
+            return chosen.kernel(
+                network, x1, x2, reduction=reduction, layers=layers, chunk_size=chunk_size, precision=precision
+            )
 
 
 def check_batch(x: Any) -> None:

@@ -117,9 +117,9 @@ def check_uncoupled(network: Network, x: Any, state: Mapping[str, Tensor] | None
         with torch.no_grad():
             return network.outputs(take(x, part), state)
 
+    whole = outputs(slice(0, n))
     if rows < 2:
         return
-    whole = outputs(slice(0, n))
     limit = torch.finfo(whole.dtype).eps ** 0.5 * whole.abs().max()
     alone = [_compare(outputs, whole, slice(i, i + 1), limit) for i in range(n)]
     among = _compare(outputs, whole, slice(0, min(rows, _MANY)), limit) if rows > n else None
