@@ -71,8 +71,10 @@ def _calls(error: BaseException) -> Iterator[tuple[nn.Module, Tensor]]:
 
 
 def _views(x: Tensor, leaf: Any) -> bool:
-    """Whether a tensor is a probe's own, some of its rows perhaps, or in another shape."""
-    return isinstance(leaf, Tensor) and x.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr()
+    """Whether a tensor is a probe's own, some of its examples perhaps, or in another shape."""
+    if not isinstance(leaf, Tensor) or x.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr():
+        return False
+    return x.ndim == 0 or leaf.ndim == 0 or x.numel() * len(leaf) == leaf.numel() * len(x)  # no part of an example
 
 
 def _wrong(module: nn.Module, x: Tensor) -> tuple[str, str, str] | None:
