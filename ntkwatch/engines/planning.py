@@ -51,7 +51,9 @@ def _layerwise(choice: Choice, engine: Layerwise, network: Network, x: Any, want
     passes = _passes(forward, x, network.device, found.outputs, recipe.saved * n if recipe else 0.0, rounds)
     rows = {row.name: row for row in found.rows}
     ordered = [rows.get(name, Row(name, "unused", 0.0, 0.0, 0.0)) for name in network.parameters]
-    return Plan(engine.name, choice.reason, found.peak, chunk, (passes, *ordered), _notes(network.device, wanted.precision))
+    return Plan(
+        engine.name, choice.reason, found.peak, chunk, (passes, *ordered), _notes(network.device, wanted.precision)
+    )
 
 
 def _passes(forward: Forward, x: Any, device: torch.device, outputs: int, saved: float, rounds: float = 1.0) -> Row:

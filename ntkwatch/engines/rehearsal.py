@@ -18,7 +18,7 @@ from ntkwatch.engines.base import Reduction, Row, entries
 from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.capture import Capture, Found
 from ntkwatch.engines.contract import Contractor
-from ntkwatch.engines.costs import BANDWIDTH, choose
+from ntkwatch.engines.costs import choose, machine
 from ntkwatch.engines.factors import Factor, Rows
 from ntkwatch.engines.memory import Forward, LiveStorages
 from ntkwatch.engines.run import Run
@@ -73,7 +73,8 @@ class Rehearsal(Run):
         times = self._groups * self._cells
         kept = 0.0 if self.layers is None else float(n * m * entries(contract.reduction, found.factor.outputs))
         moved = _KEEPING * kept * contract.dtype.itemsize
-        more = (cost.flops, cost.bytes + moved, cost.seconds + moved / BANDWIDTH)
+        seconds = cost.seconds + moved / machine(found.factor.device).bandwidth
+        more = (cost.flops, cost.bytes + moved, seconds)
         sums = (was + times * new for was, new in zip((old.flops, old.bytes, old.seconds), more, strict=True))
         self.rows[found.name] = Row(found.name, f"{how}: {found.rule}", *sums)
 
