@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ntkwatch.engines.base import Reduction, richest
 from ntkwatch.guard import leave_no_trace
+from ntkwatch.misfits import misfit
 from ntkwatch.model import Network, UnsupportedModel
 
 REDUCTIONS = ("trace", "blocks", "full", "sum")
 ENGINES = ("auto", "functional", "layerwise")
+LAYERS: Reduction = "trace"  # of the kernel per parameter that every probe keeps
 FULL_LIMIT = 1e9  # bytes of one [nC, nC] float64 kernel
 
 
@@ -55,7 +57,8 @@ def _outputs(network: Network, batch: Any) -> Tensor:
         raise
     except Exception as error:
         raise ValueError(
-            f"the model failed on the probes ({type(error).__name__}: {error}): "
+            misfit(network.module, batch, error)
+            or f"the model failed on the probes ({type(error).__name__}: {error}): "
             "give probes= in the form of the loader's batches, or outputs=, a callable (model, batch) -> [n, C]"
         ) from error
 

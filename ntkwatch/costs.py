@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ntkwatch import engines
-from ntkwatch.checks import to_measure
+from ntkwatch.checks import LAYERS, to_measure
 from ntkwatch.diagnostics import Price, names_forecast, prices, select
 from ntkwatch.diagnostics import reduction as richest_of
 from ntkwatch.diagnostics.laziness import STATISTICS
@@ -19,6 +19,7 @@ from ntkwatch.engines.base import Precision, Reduction, Row
 from ntkwatch.engines.costs import MACHINES
 from ntkwatch.engines.planning import PASSES
 from ntkwatch.guard import leave_no_trace
+from ntkwatch.misfits import explained
 from ntkwatch.model import Network, OutputsFn, batch_size, inputs_of
 from ntkwatch.statistics import running_statistics
 
@@ -34,6 +35,7 @@ def plan(
     x: Any,
     *,
     reduction: Reduction = "trace",
+    layers: Reduction | None = None,
     engine: str = "auto",
     outputs: OutputsFn | None = None,
     params: str | Sequence[str] | None = None,
@@ -43,9 +45,10 @@ def plan(
 ) -> Plan:
     """What `empirical_ntk` would do: engine and reason, rule and cost per parameter, peak memory, probes per block.
 
+    layers: the reduction of a kernel kept for each parameter, as `layer_ntks` keeps them in its own; None for none.
     diagnostics: "default", "full" or a list of names: then of a probe of a Monitor with these, on the probes `x`. The
-        kernel is the richest that they need, and rows named "+ …" say what they add; what only Adam costs is
-        counted. None: of the kernel alone.
+        kernel is the richest that they need, `layers` is "trace" as there, and rows named "+ …" say what they add;
+        what only Adam costs is counted. None: of the kernel alone.
 
     Raises:
         UnsupportedModel, ValueError: as `empirical_ntk` would; ValueError for unknown diagnostics.
@@ -61,12 +64,12 @@ def plan(
     settings: dict[str, Any] = {"engine": engine, "outputs": outputs, "params": params}
     settings |= {"chunk_size": chunk_size, "precision": precision}
     if diagnostics is None:
-        return engines.plan(model, x, reduction=reduction, **settings)
+        return engines.plan(model, x, reduction=reduction, layers=layers, **settings)
     names, network = select(diagnostics), Network(model, outputs, params)
-    with leave_no_trace(network.module), torch.no_grad():
+    with leave_no_trace(network.module), torch.no_grad(), explained(network.module, x):
         n, c = batch_size(inputs_of(x)), network.outputs(x).shape[1]
     measured, left_out = to_measure(reduction, richest_of(names), n, c)
-    kernel = engines.plan(model, x, reduction=measured, **settings)
+    kernel = engines.plan(model, x, reduction=measured, layers=layers or LAYERS, **settings)
     probe = _Probe(kernel, network, n, c, reduction)
     tracked = bool(running_statistics(network.module))
     rows = [probe.row(price, asked) for price, asked in prices(names).items() if tracked or price is not STATISTICS]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ntkwatch import diagnostics as table
 from ntkwatch import metrics
 from ntkwatch.baseline import NO_THETA_0, Baseline, first_statistics, parameter_distances
-from ntkwatch.checks import ENGINES, REDUCTIONS, check_choice, count_outputs, to_measure
+from ntkwatch.checks import ENGINES, LAYERS, REDUCTIONS, check_choice, count_outputs, to_measure
 from ntkwatch.derived import Derived, on_cpu
 from ntkwatch.diagnostics import View
 from ntkwatch.engines.auto import Choice, choose
@@ -125,7 +125,7 @@ class Monitor:
         with self._probe():
             few = take(self._batch(self.probes), slice(0, 2))
             began = time.perf_counter()
-            self.choice.engine.kernel(self.network, few, reduction=self._measured, layers="trace")
+            self.choice.engine.kernel(self.network, few, reduction=self._measured, layers=LAYERS)
         return (time.perf_counter() - began) * len(self.probes) / 2
 
     def restore(
@@ -277,7 +277,7 @@ class Monitor:
     def _kernel(self, batch: Any, state: Mapping[str, Tensor] | None, reduction: Reduction | None = None) -> Kernel:
         assert self.choice is not None
         return self.choice.engine.kernel(
-            self.network, batch, reduction=reduction or self.reduction, layers="trace", state=state
+            self.network, batch, reduction=reduction or self.reduction, layers=LAYERS, state=state
         )
 
     def _baseline_on(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -160,14 +160,14 @@ def build(name: str) -> Made:
     return placed(module.eval(), x)
 
 
-def predicted_and_counted(name: str, reduction: Any) -> dict[str, int]:
-    """Bytes that `plan` foretells and that tensors really take."""
+def predicted_and_counted(name: str, reduction: Any, layers: Any = None) -> dict[str, int]:
+    """Bytes that `plan` foretells and that tensors really take, with a kernel per parameter kept in `layers`."""
     module, x = build(name)
     network, engine = Network(module), Layerwise()
-    found = plan(module, x, reduction=reduction)
+    found = plan(module, x, reduction=reduction, layers=layers)
     with leave_no_trace(module):
         engine.recipe(network, x, None)
-        run = lambda: engine.kernel(network, x, reduction=reduction, layers=None)  # noqa: E731
+        run = lambda: engine.kernel(network, x, reduction=reduction, layers=layers)  # noqa: E731
         return {"predicted": found.peak_bytes, "counted": memory.peak_bytes(run)}
 
 

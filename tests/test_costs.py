@@ -78,7 +78,7 @@ def test_a_richer_kernel_that_is_needed_is_the_one_planned() -> None:
 def test_the_forecast_is_told_where_it_is_named_and_only_there() -> None:
     x = torch.randn(N, 4)
     assert plan(mlp(), x, diagnostics=["loss_if_lazy"]).notes == (FORECAST,)
-    assert FORECAST in str(plan(mlp(), x, diagnostics=["loss_if_lazy"]))
+    assert FORECAST in " ".join(str(plan(mlp(), x, diagnostics=["loss_if_lazy"])).split())
     assert plan(mlp(), x, diagnostics="full").notes == ()
 
 
@@ -88,6 +88,19 @@ def test_what_is_too_large_to_measure_is_noted(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(checks, "FULL_LIMIT", (N * C) ** 2 * 8 - 1)
     (note,) = plan(mlp(), torch.randn(N, 4), diagnostics=["max_stable_lr"]).notes
     assert "the full kernel of 12 probes x 3 outputs" in note
+
+
+def test_a_kernel_per_parameter_is_counted_as_the_monitor_keeps_it() -> None:
+    """Of a wide, shallow model whose kernels outweigh its factors."""
+    x = torch.randn(256, 4)
+    alone, kept = (plan(mlp(), x, layers=layers) for layers in (None, "trace"))
+    kernel = 256 * 256 * 8
+    assert kept.peak_bytes - alone.peak_bytes >= 3 * kernel  # of four parameters; one is the whole's buffer
+    assert kept.seconds > alone.seconds
+    probe = plan(mlp(), x, diagnostics=["kernel_angle"])
+    assert probe.peak_bytes == kept.peak_bytes, "a Monitor keeps a kernel of each parameter"
+    with pytest.raises(ValueError, match="layers must be one of"):
+        plan(mlp(), x, layers="rows")  # type: ignore[arg-type]
 
 
 def test_without_diagnostics_the_plan_is_the_kernels_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from ntkwatch.engines import UnsupportedModel, empirical_ntk, layer_ntks, memory
 from ntkwatch.engines.auto import choose
 from ntkwatch.engines.base import Kernel, reduce
 from ntkwatch.engines.layerwise import Layerwise
+from ntkwatch.engines.selfcheck import self_check
 from ntkwatch.engines.tangent import jvp
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import Network, take
@@ -49,6 +51,59 @@ def test_self_check_sees_a_wrong_engine(monkeypatch: pytest.MonkeyPatch) -> None
     assert "off by" in chosen.reason
     with pytest.raises(UnsupportedModel, match="off by"):
         choose(Network(NET_X[0]), NET_X[1], "layerwise")
+
+
+def _mixed_up(change: Callable[[Tensor], Tensor], everywhere: bool) -> type[Layerwise]:
+    """An engine whose kernel of the first parameter (or of every one) is changed."""
+
+    class Mistaken(Layerwise):
+        def kernel(self, network: Network, *args: Any, **kwargs: Any) -> Kernel:
+            right = super().kernel(network, *args, **kwargs)
+            first = next(iter(right.layers))
+            layers = {name: change(t) if everywhere or name == first else t for name, t in right.layers.items()}
+            return dataclasses.replace(right, value=torch.stack(list(layers.values())).sum(0), layers=layers)
+
+    return Mistaken
+
+
+def _pair(t: Tensor) -> Tensor:
+    """One pair of probes, both ways, off by a tenth."""
+    t = t.clone()
+    t[0, :, 1] *= 1.1
+    t[1, :, 0] *= 1.1
+    return t
+
+
+MISTAKES: dict[str, Callable[[Tensor], Tensor]] = {
+    "outputs of a pair exchanged": lambda t: t.transpose(1, 3),
+    "outputs reversed": lambda t: t.flip(1, 3),
+    "probes exchanged": lambda t: t[[1, 0, 2]][:, :, [1, 0, 2]],
+    "probes reversed on one side": lambda t: t.flip(0),
+    "no terms between outputs": lambda t: t * torch.eye(t.shape[1]).to(t)[:, None],
+    "no terms between probes": lambda t: t * torch.eye(len(t)).to(t)[:, None, :, None],
+    "one pair off by a tenth": _pair,
+    "off by 2 %": lambda t: 1.02 * t,
+    "one output off by 2 %": lambda t: t * torch.tensor([1.0, 1.02]).to(t)[:, None, None],
+    "the mean over probes": lambda t: t.mean((0, 2), keepdim=True).expand_as(t),
+    "left out": torch.zeros_like,
+}
+
+SLIGHT = "outputs of a pair exchanged"  # the right kernel is nearly symmetric in them
+
+
+@pytest.mark.parametrize("everywhere", [True, False], ids=["every parameter", "one parameter"])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_self_check_sees(mistake: str, everywhere: bool) -> None:
+    for name in ("mlp", "conv2d", "transformer_encoder"):
+        module, batch = build(find(name), torch.float32)
+        with leave_no_trace(module):
+            engine = _mixed_up(MISTAKES[mistake], everywhere)()
+            error, worst = self_check(engine, Network(module), batch)
+            exact, _ = self_check(Layerwise(), Network(module), batch)
+        assert exact < 1e-5, f"{name}: {exact:.1e} without a mistake"
+        slight = not everywhere or mistake == SLIGHT
+        least = 30 * exact if slight else 3e-3  # what no rounding reaches; the tolerance
+        assert error > least, f"{name}, {mistake}: off by {error:.1e} only, most in {worst}"
 
 
 def test_random_models_are_refused() -> None:

@@ -50,6 +50,28 @@ def test_peak_memory_is_predicted(capsys: pytest.CaptureFixture[str]) -> None:
     check({cell: memory_models.predicted_and_counted(*cell) for cell in FEW}, capsys)
 
 
+KEPT = [("MLP", "trace", "trace"), ("embedding", "trace", "full"), ("conv1d", "full", "trace"), ("GPT", "sum", "trace")]
+
+
+def check_kept(cells: list[tuple[str, str, str]], capsys: pytest.CaptureFixture[str]) -> None:
+    found = {
+        (name, f"{reduction}, layers {layers}"): memory_models.predicted_and_counted(name, reduction, layers)
+        for name, reduction, layers in cells
+    }
+    check(found, capsys)
+
+
+def test_peak_memory_is_predicted_with_a_kernel_per_parameter(capsys: pytest.CaptureFixture[str]) -> None:
+    check_kept(KEPT, capsys)
+
+
+@pytest.mark.soak
+def test_peak_memory_is_predicted_of_every_model_with_kernels_per_parameter(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    check_kept([(name, reduction, "trace") for name, reduction in CELLS], capsys)
+
+
 @pytest.mark.soak
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads resident memory from /proc")
 def test_peak_memory_is_predicted_of_every_model(capsys: pytest.CaptureFixture[str]) -> None:

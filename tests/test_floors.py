@@ -38,6 +38,7 @@ FLOORS = {
         "report",
         "words",
         "losses",
+        "misfits",
         "optimizers",
         "shadow",
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +20,11 @@ from ntkwatch.engines.base import Reduction, at_hand, noise_floor
 from ntkwatch.engines.memory import free_bytes
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.limit import wide_limit
+from ntkwatch.misfits import misfit
 from ntkwatch.model import Network, UnsupportedModel, targets_of
 from ntkwatch.statistics import running_statistics, untracked_statistics
 
+LONGEST = 400  # characters of somebody else's error
 SLOW_PROBE = 30.0  # seconds: the callback says so before it starts
 
 
@@ -29,8 +32,13 @@ class FactoryError(ValueError):
     """FILE:FACTORY that does not lead to (model, batch): what, got, do this."""
 
 
-def check(spec: str, reduction: str = "trace", diagnostics: Sequence[str] = ("default",)) -> tuple[list[str], bool]:
-    """(lines to print, whether it can be measured) for FILE:FACTORY; raises FactoryError where that fails."""
+def check(
+    spec: str, reduction: str = "trace", diagnostics: Sequence[str] = ("default",), width: int = 80
+) -> tuple[list[str], bool]:
+    """(lines to print, whether it can be measured) for FILE:FACTORY; raises FactoryError where that fails.
+
+    width: columns that the table of costs may take.
+    """
     if reduction not in ("trace", "sum", "blocks", "full"):
         raise FactoryError(f"--reduction {reduction} is unknown: use trace, sum, blocks or full")
     try:
@@ -55,9 +63,10 @@ def check(spec: str, reduction: str = "trace", diagnostics: Sequence[str] = ("de
     except (UnsupportedModel, MemoryError) as error:
         return [*lines, f"PROBLEM  {error}"], False
     except Exception as error:  # whatever the model raises on its batch
-        return [*lines, f"PROBLEM  the model raised {_where(error)} on this batch"], False
+        why = misfit(model, batch, error)
+        return [*lines, f"PROBLEM  {why or f'the model raised {_where(error)} on this batch'}"], False
     problems = _problems(plan, outputs.device)
-    return [*lines, "", str(plan), "", *(problems or ["It can be measured as it is."])], not problems
+    return [*lines, "", plan.text(width), "", *(problems or ["It can be measured as it is."])], not problems
 
 
 def load(spec: str) -> tuple[nn.Module, Any]:
@@ -100,7 +109,13 @@ def _where(error: Exception) -> str:
     own = str(Path(__file__).parent.parent)
     theirs = [f for f in frames if "/torch/" not in f.filename.replace(os.sep, "/") and not f.filename.startswith(own)]
     last = (theirs or list(frames))[-1]
-    return f"{type(error).__name__}: {str(error).strip()} (line {last.lineno} of {Path(last.filename).name})"
+    return f"{type(error).__name__}: {_in_one_line(str(error))} (line {last.lineno} of {Path(last.filename).name})"
+
+
+def _in_one_line(message: str) -> str:
+    """Its lines one after the other, and not more of them than can be read."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return textwrap.shorten(" / ".join(lines), LONGEST, placeholder=" …") or "no message"
 
 
 def _kind(value: Any) -> str:

@@ -83,7 +83,7 @@ def show(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Refresh until the run ends or Ctrl-C.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What happened to the kernel of one run, in words and numbers."""
+    """One run in words and numbers."""
     if follow and as_json:
         raise typer.BadParameter("--follow and --json exclude each other: JSON is one answer")
     if follow:
@@ -111,7 +111,7 @@ def widths(
         Path | None, typer.Option("-o", "--out", help="Folder for figures and CSV [default: ntkwatch_widths].")
     ] = None,
 ) -> None:
-    """Runs over width: slopes with confidence intervals, figures, CSV."""
+    """Runs over width: slopes, figures, CSV."""
     from ntkwatch.compare import compare_runs
 
     comparison = compare_runs(runs, x, allow_mismatch=allow_mismatch, min_width=min_width)
@@ -128,7 +128,8 @@ def widths(
 def _print_comparison(comparison: Comparison) -> None:
     from ntkwatch.cli import terminal
 
-    terminal.console().print(terminal.comparison(comparison))
+    console = terminal.console()
+    console.print(terminal.comparison(comparison, console.width))
     typer.echo()
 
 
@@ -162,14 +163,15 @@ def diff(
     step: Annotated[int | None, typer.Option("--step", help="The step of the layer table [default: the last].")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """How alike the kernels of two runs are, by step and layer."""
+    """How alike the kernels of two runs are."""
     from ntkwatch.cli import terminal
     from ntkwatch.compare import diff_runs
 
     difference = diff_runs(a, b, step)
     if as_json:
         return _print_json(difference.as_dict())
-    return terminal.console().print(terminal.difference(difference))
+    console = terminal.console()
+    return console.print(terminal.difference(difference, console.width))
 
 
 @app.command()
@@ -179,7 +181,7 @@ def report(
     x: X = "width",
     allow_mismatch: AllowMismatch = False,
 ) -> None:
-    """One self-contained HTML page about one or more runs."""
+    """One self-contained HTML page about runs."""
     from ntkwatch.cli import terminal
     from ntkwatch.report import write_report
 
@@ -190,19 +192,20 @@ def report(
 
 @app.command()
 def explain(metric: Annotated[str | None, typer.Argument(metavar="METRIC")] = None) -> None:
-    """What a metric is: formula, range, pitfalls; no name: list."""
+    """What a metric is; without a name, all."""
     from ntkwatch.cli import terminal
     from ntkwatch.cli.glossary import entries, entry, listing
 
     if metric is None:
-        return terminal.console().print(terminal.pairs(listing()))
+        console = terminal.console()
+        return console.print(terminal.pairs(listing(), width=min(console.width, terminal.LISTED)))
     text = entry(metric.removeprefix("ntk/"))
     if text is None:
         close = difflib.get_close_matches(metric, entries(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"the names are {', '.join(entries())}"
+        hint = f"did you mean {' or '.join(close)}?" if close else "`ntkwatch explain` lists the names"
         _complain(f"no metric is called {metric!r}: {hint}")
         raise typer.Exit(BAD_INPUT)
-    return typer.echo(f"{metric}\n\n{text}")
+    return typer.echo("\n".join([metric, "", *terminal.documentation(text, terminal.console().width)]))
 
 
 @app.command()
@@ -213,12 +216,14 @@ def doctor(
         str, typer.Option("--diagnostics", help="default, full, or names with commas between them.")
     ] = "default",
 ) -> None:
-    """How a model would be measured, its cost, what would fail."""
+    """How a model would be measured; the cost."""
     from ntkwatch.cli import terminal
     from ntkwatch.cli.checkup import check
 
-    lines, healthy = check(factory, reduction, diagnostics.split(","))
-    typer.echo("\n".join(terminal.wrapped(lines, terminal.console().width)))
+    width = terminal.console().width
+    names = [name.strip() for name in diagnostics.split(",") if name.strip()]
+    lines, healthy = check(factory, reduction, names, width)
+    typer.echo("\n".join(terminal.wrapped(lines, width)))
     if not healthy:
         raise typer.Exit(PROBLEM)
 
@@ -227,7 +232,7 @@ def doctor(
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the runs.")] = Path("ntkwatch_demo"),
 ) -> None:
-    """Train and watch small networks at four widths, then compare."""
+    """Train small networks at four widths."""
     from ntkwatch.cli import terminal
     from ntkwatch.compare import compare_runs
     from ntkwatch.demo import run
@@ -265,9 +270,10 @@ def _print_json(data: Any) -> None:
 
 
 def _complain(message: str) -> None:
+    from ntkwatch.cli import terminal
     from ntkwatch.words import printable
 
-    typer.echo(f"ntkwatch: {printable(message)}", err=True)
+    typer.echo("\n".join(terminal.folded(f"ntkwatch: {printable(' '.join(message.split()))}")), err=True)
 
 
 def main() -> None:

@@ -9,12 +9,12 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ntkwatch.words import layers_at, printable, sparkline, summary_lines
+from ntkwatch.cli.tables import GAP, SHORTEST, Column, middle, pairs, stacked, table
+from ntkwatch.words import layers_at, never_defined, printable, sparkline, summary_lines, undefined
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 PIPED_WIDTH = 200  # wide enough that no table is folded where nobody sees columns
 MOST_LAYERS, MOST_RUNS = 12, 40
+FEWEST_IN_SECTIONS = 30  # rows of a table that is told in sections
+OTHER = "other"
+COURSE = (16, 8)  # columns of a sparkline, and the fewest
 READABLE = 79  # columns of running text
+LISTED = 120  # columns of a name and a sentence
 SHORT = {
     "kernel_angle": "angle",
     "relative_change": "change",
@@ -44,12 +48,30 @@ def console(stderr: bool = False) -> Console:
 
 def wrapped(lines: Sequence[str], width: int) -> list[str]:
     """Lines of a label and a sentence, the sentence folded beside its label; rows of a table as they are."""
-    folded: list[str] = []
+    rows: list[str] = []
     for line in "\n".join(lines).splitlines():
         label = re.match(r"[A-Za-z]+:? {1,10}(?=\S)", line)
         indent = " " * (len(label[0]) if label and "  " not in line[len(label[0]) :] else 0)
-        folded += textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False) or [""]
-    return folded
+        fits = len(line) <= width  # a row of a table, as it is
+        rows += [line] if fits else textwrap.wrap(line, width, subsequent_indent=indent)
+    return rows
+
+
+def folded(message: str) -> list[str]:
+    """A message in lines that fit the terminal of stderr; one line where nobody sees columns."""
+    stderr = console(stderr=True)
+    return textwrap.wrap(message, stderr.width) if stderr.is_terminal or "COLUMNS" in os.environ else [message]
+
+
+def documentation(text: str, width: int) -> list[str]:
+    """A docstring of labelled lines folded at words; what goes on a line above is set in."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        if line.startswith("    ") and lines and lines[-1]:
+            lines[-1] += f" {line.strip()}"
+        else:
+            lines.append(line.rstrip())
+    return [row for line in lines for row in textwrap.wrap(line, width, subsequent_indent="    ") or [""]]
 
 
 def number(value: Any, digits: int = 4) -> str:
@@ -65,151 +87,180 @@ def number(value: Any, digits: int = 4) -> str:
 
 def show(run: Run, width: int) -> RenderableType:
     """Everything that `ntkwatch show` prints of a run."""
-    parts: list[RenderableType] = [_title(str(run.folder)), summary(run, width)]
+    parts: list[RenderableType] = [_title(str(run.folder)), summary(run, width, without=("Undefined",))]
     if run.steps:
-        parts.append(metrics_table(run.metrics))
+        parts.append(metrics_table(run.metrics, width))
         layers = layers_at(run.layer_metrics, run.steps[-1])
-        parts += [layer_table(layers, run.steps[-1])] if layers else []
-        parts += reasons_list(run.reasons, width)
+        parts += layer_tables(layers, run.steps[-1], width) if layers else []
+        parts += reasons_list(run, width)
     return _spaced(parts)
 
 
 def live(run: Run, width: int) -> RenderableType:
     """What moves comes first, where a short terminal cuts the rest off."""
-    table = [metrics_table(run.metrics)] if run.steps else []
-    return _spaced([_title(str(run.folder)), *table, summary(run, width)])
+    moving = [metrics_table(run.metrics, width)] if run.steps else []
+    return _spaced([_title(str(run.folder)), *moving, summary(run, width)])
 
 
-def metrics_table(metrics: pd.DataFrame) -> Table:
-    """A row per metric: first, some and last values, and its course as a sparkline."""
-    steps = [int(s) for s in metrics.index]
-    some = sorted({steps[round(share * (len(steps) - 1))] for share in (0, 1 / 3, 2 / 3, 1)})
-    table = _table("metric", *(f"step {step:,}" for step in some), course=f"{len(steps)} probes")
-    for name in metrics.columns:
-        values = [number(metrics[name][step]) for step in some]
-        table.add_row(printable(str(name)), *values, sparkline(metrics[name]))
-    return table
+def metrics_table(metrics: pd.DataFrame, width: int) -> Table:
+    """A row per metric that is ever defined: as many steps as fit, the last first of all, and its course."""
+    rows = _in_sections([str(name) for name in metrics.columns if name not in never_defined(metrics)])
+    names = [name for _, name in rows]
+    steps, bars = _fitting(metrics, names, width)
+    values = [_at(metrics, names, step) for step in steps]
+    room = max(SHORTEST, width - sum(each.least + GAP for each in values) - bars - GAP)
+    columns = [Column("metric", [middle(printable(name), room) for name in names])]
+    columns += [*values, Column(f"{len(metrics)} probes", [sparkline(metrics[name], bars) for name in names])]
+    starts = [(i, title) for i, (title, _) in enumerate(rows) if title and (i == 0 or rows[i - 1][0] != title)]
+    return table(columns, width, starts)
 
 
-def layer_table(layers: dict[str, dict[str, float]], step: int) -> Table:
+def _at(metrics: pd.DataFrame, names: Sequence[str], step: int) -> Column:
+    return Column(f"step {step:,}", [number(metrics[name][step]) for name in names])
+
+
+def _fitting(metrics: pd.DataFrame, names: Sequence[str], width: int) -> tuple[list[int], int]:
+    """The steps whose values are shown, four at most and the last at least, and the length of a sparkline."""
+    steps = [int(step) for step in metrics.index]
+    for count in (4, 3, 2, 1):
+        some = sorted({steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)})
+        some = some if count > 1 else steps[-1:]
+        taken = sum(len(f"step {step:,}") + GAP for step in some) + max(map(len, names), default=0) + GAP
+        taken += sum(max(0, _at(metrics, names, step).least - len(f"step {step:,}")) for step in some)
+        for bars in COURSE if count == 1 else COURSE[:1]:
+            if taken + bars <= width:
+                return some, bars
+    return steps[-1:], COURSE[-1]
+
+
+def _in_sections(names: Sequence[str]) -> list[tuple[str, str]]:
+    """(section, name), by section where there are many."""
+    if len(names) < FEWEST_IN_SECTIONS:
+        return [("", name) for name in names]
+    from ntkwatch.diagnostics import SECTIONS
+
+    place = {name: title for title, members in SECTIONS.items() for name in members}
+    order = [*SECTIONS, OTHER]
+    return sorted(((place.get(name, OTHER), name) for name in names), key=lambda row: order.index(row[0]))
+
+
+def layer_tables(layers: dict[str, dict[str, float]], step: int, width: int) -> list[Table]:
     """A row per module: its share of the trace, how far its kernel turned, and what else was measured."""
     names = list(dict.fromkeys(name for values in layers.values() for name in values))
-    table = _table(f"layer at step {step:,}", *(name.replace("_", " ") for name in names))
     order = sorted(layers, key=lambda module: -layers[module].get("share", 0.0))
-    for module in order[:MOST_LAYERS]:
-        table.add_row(printable(module), *(number(layers[module].get(name)) for name in names))
-    if len(order) > MOST_LAYERS:
-        table.add_row(f"… {len(order) - MOST_LAYERS} more: --json", *[""] * len(names))
-    return table
+    more = [f"… {len(order) - MOST_LAYERS} more: --json"] if len(order) > MOST_LAYERS else []
+    shown, blank = order[:MOST_LAYERS], [""] * len(more)
+    columns = [
+        Column(name.replace("_", " "), [*(number(layers[module].get(name)) for module in shown), *blank])
+        for name in names
+    ]
+    return stacked(f"layer at step {step:,}", [*map(printable, shown), *more], columns, width)
 
 
-def summary(run: Run, width: int) -> Table:
+def summary(run: Run, width: int, without: Sequence[str] = ()) -> Table:
     """The run in words, an axis a row."""
-    return pairs(summary_lines(run), "bold", min(width, READABLE))
+    lines = [line for line in summary_lines(run) if line[0] not in without]
+    return pairs(lines, "bold", min(width, READABLE))
 
 
-def reasons_list(reasons: dict[int, dict[str, str]], width: int) -> list[RenderableType]:
-    """Undefined values, by metric and cause, with the steps they are undefined at."""
-    causes: dict[tuple[str, str], list[int]] = {}
-    for step, by_name in reasons.items():
-        for name, why in by_name.items():
-            causes.setdefault((name, why), []).append(step)
-    lines = [printable(f"{name} at {_steps(steps)}: {why}") for (name, why), steps in causes.items()]
-    labelled = [("" if i else "Undefined", line) for i, line in enumerate(lines)]
-    return [pairs(labelled, "bold", min(width, READABLE))] if lines else []
+def reasons_list(run: Run, width: int) -> list[RenderableType]:
+    """Undefined values, by cause: those that are never defined, and the others with the steps they are undefined at."""
+    never, partly = undefined(run.metrics, run.reasons)
+    labelled = [("" if i else label, printable(line)) for label, lines in (("Undefined", never), ("In part", partly))
+                for i, line in enumerate(lines)]  # fmt: skip
+    return [pairs(labelled, "bold", min(width, READABLE))] if labelled else []
 
 
-def comparison(c: Comparison) -> RenderableType:
+def comparison(c: Comparison, width: int) -> RenderableType:
     """The runs, the slopes with their intervals and readings, and the notes."""
     parts: list[RenderableType] = []
     if c.mismatch:
         parts.append(Text(f"Mismatch allowed: {c.mismatch}", style="bold red"))
     optimizers = ", ".join(sorted(set(c.table["optimizer"])))
     parts.append(_title(f"{len(c.table)} runs ({optimizers}) at step {c.step:,}, the last they share"))
-    parts += [runs_table(c), slopes_table(c), *_readings(c)]
-    parts += _finite_width(c.finite_width) if c.finite_width is not None else []
-    parts += [pairs([("Note", f"{note}.") for note in c.notes], "yellow", READABLE)] if c.notes else []
+    parts += [*runs_tables(c, width), *slopes_tables(c, width), *_readings(c, width)]
+    parts += _finite_width(c.finite_width, width) if c.finite_width is not None else []
+    parts += _notes(c.notes, width)
     return _spaced(parts)
 
 
-def _finite_width(w: FiniteWidth) -> list[RenderableType]:
+def _finite_width(w: FiniteWidth, width: int) -> list[RenderableType]:
     """The first kernels beside their infinite-width limit: a row per width, slopes, and how wide is wide."""
-    table = _table("K₀ at width n", "runs", "distance to K∞", "over seeds", "n·bias", "±", "n·variance")
-    for row in w.table.to_dict("records"):
-        values = [row[name] for name in ("distance", "deviation", "n_bias", "n_bias_error", "n_variance")]
-        table.add_row(f"{row['width']:g}", str(int(row["runs"])), *(number(v, 3) for v in values))
-    said = [f"{name}: slope {slope},\n  {w.reading(name)}." for name, slope in w.slopes.items()]
+    rows = w.table.to_dict("records")
+    shown = {"distance to K∞": "distance", "over seeds": "deviation", "n·bias": "n_bias", "±": "n_bias_error"}
+    shown |= {"n·variance": "n_variance"}
+    columns = [Column("runs", [str(int(row["runs"])) for row in rows])]
+    columns += [Column(heading, [number(row[name], 3) for row in rows]) for heading, name in shown.items()]
+    said = [f"{name}: slope {slope}, {w.reading(name)}.".replace("-", "−") for name, slope in w.slopes.items()]
     if w.wide is not None:
         said.append(f"K₀ is within 10 % of its limit, in the root mean square, from width {number(w.wide, 3)} on.")
-    notes = pairs([("Note", f"{note}.") for note in w.notes], "yellow", READABLE)
-    return [table, Text("\n".join(said)), notes]
+    tables = stacked("K₀ at width n", [f"{row['width']:g}" for row in rows], columns, width)
+    return [*tables, Text("\n".join(_hanging(said, width))), *_notes(w.notes, width)]
 
 
-def _readings(c: Comparison) -> list[RenderableType]:
+def _notes(notes: Sequence[str], width: int) -> list[RenderableType]:
+    labelled = [("" if i else "Note", f"{note}.") for i, note in enumerate(notes)]
+    return [pairs(labelled, "yellow", min(width, READABLE))] if labelled else []
+
+
+def _readings(c: Comparison, width: int) -> list[RenderableType]:
     """What the slopes say; names of one reading together."""
     said: dict[str, list[str]] = {}
     for name in c.slopes:
         said.setdefault(c.reading(name), []).append(name)
-    return [Text("\n".join(f"{', '.join(names)}:\n  {reading}." for reading, names in said.items()))] if said else []
+    lines = [f"{', '.join(names)}: {reading}." for reading, names in said.items()]
+    return [Text("\n".join(_hanging(lines, width)))] if said else []
 
 
-def runs_table(c: Comparison) -> Table:
+def runs_tables(c: Comparison, width: int) -> list[Table]:
     """A row per run at the last common step."""
     from ntkwatch.compare import SLOPES
 
     names = [name for name in SLOPES if name in c.table]
-    table = _table("run", c.x, "seed", *(SHORT[name] for name in names))
-    for row in c.table.head(MOST_RUNS).to_dict("records"):
-        seed = "–" if _missing(row["seed"]) else str(row["seed"])
-        table.add_row(row["run"], f"{row[c.x]:g}", seed, *(number(row[name], 3) for name in names))
-    if len(c.table) > MOST_RUNS:
-        table.add_row(f"… {len(c.table) - MOST_RUNS} more", *[""] * (len(names) + 2))
-    return table
+    rows = c.table.head(MOST_RUNS).to_dict("records")
+    more = [f"… {len(c.table) - MOST_RUNS} more"] if len(c.table) > MOST_RUNS else []
+    blank = [""] * len(more)
+    columns = [Column(c.x, [*(f"{row[c.x]:g}" for row in rows), *blank])]
+    columns.append(Column("seed", [*("–" if _missing(row["seed"]) else str(row["seed"]) for row in rows), *blank]))
+    columns += [Column(SHORT[name], [*(number(row[name], 3) for row in rows), *blank]) for name in names]
+    return stacked("run", [*(row["run"] for row in rows), *more], columns, width)
 
 
-def slopes_table(c: Comparison) -> Table:
+def slopes_tables(c: Comparison, width: int) -> list[Table]:
     """A row per slope of log metric on log x."""
-    table = _table(f"slope against {c.x}", "slope", "95 % low", "high", "R²", "points", "dof")
-    for name, s in c.slopes.items():
-        values = (f"{v:+.3f}".replace("-", "−") if math.isfinite(v) else "–" for v in (s.value, s.low, s.high))
-        table.add_row(name, *values, number(s.r2, 3), str(s.n), str(s.dof))
-    return table
+    slopes = list(c.slopes.values())
+    signed = {"slope": "value", "95 % low": "low", "high": "high"}
+    columns = [Column(heading, [_signed(getattr(s, name)) for s in slopes]) for heading, name in signed.items()]
+    columns += [Column("R²", [number(s.r2, 3) for s in slopes]), Column("points", [str(s.n) for s in slopes])]
+    columns.append(Column("dof", [str(s.dof) for s in slopes]))
+    return stacked(f"slope against {c.x}", list(c.slopes), columns, width)
 
 
-def difference(d: Difference) -> RenderableType:
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−") if math.isfinite(value) else "–"
+
+
+def difference(d: Difference, width: int) -> RenderableType:
     """Kernel similarity by step and by layer."""
     a, b = d.names
-    steps = _table("step", "angle (rad)", "CKA", "log scale B/A")
-    for row in d.table.to_dict("records"):
-        steps.add_row(f"{row['step']:,}", *(number(row[name]) for name in ("angle", "cka", "scale")))
-    layers = _table(f"layer at step {d.step:,}", "share A", "share B", "angle (rad)", "CKA", "log scale")
-    for row in d.layers.to_dict("records"):
-        layers.add_row(printable(row.pop("layer")), *(number(v) for v in row.values()))
-    parts: list[RenderableType] = [Text(f"A  {a}\nB  {b}", style="bold"), steps]
-    parts += [layers] if len(d.layers) else []
+    rows, layers = d.table.to_dict("records"), d.layers.to_dict("records")
+    shown = {"angle (rad)": "angle", "CKA": "cka", "log scale B/A": "scale"}
+    columns = [Column(heading, [number(row[name]) for row in rows]) for heading, name in shown.items()]
+    parts: list[RenderableType] = [Text(f"A  {a}\nB  {b}", style="bold")]
+    parts += stacked("step", [f"{row['step']:,}" for row in rows], columns, width)
+    if layers:
+        names = [printable(row.pop("layer")) for row in layers]
+        headings = ("share A", "share B", "angle (rad)", "CKA", "log scale")
+        values = zip(headings, zip(*(row.values() for row in layers), strict=True), strict=True)
+        columns = [Column(heading, [number(v) for v in cells]) for heading, cells in values]
+        parts += stacked(f"layer at step {d.step:,}", names, columns, width)
     parts += [Text(printable(f"In one only: {', '.join(d.only)}"))] if d.only else []
     return _spaced(parts)
 
 
-def pairs(rows: Sequence[tuple[str, str]], style: str = "cyan", width: int | None = None) -> Table:
-    """Names and what they are, in two columns."""
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.width = width
-    table.add_column(min_width=9)
-    table.add_column(ratio=1 if width else None)
-    for name, text in rows:
-        table.add_row(Text(name, style=style), Text(text))
-    return table
-
-
-def _table(first: str, *columns: str, course: str | None = None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
-    table.add_column(printable(first), overflow="fold")
-    for column in columns:
-        table.add_column(printable(column), justify="right", overflow="fold")
-    if course is not None:
-        table.add_column(course, no_wrap=True, style="cyan")
-    return table
+def _hanging(lines: Sequence[str], width: int) -> list[str]:
+    """Sentences folded at words, a sentence's later lines set in."""
+    return [row for line in lines for row in textwrap.wrap(line, min(width, READABLE), subsequent_indent="  ")]
 
 
 def _spaced(parts: Sequence[RenderableType]) -> Group:
@@ -219,12 +270,6 @@ def _spaced(parts: Sequence[RenderableType]) -> Group:
 
 def _title(text: str) -> Text:
     return Text(printable(text), style="bold cyan")
-
-
-def _steps(steps: Sequence[int]) -> str:
-    if len(steps) == 1:
-        return f"step {steps[0]:,}"
-    return f"{len(steps)} steps, {steps[0]:,} to {steps[-1]:,}"
 
 
 def _missing(value: Any) -> bool:

@@ -81,7 +81,7 @@ def _span(run: Run) -> str:
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
-    """Short distinct names: the folders, without the part that all share and without the closing `ntkwatch`."""
+    """Short distinct names: the folders, without the part that all share and without `ntkwatch` and what is below."""
     parts = [list(Path(run.folder).resolve().parts) for run in runs]
     parts = [p[:-1] if p[-1] == "ntkwatch" and len(p) > 2 else p for p in parts]
     if len(parts) < 2:
@@ -90,7 +90,10 @@ def names_of(runs: Sequence[Run]) -> list[str]:
     while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
         shared += 1
     names = [printable("/".join(p[shared:])) for p in parts]
-    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+    if len(set(names)) < len(names):
+        return [str(run.folder) for run in runs]
+    shorter = [name.partition("/ntkwatch/")[0] for name in names]  # a run that no logger gave a folder
+    return shorter if len(set(shorter)) == len(names) else names
 
 
 def seed_of(run: Run) -> int | None:

@@ -6,6 +6,7 @@ A diagnostic is a function of a `View`. It returns a number, or raises `Undefine
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -26,6 +27,7 @@ from ntkwatch.diagnostics.view import Motion, View
 
 __all__ = [
     "DIAGNOSTICS",
+    "SECTIONS",
     "Diagnostic",
     "Motion",
     "Price",
@@ -57,6 +59,16 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
     **UNCERTAINTY,
     **ERRORS,
 }
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "kernel motion": tuple(MOTION),
+    "spectrum": (*SPECTRUM, *MORE_SPECTRUM),
+    "alignment": (*ALIGNMENT, *MORE_ALIGNMENT),
+    "lazy or rich": (*LAZINESS, *MORE_LAZINESS),
+    "optimisation": tuple(OPTIMISATION),
+    "loss if lazy": tuple(FIXED_KERNEL),
+    "generalisation": (*GENERALISATION, *UNCERTAINTY),
+    "error bars": tuple(ERRORS),
+}
 DERIVED_FROM = ("any", "blocks", "full")  # each holds what the ones before it do
 
 
@@ -71,10 +83,18 @@ def select(diagnostics: str | Sequence[str]) -> tuple[str, ...]:
     unknown = sorted(wanted - set(DIAGNOSTICS))
     if unknown:
         raise ValueError(
-            f"unknown diagnostics {unknown}: use 'default', 'full', or a list of names out of {', '.join(DIAGNOSTICS)}"
+            f"unknown diagnostics {', '.join(map(_with_close, unknown))}: use 'default', 'full', or a list of names; "
+            "`ntkwatch explain` lists them with what they mean"
         )
     wanted |= {other for name in wanted for other in DIAGNOSTICS[name].beside}
     return tuple(name for name in DIAGNOSTICS if name in wanted)
+
+
+def _with_close(name: str) -> str:
+    """An unknown name, and those that it may stand for."""
+    known = [*PRESETS, *DIAGNOSTICS]
+    close = difflib.get_close_matches(name, known, n=2) or [other for other in known if name and name in other][:3]
+    return f"{name!r} (did you mean {' or '.join(close)}?)" if close else repr(name)
 
 
 PRESETS: dict[str, Callable[[], set[str]]] = {

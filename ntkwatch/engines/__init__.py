@@ -8,9 +8,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from ntkwatch.engines.auto import choose
-from ntkwatch.engines.base import Kernel, Plan, Precision, Reduction, UnsupportedModel, check_reduction, work_dtype
-from ntkwatch.engines.planning import make_plan
+from ntkwatch.engines.base import (
+    Kernel,
+    Plan,
+    Precision,
+    Reduction,
+    UnsupportedModel,
+    check_reduction,
+    richest,
+    work_dtype,
+)
+from ntkwatch.engines.planning import Wanted, make_plan
 from ntkwatch.guard import leave_no_trace
+from ntkwatch.misfits import explained
 from ntkwatch.model import Network, OutputsFn, batch_size, inputs_of, leaves
 
 __all__ = ["Kernel", "Plan", "UnsupportedModel", "empirical_ntk", "layer_ntks", "plan", "sign_ntk"]
@@ -46,7 +56,8 @@ def empirical_ntk(
 
     Raises:
         UnsupportedModel: outputs are not [n, C], examples are coupled, or no engine can do the model.
-        ValueError: an unknown reduction, engine, precision, or a params glob that matches nothing.
+        ValueError: an unknown reduction, engine, precision, or a params glob that matches nothing; probes of a type or
+            shape that the model does not take, naming the module that they reached.
     """
     return _kernel(model, x1, x2, reduction, None, engine, outputs, params, chunk_size, precision).value
 
@@ -105,6 +116,7 @@ def plan(
     x: Any,
     *,
     reduction: Reduction = "trace",
+    layers: Reduction | None = None,
     engine: str = "auto",
     outputs: OutputsFn | None = None,
     params: str | Sequence[str] | None = None,
@@ -113,14 +125,19 @@ def plan(
 ) -> Plan:
     """What `empirical_ntk` would do: engine and reason, rule and cost per parameter, peak memory, probes per block.
 
+    layers: the reduction of a kernel kept for each parameter, as `layer_ntks` keeps them in its own; None for none.
+
     Raises:
         UnsupportedModel, ValueError: as `empirical_ntk` would.
     """
     check_reduction(reduction)
+    if layers is not None:
+        check_reduction(layers, "layers")
     network = Network(model, outputs, params)
     check_batch(x)
-    with leave_no_trace(network.module):
-        return make_plan(choose(network, x, engine), network, x, reduction, precision, chunk_size)
+    wanted = Wanted(richest(reduction, layers), layers, precision, chunk_size)
+    with leave_no_trace(network.module), explained(network.module, x):
+        return make_plan(choose(network, x, engine), network, x, wanted)
 
 
 def _kernel(
@@ -144,11 +161,13 @@ def _kernel(
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be a whole number of probes ≥ 1, got {chunk_size!r}")
     with leave_no_trace(network.module):
-        chosen = choose(network, x1, engine).engine
-        return chosen.kernel(
-            network, x1, x2,
-            reduction=reduction, layers=layers, chunk_size=chunk_size, precision=precision, signed=signed,
-        )  # fmt: skip
+        with explained(network.module, x1):
+            chosen = choose(network, x1, engine).engine
+        with explained(network.module, x1 if x2 is None else x2):
+            return chosen.kernel(
+                network, x1, x2,
+                reduction=reduction, layers=layers, chunk_size=chunk_size, precision=precision, signed=signed,
+            )  # fmt: skip
 
 
 def check_batch(x: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ntkwatch.engines.base import Engine
-from ntkwatch.engines.functional import Functional, math_attention
+from ntkwatch.engines.functional import USE_ANOTHER, Functional, math_attention
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.engines.memory import check_free, first_line, is_out_of_memory, ran_out
 from ntkwatch.engines.selfcheck import self_check
@@ -60,7 +60,7 @@ def _choose(network: Network, x: Any, engine: str) -> Choice:
     with math_attention():
         check_uncoupled(network, x)
     reasons: list[str] = []
-    for candidate in (Layerwise(), Functional()):
+    for candidate in (Layerwise(uncoupled=True), Functional()):
         if engine not in ("auto", candidate.name):
             continue
         error, reason = _trial(candidate, network, x)
@@ -71,9 +71,15 @@ def _choose(network: Network, x: Any, engine: str) -> Choice:
                 else "asked for, and " * (engine != "auto")
             )
             return Choice(candidate, f"{candidate.name}: {why}agrees with plain backward passes to {error:.0e}", error)
-        prefix = {"layerwise": "layerwise: " * (engine != "auto"), "functional": "torch.func: "}[candidate.name]
-        reasons.append(f"{prefix}{reason}")
+        reasons.append(_whose(candidate, str(reason).removesuffix(USE_ANOTHER if engine == "auto" else ""), engine))
     raise UnsupportedModel("; and ".join(dict.fromkeys(reasons)))
+
+
+def _whose(candidate: Engine, reason: str, asked: str) -> str:
+    """The reason, with the engine's name where it is not clear."""
+    if candidate.name == "functional":
+        return reason if reason.startswith("torch.func") else f"torch.func: {reason}"
+    return reason if asked == "auto" else f"layerwise: {reason}"
 
 
 def _trial(engine: Engine, network: Network, x: Any) -> tuple[float | None, str | None]:

@@ -1,14 +1,15 @@
-"""The engines' contract: Engine, Kernel (the result), Plan (rule, cost and memory per parameter), reductions."""
+"""The engines' contract: Engine, Kernel (the result), reductions, precision."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from ntkwatch.engines.plan import Plan, Row
 from ntkwatch.model import Network, UnsupportedModel
 
 __all__ = ["Engine", "Kernel", "Plan", "Precision", "Reduction", "Row", "UnsupportedModel", "reduce"]
@@ -75,91 +76,6 @@ class Engine(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Row:
-    """What one parameter costs: the rule that treats it, multiply-adds ×2, bytes moved, and the time these predict."""
-
-    name: str
-    rule: str
-    flops: float
-    bytes: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a kernel will cost before it is computed; `str()` is a table.
-
-    Attributes:
-        engine: the engine's name.
-        reason: why this engine, one line.
-        peak_bytes: predicted memory over the model's own.
-        chunk_size: probes per block.
-        notes: what else to know, a sentence each.
-    """
-
-    engine: str
-    reason: str
-    peak_bytes: int
-    chunk_size: int
-    table: tuple[Row, ...] = field(default=())
-    notes: tuple[str, ...] = ()
-
-    def rows(self) -> list[Row]:
-        """One row per trained parameter, and one for the forward and backward passes."""
-        return list(self.table)
-
-    @property
-    def seconds(self) -> float:
-        """Predicted wall time of all rows."""
-        return sum(row.seconds for row in self.table)
-
-    def __str__(self) -> str:
-        name = min(_NAME, max([len(row.name) for row in self.table] + [9]))
-        rule = min(_RULE, max([len(row.rule) for row in self.table] + [4]))
-        lines = [
-            self.reason,
-            f"about {_time(self.seconds)}, {self.peak_bytes / 2**20:.0f} MiB over the model, "
-            f"{self.chunk_size} probes a block",
-            f"{'parameter':<{name}}  {'rule':<{rule}}  {'GFLOP':>7}  {'MB':>7}  {'time':>7}",
-        ]
-        for row in self.table:
-            numbers = f"{_size(row.flops / 1e9):>7}  {_size(row.bytes / 1e6):>7}  {_time(row.seconds):>7}"
-            what = f"{_tail(row.name, name):<{name}}  {_head(row.rule, rule):<{rule}}"
-            if len(row.name) > name and row.name.startswith("+"):  # a sentence goes over both columns
-                what = f"{row.name:<{name + 2 + rule}}"
-            lines.append(f"{what}  {numbers}")
-        lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines)
-
-
-_NAME, _RULE = 30, 21  # columns of a table that fits in 80
-
-
-def _time(seconds: float) -> str:
-    """Three digits at most, in the unit that suits."""
-    for size, unit in ((60.0, "min"), (1.0, "s"), (1e-3, "ms")):
-        if seconds >= (100 if unit == "min" else 1) * size:
-            return f"{seconds / size:.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.1f} {unit}"
-    return "< 1 ms" if seconds > 0 else "0"
-
-
-def _size(value: float) -> str:
-    """Two digits, and no exponent."""
-    if value >= 10:
-        return f"{value:.0f}"
-    return f"{value:.2g}" if value >= 1e-3 or value == 0 else "< 0.001"
-
-
-def _tail(name: str, width: int) -> str:
-    """The end of a long name, which tells it from its neighbours."""
-    return name if len(name) <= width else "…" + name[1 - width :]
-
-
-def _head(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
 def reduce(theta: Tensor, source: Reduction, target: Reduction) -> Tensor:
     """The `target` reduction of a kernel given in a richer one.
 
@@ -192,6 +108,11 @@ def check_reduction(reduction: str, what: str = "reduction") -> str:
     if reduction not in get_args(Reduction):
         raise ValueError(f"{what} must be one of {', '.join(get_args(Reduction))}, got {reduction!r}")
     return reduction
+
+
+def entries(reduction: str, outputs: int) -> int:
+    """Numbers that a kernel of C outputs holds per pair of examples."""
+    return {"full": outputs**2, "blocks": outputs}.get(reduction, 1)
 
 
 def richest(reduction: Reduction, layers: Reduction | None) -> Reduction:

@@ -192,9 +192,9 @@ class Contractor:
         size = gram_rows(one, one.n, pairs, self.same)
         inputs1 = self._inputs(one)
         inputs2 = inputs1 if self.same else self._inputs(two)
-        for rows in _blocks(one.n, size):
+        for rows in self._blocks(one.n, size):
             a, ga = inputs1[rows], self._positions(one, rows)
-            for columns in _blocks(two.n, size):
+            for columns in self._blocks(two.n, size):
                 if self.same and columns.start > rows.start:
                     break
                 gb = ga if self.same and columns == rows else self._positions(two, columns)
@@ -205,6 +205,10 @@ class Contractor:
                     out[..., rows, columns] += part
                 if self.same and columns != rows:
                     self._reflect(out, part, rows, columns)
+
+    def _blocks(self, n: int, size: int) -> Iterator[slice]:
+        """Of examples."""
+        return _blocks(n, size)
 
     def _reflect(self, out: Tensor, part: Tensor, rows: slice, columns: slice) -> None:
         """Adds a block on the other side of the diagonal."""

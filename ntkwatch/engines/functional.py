@@ -30,6 +30,7 @@ from ntkwatch.model import (
 )
 from ntkwatch.plain import eager
 
+USE_ANOTHER = "; use engine='layerwise' or 'auto'"
 _STRETCH = 1 << 13  # terms of one product: no float32 sum grows longer
 _BLOCK_BYTES = 1 << 30  # Jacobians of one pair of blocks, when chunk_size is not given
 
@@ -127,9 +128,7 @@ class Functional:
             if is_out_of_memory(error):
                 raise
             first = re.split(r"\n|\. ", str(error).strip())[0] or type(error).__name__
-            raise UnsupportedModel(
-                f"torch.func cannot transform this model ({first}); use engine='layerwise' or 'auto'"
-            ) from error
+            raise UnsupportedModel(f"torch.func cannot transform this model ({first}){USE_ANOTHER}") from error
 
 
 def trained_at(network: Network, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

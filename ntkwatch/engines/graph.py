@@ -114,15 +114,15 @@ def walk(outputs: Tensor, parameters: Mapping[str, Tensor]) -> Graph:
     return Graph(root, tuple(order), consumers, {node: sorted(s) for node, s in used.items()}, leaves)
 
 
+class NestedTensors(UnsupportedModel):
+    """A node whose outputs have no shape: the gradients of nested tensors cannot be read by example."""
+
+
 def _check_dense(node: Any) -> None:
-    """Raises UnsupportedModel at a node whose outputs have no shape."""
     try:
         [m.shape for m in node._input_metadata]
     except RuntimeError:
-        raise UnsupportedModel(
-            f"the model computes on nested tensors (at {node.name()}), whose gradients cannot be read by example: pad "
-            "them and mask"
-        ) from None
+        raise NestedTensors(f"the model computes on nested tensors (at {node.name()}): pad them and mask") from None
 
 
 def _post_order(root: Node) -> list[Node]:

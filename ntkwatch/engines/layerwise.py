@@ -15,7 +15,7 @@ from ntkwatch.engines.functional import quiet
 from ntkwatch.engines.memory import backing_off, limit_bytes
 from ntkwatch.engines.rehearsal import predict, try_forward
 from ntkwatch.engines.run import WHOLE, Run
-from ntkwatch.engines.separation import Separation, separate_few
+from ntkwatch.engines.separation import Separation, check_uncoupled, separate_few
 from ntkwatch.engines.signs import SignRun
 from ntkwatch.model import Network, batch_size, inputs_of
 
@@ -23,11 +23,15 @@ _REHEARSED = 32 << 20  # allowed for a kernel: with less, a rehearsal itself wou
 
 
 class Layerwise:
-    """Exact: one forward and C backward passes to the activations, then the cheapest contraction per parameter."""
+    """Exact: one forward and C backward passes to the activations, then the cheapest contraction per parameter.
+
+    uncoupled: whoever asks has made sure that no example's output depends on the others of its batch.
+    """
 
     name = "layerwise"
 
-    def __init__(self) -> None:
+    def __init__(self, uncoupled: bool = False) -> None:
+        self._uncoupled = uncoupled
         self._recipes: weakref.WeakKeyDictionary[Network, Separation | None] = weakref.WeakKeyDictionary()
         self._chunks: weakref.WeakKeyDictionary[Network, dict[Any, int]] = weakref.WeakKeyDictionary()
 
@@ -61,8 +65,14 @@ class Layerwise:
         return Kernel(reduce(total, rich, reduction), theta, outputs, reduction, self.name, precision, floor)
 
     def recipe(self, network: Network, x: Any, state: Mapping[str, Tensor] | None) -> Separation | None:
-        """Where this network's examples come apart, read once from a few probes."""
+        """Where this network's examples come apart, read once from a few probes.
+
+        Raises:
+            UnsupportedModel: an example's output depends on the other examples, or is random in evaluation mode.
+        """
         if network not in self._recipes:
+            if not self._uncoupled:
+                check_uncoupled(network, x, state)
             self._recipes[network] = separate_few(network, x, state)
         return self._recipes[network]
 

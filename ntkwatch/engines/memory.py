@@ -6,17 +6,16 @@ import contextlib
 import itertools
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ntkwatch.model import Network, map_leaves
+from ntkwatch.engines.shapes import quickly
 
 T = TypeVar("T")
 SHARE = 0.25  # of what is free: a guest in somebody's training run takes no more
@@ -43,13 +42,18 @@ class LiveStorages(TorchDispatchMode):
         self._answers = itertools.cycle(answers) if answers else None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = quickly(func, args, kwargs)
+        if known is not None:  # of a storage that is counted already, or was there before
+            return known
         if self._answers is not None and func in _ASKS and getattr(args[0], "constant", 0) is None:
             return next(self._answers)
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = func(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given:
-                self._watch(t)
+        new = [t for t in _tensors(result) if t.untyped_storage()._cdata not in self._known]
+        if new:
+            given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+            for t in new:
+                if t.untyped_storage()._cdata not in given:
+                    self._watch(t)
         return result
 
     def rise(self, run: Callable[[], T]) -> tuple[T, int]:
@@ -99,26 +103,16 @@ class Forward(LiveStorages):
         return result
 
 
+def _tensors(result: Any) -> Iterator[Tensor]:
+    """Those that an operation gives."""
+    return (t for t in (result if isinstance(result, list | tuple) else (result,)) if isinstance(t, Tensor))
+
+
 def peak_bytes(run: Callable[[], object]) -> int:
     """The most bytes alive at once in tensors that `run` makes."""
     with LiveStorages() as counter:
         run()
         return counter.peak
-
-
-@contextlib.contextmanager
-def shapes_only(
-    network: Network, x: Any, state: Mapping[str, Tensor] | None
-) -> Iterator[tuple[Any, dict[str, Tensor]]]:
-    """The batch and the whole state as tensors that have a shape and no memory.
-
-    A model whose shapes depend on values raises something inside.
-    """
-    everything = {**dict(network.module.named_parameters()), **network.buffers, **(state or {})}
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes: dict[str, Tensor] = {name: mode.from_tensor(t.detach()) for name, t in everything.items()}
-        batch = map_leaves(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, x)
-        yield batch, fakes
 
 
 def free_bytes(device: torch.device) -> int:

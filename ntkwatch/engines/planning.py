@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ntkwatch.engines.auto import Choice
-from ntkwatch.engines.base import Plan, Precision, Reduction, Row, at_hand
+from ntkwatch.engines.base import Plan, Precision, Reduction, Row, at_hand, entries
 from ntkwatch.engines.costs import has_fast_double, machine
 from ntkwatch.engines.functional import Functional, quiet, trained_at
 from ntkwatch.engines.layerwise import Layerwise
@@ -21,35 +22,38 @@ from ntkwatch.model import Network, batch_size, inputs_of, take
 PASSES = "forward and backward"
 
 
-def make_plan(
-    choice: Choice, network: Network, x: Any, reduction: Reduction, precision: Precision, chunk_size: int | None
-) -> Plan:
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of an engine: `reduction` is the one measured, rich enough for that of `layers`."""
+
+    reduction: Reduction
+    layers: Reduction | None
+    precision: Precision
+    chunk_size: int | None
+
+
+def make_plan(choice: Choice, network: Network, x: Any, wanted: Wanted) -> Plan:
     """The plan of `choice.engine.kernel(network, x)`; nothing of size n is computed."""
     if isinstance(choice.engine, Layerwise):
-        return _layerwise(choice, choice.engine, network, x, reduction, precision, chunk_size)
-    return _functional(choice, network, x, reduction, precision, chunk_size)
+        return _layerwise(choice, choice.engine, network, x, wanted)
+    return _functional(choice, network, x, wanted)
 
 
-def _layerwise(
-    choice: Choice,
-    engine: Layerwise,
-    network: Network,
-    x: Any,
-    reduction: Reduction,
-    precision: Precision,
-    chunk_size: int | None,
-) -> Plan:
+def _layerwise(choice: Choice, engine: Layerwise, network: Network, x: Any, wanted: Wanted) -> Plan:
     n, recipe = batch_size(inputs_of(x)), engine.recipe(network, x, None)
-    run = Run(network, None, reduction, precision, recipe, layers=None)
+    precision = at_hand(wanted.precision, network.device)
+    run = Run(network, None, wanted.reduction, precision, recipe, wanted.layers)
     with quiet():
         forward = try_forward(run, x)
-        chunk = min(n, chunk_size or engine.chunk(run, x))
+        chunk = min(n, wanted.chunk_size or engine.chunk(run, x))
         found = predict(run, x, chunk, forward)
     rounds = (-(-n // chunk) + 1) / 2  # how often a block is passed through again for the others
     passes = _passes(forward, x, network.device, found.outputs, recipe.saved * n if recipe else 0.0, rounds)
     rows = {row.name: row for row in found.rows}
     ordered = [rows.get(name, Row(name, "unused", 0.0, 0.0, 0.0)) for name in network.parameters]
-    return Plan(engine.name, choice.reason, found.peak, chunk, (passes, *ordered), _notes(network.device, precision))
+    return Plan(
+        engine.name, choice.reason, found.peak, chunk, (passes, *ordered), _notes(network.device, wanted.precision)
+    )
 
 
 def _passes(forward: Forward, x: Any, device: torch.device, outputs: int, saved: float, rounds: float = 1.0) -> Row:
@@ -71,28 +75,28 @@ def _notes(device: torch.device, precision: Precision) -> tuple[str, ...]:
     return (f"float64 is slow on {name}: precision='single' is faster, at twice the noise floor",)
 
 
-def _functional(
-    choice: Choice, network: Network, x: Any, reduction: Reduction, precision: Precision, chunk_size: int | None
-) -> Plan:
+def _functional(choice: Choice, network: Network, x: Any, wanted: Wanted) -> Plan:
     n = batch_size(inputs_of(x))
     with torch.no_grad():
         c = network.outputs(take(x, slice(0, 1))).shape[1]
-    parameters, forward = trained_at(network, None), try_forward(Run(network, None, reduction, precision, None), x)
-    chunk = min(n, chunk_size or Functional().chunk(parameters, c, limit_bytes(network.device)))
-    pairs = n * n * (c * c if reduction == "full" else c)
+    run = Run(network, None, wanted.reduction, wanted.precision, None)
+    parameters, forward = trained_at(network, None), try_forward(run, x)
+    chunk = min(n, wanted.chunk_size or Functional().chunk(parameters, c, limit_bytes(network.device)))
+    pairs = n * n * (c * c if wanted.reduction == "full" else c)
     rows, at = [], machine(network.device)
     for name, p in parameters.items():
         flops, moved = 2.0 * pairs * p.numel(), 4.0 * n * c * p.numel() * p.element_size() * math.ceil(n / chunk)
         seconds = flops / at.double + moved / at.bandwidth
         rows.append(Row(name, "vmap(jacrev)", flops, moved, seconds))
-    entries = sum(p.numel() for p in parameters.values())
+    total = sum(p.numel() for p in parameters.values())
     largest = max(p.numel() for p in parameters.values())
-    peak = 2 * chunk * c * (entries * next(iter(parameters.values())).element_size() + 8 * largest)
-    return Plan(
-        "functional",
-        choice.reason,
-        peak,
-        chunk,
-        (_passes(forward, x, network.device, c, 0.0), *rows),
-        _notes(network.device, precision),
-    )
+    peak = 2 * chunk * c * (total * next(iter(parameters.values())).element_size() + 8 * largest)
+    peak += 8 * n * n * len(parameters) * _kept(wanted, c)
+    passes, notes = _passes(forward, x, network.device, c, 0.0), _notes(network.device, wanted.precision)
+    return Plan("functional", choice.reason, peak, chunk, (passes, *rows), notes)
+
+
+def _kept(wanted: Wanted, outputs: int) -> int:
+    """Entries per pair of probes and parameter: this engine has a kernel of each, stacks them, and reduces some."""
+    reduced = 0 if wanted.layers in (None, wanted.reduction) else entries(str(wanted.layers), outputs)
+    return 2 * entries(wanted.reduction, outputs) + reduced

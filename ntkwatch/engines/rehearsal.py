@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,16 +14,19 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ntkwatch.engines.base import Reduction, Row
+from ntkwatch.engines.base import Reduction, Row, entries
 from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.capture import Capture, Found
 from ntkwatch.engines.contract import Contractor
-from ntkwatch.engines.costs import choose
+from ntkwatch.engines.costs import choose, machine
 from ntkwatch.engines.factors import Factor, Rows
-from ntkwatch.engines.memory import Forward, LiveStorages, shapes_only
+from ntkwatch.engines.memory import Forward, LiveStorages
 from ntkwatch.engines.run import Run
 from ntkwatch.engines.separation import few, leaves_at, outputs_at
+from ntkwatch.engines.shapes import shapes_only
 from ntkwatch.model import batch_size, inputs_of, leaves, take
+
+_KEEPING = 7  # times that a kernel of one parameter is gone through: cleared, added to the whole, finished, reduced
 
 
 @dataclass
@@ -67,7 +71,11 @@ class Rehearsal(Run):
         how, cost = choose(found.factor, n, m, contract.reduction, contract.dtype, contract.same)
         old = self.rows.get(found.name, Row(found.name, "", 0.0, 0.0, 0.0))
         times = self._groups * self._cells
-        sums = (getattr(old, what) + times * getattr(cost, what) for what in ("flops", "bytes", "seconds"))
+        kept = 0.0 if self.layers is None else float(n * m * entries(contract.reduction, found.factor.outputs))
+        moved = _KEEPING * kept * contract.dtype.itemsize
+        seconds = cost.seconds + moved / machine(found.factor.device).bandwidth
+        more = (cost.flops, cost.bytes + moved, seconds)
+        sums = (was + times * new for was, new in zip((old.flops, old.bytes, old.seconds), more, strict=True))
         self.rows[found.name] = Row(found.name, f"{how}: {found.rule}", *sums)
 
 
@@ -100,6 +108,10 @@ class _Remembering(Contractor):
         if new:  # buffers that stay are there the next time
             rise, made = self.seen[key]
             self.seen[key] = rise - max(0, self.counter.now - before), made
+
+    def _blocks(self, n: int, size: int) -> Iterator[slice]:
+        """The first three: with the third all that is held at once has been held, and the last is no larger."""
+        return itertools.islice(super()._blocks(n, size), 3)
 
     def _positions(self, one: Any, rows: slice) -> Any:
         key = ("positions", _kind(one), rows.stop - rows.start)
@@ -140,7 +152,7 @@ def predict(run: Run, x: Any, chunk: int, forward: Forward) -> Prediction:
         with contextlib.suppress(Exception):  # whatever a model does with values that are not there
             with shapes_only(run.network, x, run.state) as (batch, state):
                 done = _rehearse(run, state, batch, chunk, forward.answers, distinct)
-            hidden = hidden_bytes(run, x, forward) * min(n, 2 * chunk)
+                hidden = hidden_bytes(run, state, batch, forward) * min(n, 2 * chunk)
             return Prediction(
                 math.ceil(done.counter.peak + hidden), list(done.rows.values()), done.outputs[0].shape[1], True
             )
@@ -183,11 +195,11 @@ def try_forward(run: Run, x: Any) -> Forward:
     return forward
 
 
-def hidden_bytes(run: Run, x: Any, forward: Forward) -> float:
+def hidden_bytes(run: Run, state: Mapping[str, Tensor], x: Any, forward: Forward) -> float:
     """Per probe, workspace that operations keep and that shapes do not show (oneDNN's recurrent layers)."""
     some = few(x)
-    with shapes_only(run.network, some, run.state) as (batch, state), LiveStorages(forward.answers) as counter:
-        kept = outputs_at(run.network, batch, state, leaves_at(run.network, state))
+    with LiveStorages(forward.answers) as counter:
+        kept = outputs_at(run.network, some, state, leaves_at(run.network, state))
         shown = counter.now
     del kept
     return max(0.0, (forward.kept - shown) / batch_size(inputs_of(some)))

@@ -37,62 +37,62 @@ class Mixed(Network):
 def self_check(engine: Engine, network: Network, x: Any) -> tuple[float, str]:
     """How far an engine's kernel is from plain backward passes, relative to the whole, and the parameter off most.
 
-    For two vectors w over probes and outputs, and for every parameter, wᵀΘw' is compared with ⟨Σ w J, Σ w' J⟩: the
-    reference holds 2P numbers whatever n and C are. Deviations are summed over parameters.
+    Each probe is given weights w_i over the outputs, no two alike. One backward pass of a probe alone gives
+    g_i = Σ_c w_ic ∂f_c(x_i)/∂θ, and of every parameter all products ⟨g_i, g_j⟩ are compared with w_iᵀ Θ_ij w_j: each
+    pair of probes is told apart, and so are the outputs, whose mixtures differ. Deviations are summed over parameters.
 
     Raises:
         UnsupportedModel: gradients are not finite on the probes.
     """
     probes, mixed = few(x), Mixed(network)
     kernel = engine.kernel(mixed, probes, reduction="full", layers="full")
-    w = torch.randn(2, *kernel.outputs.shape, generator=torch.Generator().manual_seed(0)).to(kernel.outputs)
-    w[0] = w[0].abs() + 0.5  # nothing cancels in the first; the second tells examples and outputs apart
+    w = torch.randn(kernel.outputs.shape, generator=torch.Generator().manual_seed(0)).to(kernel.outputs)
+    w[:, 0] = w[:, 0].abs() + 0.5  # the mixture always counts
     right = _reference(mixed, probes, w)
     whole = torch.stack(list(right.values())).sum(0)
     if not bool(torch.isfinite(whole).all()):
         raise UnsupportedModel("the model's outputs or gradients hold NaN or infinity on the probes")
-    zero = torch.zeros(2, 2, dtype=torch.float64)
+    zero = torch.zeros_like(whole)
     off = {
         name: float((_forms(kernel.layers[name], w) - g if name in kernel.layers else zero - g).abs().max())
         for name, g in right.items()
     }
     error = max(sum(off.values()), float((_forms(kernel.value, w) - whole).abs().max()))
-    squares = kernel.value.flatten(2).flatten(0, 1).diagonal().double() * w.flatten(1).double() ** 2
-    scale = max(float(whole.diagonal().max()), float(squares.sum(1).max()))
+    squares = kernel.value.flatten(2).flatten(0, 1).diagonal().double() * w.flatten().double() ** 2
+    scale = max(float(whole.diagonal().max()), float(squares.reshape(w.shape).sum(1).max()))
     return (error / scale if scale else error), max(off, key=off.__getitem__)
 
 
 def _forms(theta: Tensor, w: Tensor) -> Tensor:
-    """wᵀΘw' [2, 2] of Θ [n, C, n, C] and w [2, n, C]."""
-    return torch.einsum("anc,ncmd,bmd->ab", w.double(), theta.double(), w.double()).cpu()
+    """w_iᵀ Θ_ij w_j, [n, n], of Θ [n, C, n, C] and w [n, C]."""
+    return torch.einsum("ic,icjd,jd->ij", w.double(), theta.double(), w.double()).cpu()
 
 
 def _reference(network: Network, x: Any, w: Tensor) -> dict[str, Tensor]:
-    """⟨Σ w J, Σ w' J⟩ [2, 2] per parameter, by torch.autograd.grad alone."""
+    """⟨g_i, g_j⟩ [n, n] per parameter, by torch.autograd.grad alone and one example at a time."""
     parameters = list(network.parameters.values())
-    sums: list[list[Tensor | None]] = [[None] * len(parameters) for _ in w]
-    for i in range(w.shape[1]):
+    rows: list[list[Tensor | None]] = []
+    for i, weights in enumerate(w):
         with math_attention():
             f = network.outputs(take(x, slice(i, i + 1)))
-        for side, weights in zip(sums, w, strict=True):
-            grads = torch.autograd.grad(f, parameters, weights[i : i + 1], retain_graph=True, allow_unused=True)
-            side[:] = [_plus(total, g) for total, g in zip(side, grads, strict=True)]
-    return {name: _products(*pair) for name, *pair in zip(network.parameters, *sums, strict=True)}
+        rows.append([_real(g) for g in torch.autograd.grad(f, parameters, weights[None], allow_unused=True)])
+    return {name: _products(each) for name, each in zip(network.parameters, zip(*rows, strict=True), strict=True)}
 
 
-def _plus(total: Tensor | None, g: Tensor | None) -> Tensor | None:
-    """The sum, in float32 at least."""
+def _real(g: Tensor | None) -> Tensor | None:
+    """The gradient as real numbers in a row, in float32 at least."""
     if g is None:
-        return total
+        return None
     g = g.to_dense() if g.is_sparse else g
     g = torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
-    g = g.to(torch.promote_types(g.dtype, torch.float32))
-    return g.clone() if total is None else total.add_(g)
+    return g.to(torch.promote_types(g.dtype, torch.float32)).flatten()
 
 
-def _products(one: Tensor | None, two: Tensor | None) -> Tensor:
-    """Inner products [2, 2] of two gradients, zero where there are none."""
-    if one is None or two is None:
-        return torch.zeros(2, 2, dtype=torch.float64)
-    pieces = zip(one.flatten().split(_STRETCH), two.flatten().split(_STRETCH), strict=True)
-    return torch.stack([(p @ p.T).double() for p in map(torch.stack, pieces)]).sum(0).cpu()
+def _products(rows: tuple[Tensor | None, ...]) -> Tensor:
+    """Inner products [n, n] of the examples' gradients, zero where there are none."""
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    there = torch.tensor([i for i, g in enumerate(rows) if g is not None])
+    for pieces in zip(*(g.split(_STRETCH) for g in rows if g is not None), strict=True):
+        part = torch.stack(pieces)
+        total[there[:, None], there] += (part @ part.T).double().cpu()
+    return total

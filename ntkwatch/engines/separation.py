@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.autograd.graph import Node
 from ntkwatch.engines.graph import (
     Graph,
     Layout,
+    NestedTensors,
     Scattered,
     digits,
     edges,
@@ -29,6 +30,7 @@ from ntkwatch.engines.graph import (
     rearranges,
     walk,
 )
+from ntkwatch.engines.suspects import nested, suspect
 from ntkwatch.model import Network, UnsupportedModel, batch_size, inputs_of, take
 
 _MANY = 64  # the most examples that are run together in search of what couples them
@@ -88,66 +90,68 @@ def few(x: Any) -> Any:
 def separate_few(network: Network, x: Any, state: Mapping[str, Tensor] | None = None) -> Separation | None:
     """The layouts read from a few probes; None where the outputs depend on no trained parameter.
 
-    Raises:
-        UnsupportedModel: an example's output depends on the other examples, or is random in evaluation mode.
+    Examples must not be coupled: see `check_uncoupled`.
     """
-    check_uncoupled(network, x, state)
     leaves = leaves_at(network, state)
     f = outputs_at(network, few(x), state, leaves)
     if f.grad_fn is None:
         return None
-    graph = walk(f, leaves)
+    try:
+        graph = walk(f, leaves)
+    except NestedTensors:
+        raise UnsupportedModel(nested(network, lambda: outputs_at(network, few(x), state, leaves))) from None
     found = separate(graph, f, f.shape[0])
     return dataclasses.replace(found, sure=found.sure and not graph.routes)
 
 
 def check_uncoupled(network: Network, x: Any, state: Mapping[str, Tensor] | None = None) -> None:
-    """Raises UnsupportedModel where an example's output depends on which others are in its batch.
+    """Raises UnsupportedModel where an example's output depends on which others are in its batch, or on chance.
 
-    A few examples are run together, again, each alone, and among more of the others: a maximum or a median over the
-    batch may sit in any of them.
+    A few examples are run together, each alone, and among more of the others: a maximum or a median over the batch may
+    sit in any of them. Where the model does not take one example, all but the first are run instead.
     """
     rows = batch_size(inputs_of(x))
     n = min(_FEW, rows)
+
+    def outputs(part: slice) -> Tensor:
+        with torch.no_grad():
+            return network.outputs(take(x, part), state)
+
+    whole = outputs(slice(0, n))
     if rows < 2:
         return
-
-    def outputs(first: int, last: int) -> Tensor:
-        with torch.no_grad():
-            return network.outputs(take(x, slice(first, last)), state)
-
-    whole = outputs(0, n)
     limit = torch.finfo(whole.dtype).eps ** 0.5 * whole.abs().max()
-    if bool(((whole - outputs(0, n)).abs() > limit).any()):
+    alone = [_compare(outputs, whole, slice(i, i + 1), limit) for i in range(n)]
+    among = _compare(outputs, whole, slice(0, min(rows, _MANY)), limit) if rows > n else None
+    rest = _compare(outputs, whole, slice(1, n), limit) if all(found is None for found in alone) else None
+    found = [each for each in (*alone, among, rest) if each is not None]
+    if found and not any(found):
+        return
+    if bool(((whole - outputs(slice(0, n))).abs() > limit).any()):  # asked only now: chance shows in the others too
         raise UnsupportedModel(
             "two forward passes on the same probes differ: the model draws random numbers in eval mode"
         )
-    parts = [slice(1, n), *(slice(i, i + 1) for i in range(n)), slice(0, min(rows, _MANY))]
-    for part in parts:
-        one = whole[part]
-        try:
-            other = outputs(part.start, part.stop)[: len(one)]
-        except (RuntimeError, ValueError, MemoryError):
-            continue  # not a number of examples that the model takes, or that there is memory for
-        if one.shape[1] != other.shape[1]:
-            raise UnsupportedModel(
-                f"{n} examples have {one.shape[1]} outputs each, another number of them {other.shape[1]}: an example's "
-                "output depends on the other examples of its batch, and the per-example kernel does not exist"
-            )
-        if bool(((one - other).abs() > limit).any()):
-            raise UnsupportedModel(
-                f"an example's output depends on the other examples of its batch{_suspect(network)}: "
-                "the per-example kernel does not exist"
-            )
+    for why in filter(None, found):
+        raise UnsupportedModel(f"{why}{suspect(network)}: the per-example kernel does not exist")
 
 
-def _suspect(network: Network) -> str:
-    """The module that most likely couples examples, in words."""
-    for name, module in network.module.named_modules():
-        norm = isinstance(module, torch.nn.modules.batchnorm._NormBase)
-        if norm and "Instance" not in type(module).__name__ and (module.training or not module.track_running_stats):
-            return f" (module {name or 'itself'}, {type(module).__name__}, normalises by the batch's own statistics)"
-    return ""
+def _compare(outputs: Callable[[slice], Tensor], whole: Tensor, part: slice, limit: Tensor) -> str | None:
+    """How the outputs of part of the batch differ from those in the whole, "" for not at all; None where it fails.
+
+    It may be a number of examples that the model does not take, or that there is no memory for.
+    """
+    one = whole[part]
+    try:
+        other = outputs(part)[: len(one)]
+    except (RuntimeError, ValueError, MemoryError):
+        return None
+    if one.shape[1] != other.shape[1]:
+        return (
+            f"{len(whole)} examples have {one.shape[1]} outputs each, another number of them {other.shape[1]}: an "
+            "example's output depends on the other examples of its batch"
+        )
+    coupled = bool(((one - other).abs() > limit).any())
+    return "an example's output depends on the other examples of its batch" if coupled else ""
 
 
 def separate(graph: Graph, f: Tensor, n: int) -> Separation:

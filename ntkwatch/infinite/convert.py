@@ -156,9 +156,10 @@ def _trace(module: nn.Module) -> fx.Graph:
             m.training = False  # some forwards ask
         return _Tracer().trace(module)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
         raise ConversionError(
-            f"torch.fx cannot trace {type(module).__name__}: {reason} Convert a part whose control flow is fixed."
+            f"torch.fx cannot trace {type(module).__name__}: {reason.rstrip('.')}. "
+            "Convert a part whose control flow is fixed."
         ) from error
     finally:
         for m, training in modes.items():

@@ -6,12 +6,14 @@ from ntkwatch.words.axes import layers_at, path, speed
 from ntkwatch.words.ladder import LADDER, LADDER_ANGLE, LADDER_RHO, place, rung
 from ntkwatch.words.summary import optimizer_name, summarise, summary_lines, unmoved
 from ntkwatch.words.text import printable, sparkline
+from ntkwatch.words.undefined import never_defined, undefined
 
 __all__ = [
     "LADDER",
     "LADDER_ANGLE",
     "LADDER_RHO",
     "layers_at",
+    "never_defined",
     "optimizer_name",
     "path",
     "place",
@@ -21,5 +23,6 @@ __all__ = [
     "speed",
     "summarise",
     "summary_lines",
+    "undefined",
     "unmoved",
 ]

@@ -1,0 +1,144 @@
+"""Probes that do not fit a model: which module they reached, what it takes, what it got, and what to do about it.
+
+torch names neither: "mat1 and mat2 must have the same dtype" is all that it says of float64 probes. The module and its
+input are read from the error's own traceback, so that nothing is run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ntkwatch.model import inputs_of, leaves
+from ntkwatch.plain import unwrap
+
+GIVE = "give probes in the form that the model's own loader gives, or outputs=lambda model, batch: … that converts them"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def misfit(model: nn.Module, batch: Any, error: BaseException) -> str | None:
+    """Why the model failed on the batch, where a module was given a tensor that it cannot take; None for anything else.
+
+    What, got, do this, in one sentence; `error` is what the model raised, with its traceback.
+    """
+    names = {id(module): name for name, module in unwrap(model).named_modules()}
+    reached = [(module, x) for module, x in _calls(error) if id(module) in names]
+    if not reached:
+        return None
+    module, x = reached[-1]
+    wrong = _wrong(module, x)
+    if wrong is None:
+        return None
+    takes, got, remedy = wrong
+    place = f"module {names[id(module)]} ({type(module).__name__})" if names[id(module)] else type(module).__name__
+    if not any(_views(x, leaf) for leaf in leaves(inputs_of(batch))):
+        return (
+            f"{place} takes {takes} and gets {got} from the layers before it: the model does not run on these probes, "
+            f"{_form(batch)}; {GIVE}"
+        )
+    first = f"{place}, the first to get them, takes {takes}, got {got}"
+    return f"the probes do not fit the model: {first}: {remedy}; or {GIVE}"
+
+
+@contextlib.contextmanager
+def explained(model: nn.Module, batch: Any) -> Iterator[None]:
+    """Whatever is raised inside because the batch does not fit the model becomes a ValueError that says so."""
+    try:
+        yield
+    except Exception as error:  # torch raises assertions among others
+        why = misfit(model, batch, error)
+        if why is None:
+            raise
+        raise ValueError(why) from error
+
+
+def _calls(error: BaseException) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Modules that were running when the error was raised, outermost first, and the first tensor given to each."""
+    at = error.__traceback__
+    while at is not None:
+        if at.tb_frame.f_code.co_name == "_call_impl":
+            held = at.tb_frame.f_locals
+            given = [*held.get("args", ()), *held.get("kwargs", {}).values()]
+            x = next((each for each in given if isinstance(each, Tensor)), None)
+            if isinstance(held.get("self"), nn.Module) and x is not None:
+                yield held["self"], x
+        at = at.tb_next
+
+
+def _views(x: Tensor, leaf: Any) -> bool:
+    """Whether a tensor is a probe's own, some of its examples perhaps, or in another shape."""
+    if not isinstance(leaf, Tensor) or x.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr():
+        return False
+    return x.ndim == 0 or leaf.ndim == 0 or x.numel() * len(leaf) == leaf.numel() * len(x)  # no part of an example
+
+
+def _wrong(module: nn.Module, x: Tensor) -> tuple[str, str, str] | None:
+    """(what the module takes, what it got, the remedy), None where the input fits."""
+    if not type(module).__module__.startswith("torch.nn."):
+        return None  # what somebody's own module takes is not known
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return _wrong_index(module.num_embeddings, x)
+    weight = next((p for p in module.parameters(recurse=False) if p.is_floating_point()), None)
+    if weight is not None and x.dtype != weight.dtype:
+        remedy = f"convert them, probes.to({weight.dtype})"
+        remedy += f", or the model, model.to({x.dtype})" if x.is_floating_point() else ""
+        return _name(weight.dtype), _name(x.dtype), remedy
+    if isinstance(module, CONVOLUTIONS):
+        return _wrong_channels(module, x)
+    width = _width(module)
+    if width is None or (x.ndim and x.shape[-1] == width):
+        return None
+    flat = x.ndim > 2 and math.prod(x.shape[1:]) == width
+    remedy = "flatten them, probes.flatten(1)" if flat else "look for a transform that they have not been through"
+    return f"a last dimension of {width}", _shape(x), remedy
+
+
+def _wrong_index(rows: int, x: Tensor) -> tuple[str, str, str] | None:
+    takes = f"whole numbers from 0 to {rows - 1}"
+    if x.dtype not in (torch.int64, torch.int32):
+        return takes, _name(x.dtype), "convert them, probes.long()"
+    low, high = (int(end) for end in x.aminmax()) if x.numel() else (0, 0)
+    if low < 0 or high >= rows:
+        return takes, f"{low} to {high}", "take the tokenizer that the model was built for"
+    return None
+
+
+def _wrong_channels(module: Any, x: Tensor) -> tuple[str, str, str] | None:
+    """Of a convolution: [n, channels, …], or [channels, …] of a single example."""
+    spatial, channels = len(module.kernel_size), module.in_channels
+    takes = f"[n, {channels}, {', '.join(['size'] * spatial)}]"
+    if x.ndim == spatial + 2 and x.shape[1] == channels:
+        return None
+    remedy = "look for a transform that they have not been through"
+    if x.ndim == spatial + 2 and x.shape[-1] == channels:
+        remedy = (
+            f"the channels come first, probes.permute(0, {spatial + 1}, {', '.join(map(str, range(1, spatial + 1)))})"
+        )
+    elif x.ndim == spatial + 1 and channels == 1:
+        remedy = "give them a channel, probes.unsqueeze(1)"
+    return takes, _shape(x), remedy
+
+
+def _width(module: nn.Module) -> int | None:
+    """The last dimension that a module takes."""
+    for kind, name in ((nn.Linear, "in_features"), (nn.RNNBase, "input_size"), (nn.MultiheadAttention, "embed_dim")):
+        if isinstance(module, kind):
+            return int(getattr(module, name))
+    return int(module.normalized_shape[-1]) if isinstance(module, nn.LayerNorm) else None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(x: Tensor) -> str:
+    return str(list(x.shape))
+
+
+def _form(batch: Any) -> str:
+    return ", ".join(f"{_name(x.dtype)} {_shape(x)}" for x in leaves(inputs_of(batch)) if isinstance(x, Tensor))

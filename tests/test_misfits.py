@@ -1,0 +1,135 @@
+"""Probes that do not fit the model: every way in says which module they reached, what it takes, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, build
+from torch import Tensor, nn
+
+from ntkwatch import Monitor, empirical_ntk, layer_ntks, plan
+from ntkwatch.checks import count_outputs
+from ntkwatch.misfits import misfit
+from ntkwatch.model import Network
+
+N = 5
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def _cnn(channels: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
+def _words() -> nn.Module:
+    return nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 3))
+
+
+class Head(nn.Module):
+    """A recurrent, attending or normalising layer under a name of its own."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.head = kind, nn.Linear(4, 3)
+        layers = {"lstm": nn.LSTM(4, 4, batch_first=True), "norm": nn.LayerNorm(4)}
+        self.body = layers.get(kind) or nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x) if self.kind != "attention" else self.body(x, x, x)
+        return self.head((h if isinstance(h, Tensor) else h[0])[:, -1])
+
+
+# model, probes, the module, what it takes, what it got, the remedy
+MISFITS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], tuple[str, str, str, str]]] = {
+    "float64": (_mlp, lambda: torch.randn(N, 12).double(), ("0 (Linear)", "float32", "float64", "model.to(torch.fl")),
+    "half": (_mlp, lambda: torch.randn(N, 12).half(), ("0 (Linear)", "float32", "float16", "probes.to(torch.float32")),
+    "bytes": (_cnn, lambda: torch.ones(N, 3, 8, 8).byte(), ("0 (Conv2d)", "float32", "uint8", "probes.to(")),
+    "whole numbers": (_mlp, lambda: torch.ones(N, 12).long(), ("0 (Linear)", "float32", "int64", "probes.to(")),
+    "width": (_mlp, lambda: torch.randn(N, 13), ("0 (Linear)", "a last dimension of 12", "[5, 13]", "transform")),
+    "images": (_mlp, lambda: torch.randn(N, 3, 2, 2), ("0 (Linear)", "dimension of 12", "[5, 3, 2, 2]", "flatten(1)")),
+    "channels": (_cnn, lambda: torch.randn(N, 2, 8, 8), ("0 (Conv2d)", "[n, 3, size, size]", "[5, 2, 8, 8]", "transf")),
+    "channels last": (_cnn, lambda: torch.randn(N, 8, 8, 3), ("0 (Conv2d)", "[n, 3,", "8, 3]", "permute(0, 3, 1, 2)")),
+    "no channel": (lambda: _cnn(1), lambda: torch.randn(N, 8, 8), ("0 (Conv2d)", "[n, 1,", "[5, 8, 8]", "unsqueeze")),
+    "float tokens": (_words, lambda: torch.randn(N, 2), ("0 (Embedding)", "numbers from 0 to 8", "float32", "long()")),
+    "unknown tokens": (_words, lambda: torch.full((N, 2), 9), ("0 (Embedding)", "from 0 to 8", "9 to 9", "tokenizer")),
+    "lstm": (lambda: Head("lstm"), lambda: torch.randn(N, 6, 5), ("body (LSTM)", "of 4", "[5, 6, 5]", "transform")),
+    "norm": (lambda: Head("norm"), lambda: torch.randn(N, 6, 5), ("body (LayerNorm)", "of 4", "[5, 6, 5]", "transf")),
+    "attention": (lambda: Head("attention"), lambda: torch.randn(N, 6, 5), ("body (Mu", "of 4", "[5, 6, 5]", "trans")),
+}  # fmt: skip
+
+WAYS: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "empirical_ntk": empirical_ntk,
+    "layer_ntks": layer_ntks,
+    "empirical_ntk, functional": lambda model, x: empirical_ntk(model, x, engine="functional"),
+    "plan": plan,
+    "plan with diagnostics": lambda model, x: plan(model, x, diagnostics="default"),
+    "Monitor": lambda model, x: Monitor(model, x),
+    "Monitor with targets": lambda model, x: Monitor(model, (x, torch.arange(N) % 3)),
+    "one probe": lambda model, x: empirical_ntk(model, x[:1]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_got_do_this(way: str) -> None:
+    for case, (make, probes, (place, takes, got, remedy)) in MISFITS.items():
+        if (case, way) == ("no channel", "one probe"):
+            continue  # torch takes [1, 8, 8] for a single image
+        with pytest.raises(ValueError, match="the probes do not fit the model") as caught:
+            WAYS[way](make(), probes())
+        said = str(caught.value)
+        expected = got.replace("[5, ", "[1, ") if way == "one probe" else got
+        for part in (f"module {place}", takes, expected, remedy, "outputs="):
+            assert part in said or part.replace("[5, ", "[3, ") in said, f"{case}, {way}: no {part!r} in {said!r}"
+        assert "\n" not in said, case
+
+
+def test_the_second_batch_is_told_from_the_first() -> None:
+    with pytest.raises(ValueError, match=r"takes a last dimension of 12, got \[4, 11\]"):
+        empirical_ntk(_mlp(), torch.randn(N, 12), torch.randn(4, 11))
+
+
+def test_a_layer_that_the_probes_do_not_reach_is_named_as_such() -> None:
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(7, 3))
+    with pytest.raises(ValueError, match=r"module 2 \(Linear\) takes a last dimension of 7 and gets \[\d, 8\] from"):
+        empirical_ntk(model, torch.randn(N, 12))
+
+
+class Own(nn.Module):
+    """A module that casts for itself, and fails for a reason of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("no such page")
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    """A failure that is not the probes' fault is not put down to them."""
+    for model, x in ((Own(), torch.ones(N, 4).long()), (nn.Sequential(Own()), torch.randn(N, 4))):
+        with pytest.raises(RuntimeError, match="no such page"):
+            empirical_ntk(model, x)
+        with pytest.raises(ValueError, match=r"the model failed on the probes \(RuntimeError: no such page\)"):
+            count_outputs(Network(model), x, N, "trace")
+    assert misfit(_mlp(), torch.randn(N, 12), RuntimeError("never raised")) is None
+
+
+def test_whatever_fits_is_not_called_a_misfit() -> None:
+    """Every module of the zoo, made to fail in its last step with the right probes."""
+    for case in [c for c in CASES if not c.refused and not c.heavy][:40]:
+        module, batch = build(case)
+        handle = module.register_forward_hook(_fail)
+        with pytest.raises(RuntimeError, match="at the end") as caught:
+            Network(module).outputs(batch)
+        handle.remove()
+        assert misfit(module, batch, caught.value) is None, f"{case}: {misfit(module, batch, caught.value)}"
+
+
+def _fail(*_: Any) -> None:
+    raise RuntimeError("at the end")
