@@ -41,6 +41,11 @@ class LiveStorages(TorchDispatchMode):
         self._known: set[int] = set()
         self._answers = itertools.cycle(answers) if answers else None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing is compiled in here, and to say so anyway loads torch's whole compiler, most of a second."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = quickly(func, args, kwargs)
         if known is not None:  # of a storage that is counted already, or was there before
