@@ -448,7 +448,12 @@ def test_wrong_arguments_raise_at_construction(case: str) -> None:
 
 
 EXPLICIT: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
-    "probe shape": (Classifier, {"watch_probes": torch.zeros(4, 5)}, ValueError, "failed on the probes.*probes="),
+    "probe shape": (
+        Classifier,
+        {"watch_probes": torch.zeros(4, 5)},
+        ValueError,
+        "do not fit the model.*last dimension of 6, got.*give probes",
+    ),
     "outputs shape": (Wrong, {"watch_probes": torch.zeros(4, 6)}, UnsupportedModel, "outputs="),
     "NaN outputs": (Classifier, {"watch_probes": torch.full((4, 6), torch.nan)}, ValueError, "not finite"),
     "no trained parameters": (Untrained, {"watch_probes": torch.zeros(4, 6)}, UnsupportedModel, "parameter"),
