@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -177,6 +179,32 @@ def test_a_run_on_a_gpu_is_the_same_watched(precision: Any, tmp_path: Path) -> N
     assert len(steps) >= 4, f"{precision}: recorded {steps}"
 
 
+ON_THE_CPU = """
+import torch, pytorch_lightning as pl
+from ntkwatch import NTKWatch, load_run
+class Task(pl.LightningModule):
+    def __init__(self): super().__init__(); self.net = torch.nn.Linear(4, 2)
+    def forward(self, x): return self.net(x)
+    def training_step(self, batch, i): return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), 0.1)
+data = torch.utils.data.TensorDataset(torch.randn(32, 4), torch.arange(32) % 2)
+watch = NTKWatch(probes=8, budget=None)
+pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, callbacks=[watch], default_root_dir=FOLDER).fit(
+    Task(), torch.utils.data.DataLoader(data, 8)
+)
+print(len(load_run(watch.record).steps), torch.cuda.is_initialized())
+"""
+
+
+def test_a_run_on_the_cpu_leaves_the_gpu_alone(tmp_path: Path) -> None:
+    """A process that has started CUDA cannot fork its loaders, and holds half a gigabyte."""
+    program = f"FOLDER = {str(tmp_path)!r}\n{ON_THE_CPU}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=True)
+    steps, started = done.stdout.split()[-2:]
+    assert int(steps) >= 3
+    assert started == "False"
+
+
 @pytest.mark.parametrize("precision", ["single", "double"])
 def test_many_probes_keep_nothing(precision: Any) -> None:
     module, x = placed_mlp(16)
@@ -187,7 +215,7 @@ def test_many_probes_keep_nothing(precision: Any) -> None:
     for _ in range(100):
         empirical_ntk(module, x, precision=precision)
     gc.collect()
-    assert torch.cuda.memory_allocated() == before
+    assert torch.cuda.memory_allocated() <= before
 
 
 def test_kernels_stay_on_the_gpu() -> None:

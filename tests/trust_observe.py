@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning
 import torch
+from device import DEVICE
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
@@ -72,7 +73,7 @@ def rng() -> dict[str, str]:
         "rng/python": digest(repr(random.getstate())),
         "rng/numpy": digest(np.random.get_state()),  # noqa: NPY002
         "rng/torch": digest(torch.get_rng_state()),
-        "rng/cuda": digest(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []),
+        "rng/cuda": digest(torch.cuda.get_rng_state_all() if DEVICE.type == "cuda" else []),
     }
 
 

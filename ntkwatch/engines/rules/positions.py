@@ -65,9 +65,12 @@ def _rms_norm_weight(use: Use) -> Factor | None:
 def _gate_bias(use: Use) -> Factor | None:
     """Of a recurrent cell in one kernel, as GPUs run it: a bias is added to gates, whose gradient the node gives."""
     assert isinstance(use.layout, Layout)
-    if use.layout.dim != 0:
+    gates = use.k - 3
+    if (
+        use.layout.dim != 0 or use.node.next_functions[gates][0] is None
+    ):  # where weights are frozen, the node gives none
         return None
-    gates, shape = use.k - 3, operand_shape(use.node, use.k - 3)
+    shape = operand_shape(use.node, gates)
     with torch.no_grad():
         found = (pull(use.node, use.of_output(c), gates, shape) for c in range(use.outputs))
         return Dense(tuple(use.examples(g).reshape(use.n, -1, g.shape[-1]).sum(1) for g in found))
