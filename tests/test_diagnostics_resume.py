@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ntkwatch import NTKWatch, load_run
-from ntkwatch.diagnostics import DIAGNOSTICS
+from ntkwatch.diagnostics import select
 from tests.runs import Classifier, loaders, trainer
 
 MORE = ["kernel_angle", "kernel_velocity", "path_length", "directness"]
@@ -19,7 +19,7 @@ def test_the_full_preset_in_a_trainer(tmp_path: Path) -> None:
     watch = NTKWatch(probes=12, budget=None, every=[0, 4, 12], diagnostics="full", loss=cross_entropy)
     trainer(tmp_path, watch).fit(Classifier(), *loaders())
     run = load_run(watch.record)
-    assert set(run.metrics.columns) - {"overhead"} == {n for n in DIAGNOSTICS if not n.startswith("statistics_")}
+    assert set(run.metrics.columns) - {"overhead"} == {n for n in select("full") if not n.startswith("statistics_")}
     assert run.metrics["stability_ratio"].notna().all(), run.reasons
     assert 0 < run.metrics["stability_ratio"].iloc[-1] < 2
     assert run.metrics["one_step_halving"].iloc[0] == pytest.approx(0.5, abs=0.1)
