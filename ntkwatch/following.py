@@ -21,6 +21,7 @@ from ntkwatch.opening import Settings
 from ntkwatch.probes import content_hash
 from ntkwatch.record import RecordError, Shelf
 from ntkwatch.session import Session
+from ntkwatch.shadow import NotRepeatable
 from ntkwatch.trainer import log, true_precision, warn
 
 FOLDER = "forecasts"
@@ -37,8 +38,8 @@ class Follower:
     """Feeds a linear forecast on one rank of a fit; what cannot be followed ends it on all of them, with a reason.
 
     Call `stepping` before the optimizer steps and `batch` after each training batch, on every rank: each optimizer step
-    is one all-reduce of the ranks' gradients and of what went wrong on them, so that all end or none. An error is
-    handed to `failed`, with what failed, and to `end`, in words.
+    is one all-reduce of the ranks' gradients and of what went wrong on them, so that all end or none. Why it ended is
+    told to `end`, in words; an error is handed to `failed` as well, with what failed.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Follower:
         self._unhook()
         self._once()
         if (reason := forecast.lost(optimizer)) is not None:
-            raise ValueError(reason)
+            raise NotRepeatable(reason)
         before = forecast.rates()
 
         def after(*_: Any) -> None:  # of a class that steps by its parent's step as well: the last call is the whole's
@@ -89,7 +90,7 @@ class Follower:
 
     def _once(self) -> None:
         if self._stepped is not None:
-            raise ValueError("the optimizer stepped more than once on one batch")
+            raise NotRepeatable("the optimizer stepped more than once on one batch")
 
     def _unhook(self) -> None:
         while self._hooks:
@@ -110,7 +111,7 @@ class Follower:
         elif stepped is None and joined.count == 0:
             forecast.discard()  # the run's optimizer was skipped: by a gradient scaler, or by the module
         elif stepped is None or joined.count != self._ranks.size:
-            self._over(ValueError(f"the optimizer stepped on {joined.count} of {self._ranks.size} ranks"))
+            self._over(NotRepeatable(f"the optimizer stepped on {joined.count} of {self._ranks.size} ranks"))
         else:
             self._try(partial(self._apply, forecast, joined.gradients, stepped))
 
@@ -132,10 +133,14 @@ class Follower:
     def _over(self, error: Exception) -> None:
         self._say(error)
         self.close()
-        self._failed("the linear forecast", error)
+        if not isinstance(error, NotRepeatable):
+            self._failed("the linear forecast", error)
+        elif self._ranks.first():
+            warn(f"the linear forecast has ended: {error}")  # the run's own doing, and no failure
 
     def _say(self, error: Exception) -> None:
-        self._tell(f"the forecast ended at step {self._trainer.global_step} ({type(error).__name__}: {error})")
+        kind = "" if isinstance(error, NotRepeatable) else f"{type(error).__name__}: "
+        self._tell(f"the forecast ended at step {self._trainer.global_step} ({kind}{error})")
 
     def close(self) -> None:
         """Follow no longer."""

@@ -17,6 +17,10 @@ HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 
 
+class NotRepeatable(ValueError):
+    """What the run does with its weights is not what its optimizer's rule, repeated elsewhere, would do; says what."""
+
+
 class Shadow:
     """A copy of `optimizer` that trains `mine` in the place of `theirs`, by name, from the optimizer's first step on.
 
@@ -75,7 +79,7 @@ class Shadow:
         after: the rates once the optimizer had stepped: those that its own step sets, the copy's sets as well.
 
         Raises:
-            ValueError: the rule drew random numbers, of which a copy draws others; or `after` is not what it leaves.
+            NotRepeatable: the rule drew random numbers, of which a copy draws others; or `after` is not what it leaves.
         """
         for group, settings in zip(self._copy.param_groups, rates, strict=True):
             group.update(settings)
@@ -85,13 +89,13 @@ class Shadow:
         before = self._randomness()
         self._copy.step()
         if not all(map(torch.equal, before, self._randomness())):
-            raise ValueError(f"{type(self._optimizer).__name__} draws random numbers: no copy repeats its steps")
+            raise NotRepeatable(f"{type(self._optimizer).__name__} draws random numbers: no copy repeats its steps")
         if any(
             not _same(g[key], value)
             for g, s in zip(self._copy.param_groups, after, strict=True)
             for key, value in s.items()
         ):
-            raise ValueError("the settings of the optimizer's groups changed while it stepped, and not by its own rule")
+            raise NotRepeatable("the settings of the optimizer's groups changed in its step, and not by its own rule")
 
     def _randomness(self) -> list[Tensor]:
         devices = {p.device for p in self._mine.values() if p.device.type == "cuda"}

@@ -298,6 +298,7 @@ class Cell:
     told: Callable[..., Tensor] | None = None  # what NTKWatch is told the loss is
     dtype: torch.dtype = torch.float64
     rounding: float = ROUNDING
+    fails: bool = False  # the user's part in it raises
     off: bool = False  # the first gradient is not the run's: forecast_start_error says so
 
 
@@ -317,7 +318,7 @@ def swa() -> list[Any]:
     return [pl.callbacks.StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=1)]
 
 
-LATE = "changed while it stepped, and not by its own rule"
+LATE = "changed in its step, and not by its own rule"
 LONG = {"max_epochs": 3, "max_steps": -1}
 MOVED = "the weights are not those that the optimizer left"
 SCHEDULES: dict[str, Cell] = {
@@ -415,7 +416,7 @@ LOSSES: dict[str, Cell] = {
         loss=lambda f, y: cross(f, y) + f.square().mean(), told=cross, off=True
     ),
     "no reduction": Cell(
-        loss=cross, told=functools.partial(cross, reduction="none"), reason="the loss is not one number"
+        loss=cross, told=functools.partial(cross, reduction="none"), reason="the loss is not one number", fails=True
     ),
     "ignored rows": Cell(loss=functools.partial(cross, ignore_index=1)),
 }  # fmt: skip
@@ -440,6 +441,7 @@ def fit(cell: Cell, folder: Path) -> NTKWatch:
         diagnostics=[*LAZY, "loss"],
         loss=cell.told or cell.loss,
         loggers=[],
+        on_error="warn" if cell.fails else "raise",  # what the run does in its own way is no error
     )
     run = trainer(folder, *cell.before(), watch, *cell.after(), **settings)
     run.fit(cell.kind(cell.configure, cell.loss, cell.dtype), data(cell.loss is not F.mse_loss, cell.dtype))
