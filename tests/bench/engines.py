@@ -12,7 +12,7 @@ from ntkwatch.engines.auto import Choice
 from ntkwatch.engines.base import Plan, Precision, Reduction
 from ntkwatch.engines.graph import edges, rearranges, walk
 from ntkwatch.engines.layerwise import Layerwise
-from ntkwatch.engines.planning import make_plan
+from ntkwatch.engines.planning import Wanted, make_plan
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import Network
 
@@ -35,7 +35,9 @@ class Ours:
 
     def plan(self, reduction: Reduction, precision: Precision) -> Plan:
         """What `ntkwatch.plan` says of the layerwise engine, without the self-check that chooses it."""
-        return make_plan(Choice(self._engine, "benchmark", None), self._network, self.x, reduction, precision, None)
+        return make_plan(
+            Choice(self._engine, "benchmark", None), self._network, self.x, Wanted(reduction, None, precision, None)
+        )
 
 
 def float64_kernel(module: nn.Module, x: Tensor, reduction: Reduction) -> Tensor:
