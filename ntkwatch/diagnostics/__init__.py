@@ -64,7 +64,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "spectrum": (*SPECTRUM, *MORE_SPECTRUM),
     "alignment": (*ALIGNMENT, *MORE_ALIGNMENT),
     "lazy or rich": (*LAZINESS, *MORE_LAZINESS),
-    "optimisation": tuple(OPTIMISATION),
+    "optimisation": (*OPTIMISATION, *SOFTMAX, *SIGN_DESCENT),
     "loss if lazy": tuple(FIXED_KERNEL),
     "generalisation": (*GENERALISATION, *UNCERTAINTY),
     "error bars": tuple(ERRORS),
