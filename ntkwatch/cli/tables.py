@@ -79,7 +79,7 @@ def middle(name: str, width: int) -> str:
     """A name of at most `width` characters: its two ends, which tell it from its neighbours.
 
     >>> middle("encoder.layers.10.weight", 16)
-    'encoder.…0.weight'
+    'encoder…0.weight'
     """
     if len(name) <= width:
         return name

@@ -35,8 +35,9 @@ class Ours:
 
     def plan(self, reduction: Reduction, precision: Precision) -> Plan:
         """What `ntkwatch.plan` says of the layerwise engine, without the self-check that chooses it."""
-        wanted = Wanted(reduction, None, precision, None)
-        return make_plan(Choice(self._engine, "benchmark", None), self._network, self.x, wanted)
+        return make_plan(
+            Choice(self._engine, "benchmark", None), self._network, self.x, Wanted(reduction, None, precision, None)
+        )
 
 
 def float64_kernel(module: nn.Module, x: Tensor, reduction: Reduction) -> Tensor:
