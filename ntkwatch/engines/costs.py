@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,6 +68,7 @@ def machine(device: torch.device) -> Machine:
     return known if has_fast_double(device) else replace(known, double=known.single / _SLOW_DOUBLE)
 
 
+@functools.cache
 def has_fast_double(device: torch.device) -> bool:
     """Whether float64 products take no more than a few times as long as float32 ones."""
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():

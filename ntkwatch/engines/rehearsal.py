@@ -126,7 +126,10 @@ class _Remembering(Contractor):
         return self._once(key, lambda: super(_Remembering, self)._block(inputs, ga, gb, s, t))
 
     def _products(self, out: Tensor, x: Tensor, y: Tensor) -> None:
-        """In place: takes no memory."""
+        """In place: takes no memory, but where a product is made at once."""
+        if not machine(out.device).near:
+            key = ("products", _kind((out, x, y)))
+            self._once(key, lambda: super(_Remembering, self)._products(out, x, y))
 
     def _reflect(self, out: Tensor, part: Tensor, rows: slice, columns: slice) -> None:
         """In place: takes no memory."""
