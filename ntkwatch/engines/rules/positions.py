@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from ntkwatch.engines.factors import Dense, Factor
 from ntkwatch.engines.graph import Layout, pull
-from ntkwatch.engines.rules.use import Use, operand_shape, rule, scaled, sum_over
+from ntkwatch.engines.rules.use import Use, operand_shape, rule, sum_over
 
 # Sums over positions: bias, scale, normalisation ----------------------------------------------------------------------
 
 
-def _fold(use: Use, grads: Iterable[Tensor]) -> Dense | None:
-    """Gradients of an input that was broadcast, C of the output's shape → C of [n, P]; None if it was not broadcast."""
+def _fold(use: Use, times: Tensor | float = 1) -> Dense | None:
+    """Gradients, times something, of an input that was broadcast: C of [n, P]; None if it was not broadcast."""
     assert isinstance(use.layout, Layout)
     rank, dim = use.g[0].ndim, use.layout.dim
     shape = (1,) * (rank - len(use.shape)) + use.shape
     if rank < len(use.shape) or shape[dim] != 1:
         return None
     summed = [1 + d for d in range(rank) if shape[d] == 1]
-    return Dense(tuple(sum_over(use.examples(g), summed).reshape(use.n, -1) for g in grads))
+    return Dense(use.each(lambda g: sum_over(use.examples(_times(g, times)), summed).reshape(use.n, -1)))
+
+
+def _times(g: Tensor, factor: Tensor | float) -> Tensor:
+    return g * factor if isinstance(factor, Tensor) or factor != 1 else g
 
 
 @rule(("AddmmBackward0", 0))
 def _addmm_bias(use: Use) -> Factor | None:
-    return _fold(use, scaled(use.node, use.g, "_saved_beta"))
+    return _fold(use, getattr(use.node, "_saved_beta", 1))
 
 
 @rule(("AddBackward0", 0), ("SubBackward0", 0), ("ExpandBackward0", 0))
 def _added(use: Use) -> Factor | None:
-    return _fold(use, use.g)
+    return _fold(use)
 
 
 @rule(("AddBackward0", 1))
 def _added_second(use: Use) -> Factor | None:
-    return _fold(use, scaled(use.node, use.g))
+    return _fold(use, getattr(use.node, "_saved_alpha", 1))
 
 
 @rule(("MulBackward0", 0), ("MulBackward0", 1))
@@ -45,20 +47,18 @@ def _multiplied(use: Use) -> Factor | None:
     other = use.node._saved_other if use.k == 0 else use.node._saved_self
     if not isinstance(other, Tensor) or other.is_complex():
         return None
-    return _fold(use, (g * other.detach() for g in use.g))
+    return _fold(use, other.detach())
 
 
 @rule(("NativeLayerNormBackward0", 1))
 def _layer_norm_weight(use: Use) -> Factor | None:
     x, mean, rstd = use.node._saved_input.detach(), use.node._saved_result1, use.node._saved_result2
-    normal = (x - mean) * rstd
-    return _fold(use, (g * normal for g in use.g))
+    return _fold(use, (x - mean) * rstd)
 
 
 @rule(("FusedRmsNormBackward0", 1))
 def _rms_norm_weight(use: Use) -> Factor | None:
-    normal = use.node._saved_input.detach() * use.node._saved_result1.detach()
-    return _fold(use, (g * normal for g in use.g))
+    return _fold(use, use.node._saved_input.detach() * use.node._saved_result1.detach())
 
 
 @rule(*((f"ThnnFused{cell}CellBackward0", k) for cell in ("Lstm", "Gru") for k in (3, 4)))
@@ -78,7 +78,7 @@ def _gate_bias(use: Use) -> Factor | None:
 
 @rule(("NativeLayerNormBackward0", 2))
 def _layer_norm_bias(use: Use) -> Factor | None:
-    return _fold(use, use.g)
+    return _fold(use)
 
 
 @rule(("NativeGroupNormBackward0", 1))
@@ -92,9 +92,9 @@ def _group_norm_weight(use: Use) -> Factor | None:
 _BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
 
 
-@rule(("NativeGroupNormBackward0", 2), *((name, 2) for name in _BATCH_NORMS))
+@rule(("ConvolutionBackward0", 2), ("NativeGroupNormBackward0", 2), *((name, 2) for name in _BATCH_NORMS))
 def _channel_bias(use: Use) -> Factor | None:
-    return _channels(use, None)
+    return _channels(use)
 
 
 @rule(*((name, 1) for name in _BATCH_NORMS))
@@ -109,17 +109,15 @@ def _batch_norm_weight(use: Use) -> Factor | None:
     return _channels(use, (x - node._saved_running_mean.detach().reshape(shape)) * rstd.reshape(shape))
 
 
-def _channels(use: Use, normal: Tensor | None) -> Dense | None:
-    """Σ over all but the channels (dimension 1) of g·normal."""
+def _channels(use: Use, times: Tensor | float = 1) -> Dense | None:
+    """Gradients, times something, summed over all but the channels (dimension 1)."""
     assert isinstance(use.layout, Layout)
     if use.layout.dim != 0:
         return None
-    grads = (use.examples(g if normal is None else g * normal) for g in use.g)
-    return Dense(tuple(g.sum([1, *range(3, g.ndim)]) for g in grads))
+    summed = [1, *range(3, use.g[0].ndim + 1)]
+    return Dense(use.each(lambda g: use.examples(_times(g, times)).sum(summed)))
 
 
 @rule(("PreluKernelBackward0", 1))
 def _prelu(use: Use) -> Factor | None:
-    x = use.node._saved_self.detach()
-    negative = x.clamp(max=0)
-    return _fold(use, (g * negative for g in use.g))
+    return _fold(use, use.node._saved_self.detach().clamp(max=0))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ntkwatch.engines.factors import Columns, Dense, Factor, Outer, Rows
+from ntkwatch.engines.factors import Columns, Factor, Outer, Rows
 from ntkwatch.engines.graph import Layout, Scattered
 from ntkwatch.engines.rules.use import Use, rule, scaled
 
@@ -135,14 +135,6 @@ class Window:
         order = (0, 1, *range(2 + d, 2 + 2 * d), *range(2, 2 + d))  # positions last: whole rows are copied at once
         windows = view.permute(order).reshape(n, batch // n, self.groups, entries, math.prod(size))
         return windows.permute(0, 2, 1, 4, 3).flatten(2, 3)
-
-
-@rule(("ConvolutionBackward0", 2))
-def _convolution_bias(use: Use) -> Factor | None:
-    if not isinstance(use.layout, Layout) or use.layout.dim != 0:
-        return None
-    grads = (use.examples(g) for g in use.g)
-    return Dense(tuple(g.sum([1, *range(3, g.ndim)]) for g in grads))
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------

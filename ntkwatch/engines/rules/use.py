@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from ntkwatch.engines.costs import machine
 from ntkwatch.engines.factors import Dense, Factor
 from ntkwatch.engines.graph import Layout, Scattered, pull
 
@@ -40,6 +41,12 @@ class Use:
         g = self.grads[0]
         assert g is not None
         return g
+
+    def each(self, sums: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        """`sums` of the gradient of every output: in one call of it, where calls cost more than memory."""
+        if machine(self.g[0].device).near:
+            return tuple(map(sums, self.g))
+        return tuple(torch.func.vmap(sums)(torch.stack(self.g)).unbind())
 
     @property
     def outputs(self) -> int:
