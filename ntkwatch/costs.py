@@ -16,7 +16,7 @@ from ntkwatch.diagnostics import reduction as richest_of
 from ntkwatch.diagnostics.laziness import STATISTICS
 from ntkwatch.engines import Plan
 from ntkwatch.engines.base import Precision, Reduction, Row
-from ntkwatch.engines.costs import MACHINES
+from ntkwatch.engines.machines import MACHINES
 from ntkwatch.engines.planning import PASSES
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.misfits import explained

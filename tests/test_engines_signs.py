@@ -12,8 +12,8 @@ from test_engines_zoo import error, params
 from torch import Tensor, nn
 
 from ntkwatch.engines import contract, empirical_ntk, sign_ntk
-from ntkwatch.engines.costs import machine
 from ntkwatch.engines.layerwise import Layerwise
+from ntkwatch.engines.machines import machine
 from ntkwatch.engines.memory import peak_bytes
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import Network, take

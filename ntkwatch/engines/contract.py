@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ntkwatch.engines.base import Reduction
-from ntkwatch.engines.costs import choose, gram_rows, machine
+from ntkwatch.engines.costs import choose, gram_rows
 from ntkwatch.engines.factors import Dense, Factor, Outer, Rows, Slab
+from ntkwatch.engines.machines import machine
 from ntkwatch.engines.sums import aligned
 
 Gradients = tuple[Tensor, ...]
@@ -145,8 +146,8 @@ class Contractor:
     def _by_jacobian(self, out: Tensor, one: Factor, two: Factor) -> None:
         """Slabs of J, each multiplied with the other's (or its own) as soon as it is made."""
         one, two = aligned(one, two)
-        first = one.open()
-        second = first if one is two else two.open()
+        first = self._opened(one, 0)
+        second = first if one is two else self._opened(two, 1)
         at = machine(one.device)
         held = 1 if at.near and self.reduction != "full" else one.outputs
         row = max(one.n, two.n) * one.trailing * held
@@ -156,13 +157,21 @@ class Contractor:
         for rows in _blocks(one.leading, step):
             for start in range(0, one.outputs, held):
                 outputs = range(start, start + held)
-                a = self._slab(first, one, outputs, rows, 0)
-                b = a if one is two else self._slab(second, two, outputs, rows, 1)
+                a = first(outputs, rows)
+                b = a if one is two else second(outputs, rows)
                 self._products(total[start : start + held] if self.reduction == "blocks" else total, a, b)
         out += total
 
+    def _opened(self, one: Factor, key: int) -> Callable[[range, slice], Tensor]:
+        """What gives slabs of J, [outputs, n, rows·trailing] in `dtype`."""
+        together = one.together() if isinstance(one, Outer) and not machine(one.device).near else None
+        if together is not None:  # the outputs are all there are
+            return lambda outputs, rows: self._cast(together(rows.start, rows.stop), key)
+        slab = one.open()
+        return lambda outputs, rows: self._slab(slab, one, outputs, rows, key)
+
     def _slab(self, slab: Slab, one: Factor, outputs: range, rows: slice, key: int) -> Tensor:
-        """[outputs, n, rows·trailing]."""
+        """One output's slab after the other, in a buffer that is used again."""
         shape = (len(outputs), one.n, rows.stop - rows.start, one.trailing)
         made = self._buffer(key, math.prod(shape), one.dtype, one.device).view(shape)
         for c, out in zip(outputs, made, strict=True):

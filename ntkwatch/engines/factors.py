@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ntkwatch.engines.machines import machine
+
 # (output, first, last, out): J's rows first … last − 1 are put into out, [n, last - first, trailing].
 Slab = Callable[[int, int, int, Tensor], object]
 
@@ -126,7 +128,7 @@ class Outer:
     def unordered(self) -> Outer:
         """The same with its entries in the order in which products are fastest: the longer side trailing."""
         a = self.a if self.a.quick is None else Columns(self.a.shape, self.a.quick)
-        return Outer(a, self.g, self.groups == 1 and self.p < self.q)
+        return Outer(a, self.g, self.groups == 1 and self.p < self.q and machine(self.device).near)
 
     def open(self) -> Slab:
         a, g, dtype = self.inputs(), self.g, self.dtype
@@ -137,6 +139,21 @@ class Outer:
         if self.a_first:
             return lambda c, i, j, out: _outer(a[..., i:j], g[c][:, 0].to(dtype), True, out)
         return lambda c, i, j, out: _outer(a, g[c][:, 0, :, i:j].to(dtype), False, out)
+
+    def together(self) -> Callable[[int, int], Tensor] | None:
+        """As `open`, but (first, last) gives all outputs from one product, [C, n, rows·trailing].
+
+        None where the entries lie otherwise. The gradients are copied: worth it where calls cost more than memory.
+        """
+        if self.groups > 1 or self.a_first:
+            return None
+        a = self.inputs()[:, 0]
+
+        def slab(i: int, j: int) -> Tensor:
+            g = torch.stack([each[:, 0, :, i:j].transpose(1, 2).to(self.dtype) for each in self.g], 1)
+            return (g.flatten(1, 2) @ a).unflatten(1, (self.outputs, j - i)).transpose(0, 1).flatten(2)
+
+        return slab
 
 
 def _outer(a: Tensor, g: Tensor, a_first: bool, out: Tensor) -> None:

@@ -10,9 +10,9 @@ import torch
 
 from ntkwatch.engines.auto import Choice
 from ntkwatch.engines.base import Plan, Precision, Reduction, Row, at_hand, entries
-from ntkwatch.engines.costs import has_fast_double, machine
 from ntkwatch.engines.functional import Functional, quiet, trained_at
 from ntkwatch.engines.layerwise import Layerwise
+from ntkwatch.engines.machines import has_fast_double, machine
 from ntkwatch.engines.memory import Forward, limit_bytes
 from ntkwatch.engines.rehearsal import predict, try_forward
 from ntkwatch.engines.run import Run

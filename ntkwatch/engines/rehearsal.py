@@ -18,8 +18,9 @@ from ntkwatch.engines.base import Reduction, Row, entries
 from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.capture import Capture, Found
 from ntkwatch.engines.contract import Contractor
-from ntkwatch.engines.costs import choose, machine
+from ntkwatch.engines.costs import choose
 from ntkwatch.engines.factors import Factor, Rows
+from ntkwatch.engines.machines import machine
 from ntkwatch.engines.memory import Forward, LiveStorages
 from ntkwatch.engines.run import Run
 from ntkwatch.engines.separation import few, leaves_at, outputs_at

@@ -1,4 +1,4 @@
-"""The constants of ntkwatch/engines/costs.py and contract.py, measured on this machine.
+"""The constants of ntkwatch/engines/machines.py, costs.py and contract.py, measured on this machine.
 
     python tests/bench/constants.py [--threads 1] [--device cpu]
 

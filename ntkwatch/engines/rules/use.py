@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from ntkwatch.engines.costs import machine
 from ntkwatch.engines.factors import Dense, Factor
 from ntkwatch.engines.graph import Layout, Scattered, pull
+from ntkwatch.engines.machines import machine
 
 
 @dataclass(frozen=True)
