@@ -17,7 +17,7 @@ from device import DEVICE, placed
 from oracles import naive_layers, naive_ntk, reduced
 from torch import Tensor
 
-from ntkwatch.engines import UnsupportedModel, capture, contract, empirical_ntk, layer_ntks, machines
+from ntkwatch.engines import UnsupportedModel, capture, contract, empirical_ntk, layer_ntks, machines, strips
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.model import Network, take
 
@@ -124,7 +124,8 @@ def test_segments_and_groups_of_outputs(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_portions_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is chosen for a GPU is as right, so that a machine without one sees it too."""
     monkeypatch.setitem(machines.MACHINES, "cpu", machines.MACHINES["cuda"])
-    monkeypatch.setattr(contract, "_STRETCH", 8)
+    monkeypatch.setattr(contract, "STRETCH", 8)
+    monkeypatch.setattr(strips, "STRETCH", 8)
     for case in [c for c in CASES if not c.refused and not c.name.startswith("hf_")]:
         for dtype, limit in ((torch.float64, 1e-7 if case.float32_inside else 1e-10), (torch.float32, 1e-4)):
             module, batch = build(case, dtype)

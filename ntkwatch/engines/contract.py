@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -11,18 +11,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ntkwatch.engines.base import Reduction
-from ntkwatch.engines.costs import choose, gram_rows
+from ntkwatch.engines.costs import choose, full_rows, gram_rows
 from ntkwatch.engines.factors import Dense, Factor, Outer, Rows, Slab
 from ntkwatch.engines.machines import machine
+from ntkwatch.engines.strips import STRETCH, add_product, at_once, blocks, strip_rows
 from ntkwatch.engines.sums import aligned
 
 Gradients = tuple[Tensor, ...]
 _SMALL_SLAB = 1 << 18  # entries of a slab of J where memory is short
 _SLAB_ROWS = 64  # … but of no fewer rows, below which matrix products slow down
 _SLAB_MOST = 1 << 25
-_STRETCH = 1 << 13  # terms of one product: no float32 sum grows longer
-_STRIP_ROWS = 128  # of a symmetric product: fewer would slow down what they save …
-_NARROW = (64, 8)  # … but up to 64 rows of float32, which a CPU multiplies fastest eight at a time (constants.py)
 
 
 @dataclass
@@ -50,9 +48,8 @@ class Contractor:
         """Mirrored, averaged over outputs where the reduction says so; "full" as [n, C, m, C]."""
         if self.same:
             for matrix in self._matrices(out):
-                for rows, columns in self._strips(out):
+                for rows in blocks(len(matrix), strip_rows(matrix, self.same)):
                     above = slice(0, rows.start)
-                    assert columns.stop == rows.stop
                     matrix[above, rows] = matrix[rows, above].T
         if self.reduction in ("trace", "sum"):
             return out.div_(outputs)
@@ -67,7 +64,8 @@ class Contractor:
         if isinstance(one, Dense) and isinstance(two, Dense):
             out += self._gradients(one.j, two.j)
         elif self._by_gram(one, two):
-            (self._gram_single if is_single(one, two) else self._gram)(out, one, two)  # type: ignore[arg-type]
+            gram = self._gram_full if self.reduction == "full" else self._gram
+            (self._gram_single if is_single(one, two) else gram)(out, one, two)  # type: ignore[arg-type]
         else:
             self._by_jacobian(out, one, two)
 
@@ -88,36 +86,19 @@ class Contractor:
             return out.flatten(2).flatten(0, 1)[None]
         return out if self.reduction == "blocks" else out[None]
 
-    def _strips(self, out: Tensor) -> Iterator[tuple[slice, slice]]:
-        """Rows, and the columns that are filled in them: all, or up to the diagonal. Of "full", whole outputs."""
-        matrix = self._matrices(out)[0]
-        unit = out.shape[1] if self.reduction == "full" else 1
-        if not self.same:
-            yield slice(0, len(matrix)), slice(0, matrix.shape[1])
-            return
-        most, narrow = _NARROW
-        size = max(_STRIP_ROWS, -(-len(matrix) // machine(matrix.device).strips))
-        if len(matrix) <= most and matrix.dtype == torch.float32 and matrix.device.type == "cpu":
-            size = narrow
-        for rows in _blocks(len(matrix), unit * -(-size // unit)):
-            yield rows, slice(0, rows.stop)
-
     def _products(self, out: Tensor, x: Tensor, y: Tensor) -> None:
         """out += Σ_q of products of slabs [C, n, q] and [C, m, q], a stretch at a time, in `dtype`."""
-        matrices, strips = self._matrices(out), list(self._strips(out))
+        matrices = self._matrices(out)
         if self.reduction == "full":
             x, y = x.flatten(0, 1)[None], y.flatten(0, 1)[None]
         if not machine(out.device).near:
-            found = _at_once(x, self._right(y), self.dtype)
+            found = at_once(x, self._right(y), self.dtype)
             matrices += found if len(found) == len(matrices) else found.sum(0, keepdim=True)
             return
         if self.reduction in ("trace", "sum"):
             matrices = matrices.expand(len(x), -1, -1)
-        for matrix, a, b in zip(matrices, x, y, strict=True):
-            parts = [matrix[rows, columns] for rows, columns in strips]
-            for u, v in zip(a.split(_STRETCH, 1), self._right(b).split(_STRETCH, 1), strict=True):
-                for part, (rows, columns) in zip(parts, strips, strict=True):
-                    part.addmm_(u[rows], v[columns].T)
+        for matrix, a, b in zip(matrices, x, self._right(y), strict=True):
+            add_product(matrix, a, b, self.same)
 
     def _cast(self, t: Tensor, key: int) -> Tensor:
         """In `dtype`; in a buffer of our own where that needs memory."""
@@ -138,10 +119,16 @@ class Contractor:
         key = (*_identity(a), *_identity(b))
         if key not in self.shared:
             out = self.zeros(len(a), len(a[0]), len(b[0]), a[0].device)
-            x = torch.stack(a).to(self.dtype)
-            self._products(out, x, x if self.same else torch.stack(b).to(self.dtype))
+            x = self._side_by_side(a)
+            self._products(out, x, x if self.same else self._side_by_side(b))
             self.shared = {key: (a, b, out)}  # a and b are held, so that no other takes their place
         return self.shared[key][2]
+
+    def _side_by_side(self, g: Gradients) -> Tensor:
+        """C of [n, q] → [C, n, q], or [1, n, C·q] where products are summed over outputs: in one, there are fewer."""
+        if self.reduction in ("trace", "sum"):
+            return torch.stack(g, 1).flatten(1)[None].to(self.dtype)
+        return torch.stack(g).to(self.dtype)
 
     def _by_jacobian(self, out: Tensor, one: Factor, two: Factor) -> None:
         """Slabs of J, each multiplied with the other's (or its own) as soon as it is made."""
@@ -154,7 +141,7 @@ class Contractor:
         slab = _SMALL_SLAB if self.short else at.slab
         step = min(one.leading, max(1, slab // row, min(_SLAB_ROWS, _SLAB_MOST // row)))
         total = torch.zeros_like(out)  # a sum of its own: float32 products of many parameters in one would lose digits
-        for rows in _blocks(one.leading, step):
+        for rows in blocks(one.leading, step):
             for start in range(0, one.outputs, held):
                 outputs = range(start, start + held)
                 a = first(outputs, rows)
@@ -183,22 +170,23 @@ class Contractor:
         a = one.inputs()[:, 0, 0].to(self.dtype)
         b = a if self.same else two.inputs()[:, 0, 0].to(self.dtype)
         inputs = torch.zeros(len(a), len(b), dtype=self.dtype, device=a.device)
-        for start in range(0, a.shape[1], _STRETCH):
-            inputs.addmm_(a[:, start : start + _STRETCH], self._right(b[:, start : start + _STRETCH]).T)
+        for start in range(0, a.shape[1], STRETCH):
+            inputs.addmm_(a[:, start : start + STRETCH], self._right(b[:, start : start + STRETCH]).T)
         g = tuple(each[:, 0, 0] for each in one.g)
         products = self._gradients(g, g if self.same else tuple(each[:, 0, 0] for each in two.g))
         if self.reduction != "full":
             out.addcmul_(products, inputs)
             return
-        for rows, columns in self._strips(out):  # of whole outputs
-            r, c = slice(rows.start // one.n, rows.stop // one.n), slice(0, columns.stop // two.n)
+        size = strip_rows(self._matrices(out)[0], self.same)
+        for r in blocks(one.outputs, max(1, size // one.n)):
+            end = -(-r.stop * one.n // size) * size  # of the strip that the last row lies in
+            c = slice(0, -(-end // two.n) if self.same else two.outputs)
             out[r, :, c].addcmul_(products[r, :, c], inputs[:, None])
 
     def _gram(self, out: Tensor, one: Outer | Rows, two: Outer | Rows) -> None:
         """Σ_ss' ⟨a_s, a_s'⟩⟨g_s, g_s'⟩ summed over groups, in blocks of examples, lower blocks only where symmetric."""
-        s, t, full = one.positions, two.positions, self.reduction == "full"
-        pairs = s * t * one.groups * (one.outputs**2 if full else 1)
-        size = gram_rows(one, one.n, pairs, self.same)
+        s, t = one.positions, two.positions
+        size = gram_rows(one, one.n, s * t * one.groups, self.same)
         inputs1 = self._inputs(one)
         inputs2 = inputs1 if self.same else self._inputs(two)
         for rows in self._blocks(one.n, size):
@@ -208,23 +196,46 @@ class Contractor:
                     break
                 gb = ga if self.same and columns == rows else self._positions(two, columns)
                 part = self._block(self._input_products(one, a, inputs2[columns]), ga, gb, s, t)
-                if full:
-                    out[:, rows, :, columns] += part
-                else:
-                    out[..., rows, columns] += part
+                out[..., rows, columns] += part
                 if self.same and columns != rows:
-                    self._reflect(out, part, rows, columns)
+                    out[..., columns, rows] += part.transpose(-1, -2)
 
     def _blocks(self, n: int, size: int) -> Iterator[slice]:
         """Of examples."""
-        return _blocks(n, size)
+        return blocks(n, size)
 
-    def _reflect(self, out: Tensor, part: Tensor, rows: slice, columns: slice) -> None:
-        """Adds a block on the other side of the diagonal."""
-        if self.reduction == "full":
-            out[:, columns, :, rows] += part.permute(2, 3, 0, 1)
-        else:
-            out[..., columns, rows] += part.transpose(-1, -2)
+    def _gram_full(self, out: Tensor, one: Outer | Rows, two: Outer | Rows) -> None:
+        """⟨Σ_s ⟨a_s, a_s'⟩ g_cs, g_ds'⟩, an example with all others: C times less than ⟨g_cs, g_ds'⟩ of all pairs."""
+        inputs1 = self._inputs(one)
+        inputs2 = inputs1 if self.same else self._inputs(two)
+        g = torch.stack(self._positions(two, slice(0, two.n)))
+        size = full_rows(two)
+        for i in self._each(one.n):
+            mine = self._positions(one, slice(i, i + 1))
+            for columns in blocks(i + 1 if self.same else two.n, size):
+                a = self._input_products(one, inputs1[i : i + 1], inputs2[columns])
+                part = self._weighted(a, mine, g, columns, two.positions)
+                out[:, i, :, columns] += part.permute(1, 2, 0)
+                if self.same:
+                    others = slice(columns.start, min(columns.stop, i))
+                    out[:, others, :, i] += part[: others.stop - others.start].permute(2, 0, 1)
+
+    def _each(self, n: int) -> Iterable[int]:
+        """All examples."""
+        return range(n)
+
+    def _weighted(self, a: Tensor, mine: list[Tensor], g: Tensor, columns: slice, t: int) -> Tensor:
+        """[m, C, C] of products a [G, s, m·t] and gradients C of [G, s, q] and [C, G, ·, q] of the others."""
+        (groups, _, width), (c, *_, q) = a.shape, g.shape
+        held = self._buffer(2, c * groups * width * q, self.dtype, a.device).view(c, groups, width, q)
+        for each, sums in zip(mine, held, strict=True):
+            torch.bmm(a.transpose(1, 2), each, out=sums)
+        others = g[:, :, columns.start * t : columns.stop * t]
+        x, y = (h.unflatten(2, (-1, t)).flatten(3).permute(1, 2, 0, 3).flatten(0, 1) for h in (held, others))
+        part = torch.zeros(len(x), c, c, dtype=self.dtype, device=a.device)
+        for u, v in zip(x.split(STRETCH, 2), y.split(STRETCH, 2), strict=True):
+            part.baddbmm_(u, v.transpose(1, 2))
+        return part.unflatten(0, (groups, -1)).sum(0)
 
     def _inputs(self, one: Outer | Rows) -> Tensor:
         """[n, G, S, p], or indices [n, S]."""
@@ -243,30 +254,14 @@ class Contractor:
         return [g.transpose(0, 1).flatten(1, 2) for g in grads]
 
     def _block(self, inputs: Tensor, ga: list[Tensor], gb: list[Tensor], s: int, t: int) -> Tensor:
-        """[b, m], [C, b, m] or [C, b, C, m] of one block of pairs."""
-        if self.reduction != "full":
-            if self.reduction in ("trace", "sum"):
-                products = ga[0] @ gb[0].transpose(-1, -2)
-                for x, y in zip(ga[1:], gb[1:], strict=True):
-                    products.baddbmm_(x, y.transpose(-1, -2))
-                return _sum_positions(products.mul_(inputs), s, t)
-            parts = [_sum_positions((x @ y.transpose(-1, -2)).mul_(inputs), s, t) for x, y in zip(ga, gb, strict=True)]
-            return torch.stack(parts)
-        groups, c = len(inputs), len(ga)
-        products = torch.cat(ga, 1) @ torch.cat(gb, 1).transpose(-1, -2)
-        products = products.reshape(groups, c, inputs.shape[1], c, inputs.shape[2]).mul_(inputs[:, None, :, None])
-        products = products.sum(0).reshape(c, -1, s, c, inputs.shape[2] // t, t)
-        return products.sum((2, 5))
-
-
-def _at_once(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, n, q] and [B, m, q] → [B, n, m] in few calls: the stretches are one batch, and float64 needs none."""
-    whole = x.shape[2] // _STRETCH * _STRETCH
-    if dtype == torch.float64 or whole <= _STRETCH:
-        return x @ y.transpose(1, 2)
-    u, v = (t[..., :whole].unflatten(2, (-1, _STRETCH)).transpose(1, 2) for t in (x, y))
-    found = (u @ v.transpose(2, 3)).sum(1)
-    return found if whole == x.shape[2] else found.baddbmm_(x[..., whole:], y[..., whole:].transpose(1, 2))
+        """[b, m] or [C, b, m] of one block of pairs."""
+        if self.reduction in ("trace", "sum"):
+            products = ga[0] @ gb[0].transpose(-1, -2)
+            for x, y in zip(ga[1:], gb[1:], strict=True):
+                products.baddbmm_(x, y.transpose(-1, -2))
+            return _sum_positions(products.mul_(inputs), s, t)
+        parts = [_sum_positions((x @ y.transpose(-1, -2)).mul_(inputs), s, t) for x, y in zip(ga, gb, strict=True)]
+        return torch.stack(parts)
 
 
 def _unordered(one: Outer, two: Outer) -> tuple[Outer, Outer]:
@@ -291,11 +286,6 @@ def _sum_positions(products: Tensor, s: int, t: int) -> Tensor:
     """[G, b·s, m·t] → [b, m]."""
     total = products.sum(0) if len(products) > 1 else products[0]
     return total.reshape(-1, s, total.shape[1] // t, t).sum((1, 3))
-
-
-def _blocks(n: int, size: int) -> Iterator[slice]:
-    for start in range(0, n, size):
-        yield slice(start, min(n, start + size))
 
 
 def _compressed(one: Rows, two: Rows) -> tuple[Rows, Rows]:

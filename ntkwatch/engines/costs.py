@@ -10,6 +10,8 @@ from ntkwatch.engines.base import Reduction
 from ntkwatch.engines.factors import Factor, Outer, Rows
 from ntkwatch.engines.machines import machine
 
+FEW = 0.3  # of the full rate: the share that many products of C × C of long rows reach
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -31,12 +33,19 @@ def gram_rows(one: Factor, n: int, pairs: int, symmetric: bool) -> int:
     return max(1, min(int((at.pairs / pairs) ** 0.5), -(-n // at.strips) if symmetric else n))
 
 
+def full_rows(two: Outer | Rows) -> int:
+    """Examples that one is multiplied with at a time, for all pairs of outputs."""
+    return max(1, machine(two.device).pairs // (two.outputs * two.groups * two.positions * two.q))
+
+
 def gram_cost(one: Outer | Rows, n: int, m: int, reduction: Reduction, dtype: torch.dtype, same: bool = True) -> Cost:
     """Products of inputs times products of output gradients, for n × m examples and all pairs of positions."""
     s, c, groups = one.positions, one.outputs, one.groups
     p, q = one.p, one.q
+    if reduction == "full" and s * groups > 1:
+        return _full_cost(one, n, m, dtype, same)
     grams = {"trace": 1, "sum": 1, "blocks": c, "full": c * c}[reduction]
-    size = gram_rows(one, n, s * s * groups * (grams if reduction == "full" else 1), same)
+    size = gram_rows(one, n, s * s * groups, same)
     half = (1 + size / n) / 2 if same and s > 1 else 1.0
     pairs = float(n * m) * s * s * groups * half
     cast = (n + m) * s * groups * (p + c * q) * (one.dtype.itemsize + dtype.itemsize)
@@ -45,6 +54,17 @@ def gram_cost(one: Outer | Rows, n: int, m: int, reduction: Reduction, dtype: to
     moved = cast + pairs * passes * dtype.itemsize
     at = machine(one.device)
     return Cost(flops, moved, flops / (at.many * at.flops(dtype)) + moved / at.bandwidth)
+
+
+def _full_cost(one: Outer | Rows, n: int, m: int, dtype: torch.dtype, same: bool) -> Cost:
+    """Gradients weighted by products of inputs, for n × m examples, then their products for all pairs of outputs."""
+    s, c, groups, q, at = one.positions, one.outputs, one.groups, one.q, machine(one.device)
+    half = (1 + 1 / n) / 2 if same else 1.0
+    pairs, sums = half * n * m * s * s * groups, half * n * m * s * groups * c * q
+    weighing, products = 2 * pairs * (one.p + c * q), 2 * sums * c
+    moved = (2 * (n + m) * s * groups * (one.p + c * q) + 2 * pairs + 3 * sums) * dtype.itemsize
+    seconds = (weighing / at.many + products / FEW) / at.flops(dtype) + moved / at.bandwidth + n * (c + 8) * at.call
+    return Cost(weighing + products, moved, seconds)
 
 
 def jacobian_cost(one: Factor, n: int, m: int, reduction: Reduction, dtype: torch.dtype, same: bool = True) -> Cost:

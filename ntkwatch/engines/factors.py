@@ -137,7 +137,8 @@ class Outer:
             return lambda c, i, j, out: _outer(a[:, i:j], g[c][:, i:j].to(dtype), self.a_first, out.unflatten(2, sides))
         a = a[:, 0]
         if self.a_first:
-            return lambda c, i, j, out: _outer(a[..., i:j], g[c][:, 0].to(dtype), True, out)
+            a = a.transpose(1, 2).contiguous()  # once for all outputs: products run faster along rows
+            return lambda c, i, j, out: torch.matmul(a[:, i:j], g[c][:, 0].to(dtype), out=out)
         return lambda c, i, j, out: _outer(a, g[c][:, 0, :, i:j].to(dtype), False, out)
 
     def together(self) -> Callable[[int, int], Tensor] | None:
