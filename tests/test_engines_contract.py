@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ntkwatch.engines import contract, costs
+from ntkwatch.engines import contract, machines
 from ntkwatch.engines.base import Reduction
 from ntkwatch.engines.contract import Contractor
 from ntkwatch.engines.factors import Columns, Dense, Factor, Outer, Rows
@@ -50,8 +50,8 @@ def exact(one: Factor, two: Factor, reduction: Reduction) -> Tensor:
 @pytest.mark.parametrize("pairs", [1 << 23, 1 << 8], ids=["at once", "in blocks"])
 def test_all_ways_agree(dtype: torch.dtype, way: str, same: bool, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contract, "choose", lambda *_: (way, None))
-    few = dataclasses.replace(costs.MACHINES["cpu"], pairs=pairs)
-    monkeypatch.setitem(costs.MACHINES, "cpu", few)
+    few = dataclasses.replace(machines.MACHINES["cpu"], pairs=pairs)
+    monkeypatch.setitem(machines.MACHINES, "cpu", few)
     for kind, shape, reduction in itertools.product(KINDS, SHAPES, get_args(Reduction)):
         one = made(kind, shape, 0, dtype)
         two = one if same else made(kind, (shape[0] + 2, *shape[1:]), 1, dtype)

@@ -1,4 +1,4 @@
-"""The constants of ntkwatch/engines/machines.py, costs.py and contract.py, measured on this machine.
+"""The constants of ntkwatch/engines/machines.py, costs.py and strips.py, measured on this machine.
 
     python tests/bench/constants.py [--threads 1] [--device cpu]
 
@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 
 import torch
+
+from ntkwatch.engines.strips import add_product
 
 SIZE, STRETCH = 2048, 8192
 
@@ -66,13 +68,10 @@ def main() -> None:
             j, out = torch.randn(n, STRETCH, device=args.device, dtype=dtype), a.new_zeros(n, n)
             whole = rate(2.0 * n * n * STRETCH, lambda j=j, out=out: out.addmm_(j, j.T)) / full
 
-            def strips(j: torch.Tensor = j, out: torch.Tensor = out, n: int = n) -> None:
-                for i in range(0, n, 8):
-                    out[i : i + 8, : i + 8].addmm_(j[i : i + 8], j[: i + 8].T)
+            def strips(j: torch.Tensor = j, out: torch.Tensor = out) -> None:
+                add_product(out, j, j, same=True)
 
-            print(
-                f"skinny     {n:4d} rows: {whole:.2f}; in strips of 8 {rate(2.0 * n * n * STRETCH, strips) / full:.2f}"
-            )
+            print(f"skinny     {n:4d} rows: {whole:.2f}; in strips {rate(2.0 * n * n * STRETCH, strips) / full:.2f}")
 
 
 if __name__ == "__main__":
