@@ -96,7 +96,8 @@ def sign_ntk(
     largest magnitude of its row. Arguments and errors are those of `empirical_ntk`; of reductions there is no "sum",
     whose outputs are added before there are signs. Layerwise never holds more of J than a slab, or a parameter that no
     rule knows; functional holds it for a block of probes. A weight used at one position costs what it costs
-    `empirical_ntk`, any other n²·C multiply-adds for each entry.
+    `empirical_ntk`, any other n²·C multiply-adds for each entry. Where a gradient is zero but for rounding, its sign is
+    chance (a shift that a normalisation takes away again), and differs from device to device.
 
     Source: Malladi et al. 2023 (the asymmetric SignGD kernel).
 

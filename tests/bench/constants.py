@@ -45,9 +45,14 @@ def main() -> None:
     x = torch.randn(1 << 25, device=args.device)
     y = torch.empty_like(x)
     print(f"BANDWIDTH  {2 * 4 * len(x) / seconds(lambda: y.copy_(x), sync):.2g} bytes/s (a copy, read and written)")
-    tiny = torch.zeros(1, device=args.device)
-    call = seconds(lambda: [tiny.add_(1) for _ in range(1000)], sync) / 1000
-    print(f"CALL       {call:.1g} s of an operation on little")
+    layers = [m for _ in range(20) for m in (torch.nn.Linear(8, 8), torch.nn.Tanh())]
+    net, tiny = torch.nn.Sequential(*layers).to(args.device), torch.zeros(1, 8, device=args.device)
+
+    def passes() -> None:  # a forward and eight backward passes
+        for output in net(tiny).unbind(1):
+            torch.autograd.grad(output, [net[0].weight], retain_graph=True)
+
+    print(f"CALL       {seconds(passes, sync) / (9 * len(layers)):.1g} s of an operation on little")
     for dtype in (torch.float32, torch.float64):
         a = torch.randn(SIZE, SIZE, device=args.device, dtype=dtype)
         full = rate(2.0 * SIZE**3, lambda a=a: a @ a)
