@@ -92,7 +92,8 @@ class Contractor:
         if self.reduction == "full":
             x, y = x.flatten(0, 1)[None], y.flatten(0, 1)[None]
         if not machine(out.device).near:
-            found = at_once(x, self._right(y), self.dtype)
+            y = self._right(y)
+            found = x @ y.transpose(1, 2) if self.dtype == torch.float64 else at_once(x, y)  # float64 has no long sums
             matrices += found if len(found) == len(matrices) else found.sum(0, keepdim=True)
             return
         if self.reduction in ("trace", "sum"):
