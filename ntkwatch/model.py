@@ -242,9 +242,8 @@ def batch_size(inputs: Any) -> int:
     for leaf in leaves(inputs):
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
             return leaf.shape[0]
-    raise ValueError(
-        f"a batch must hold a tensor [n, ...], got {type(inputs).__name__}; pass tensors, or collate them first"
-    )
+    got = "a tensor of no dimensions" if isinstance(inputs, Tensor) else type(inputs).__name__
+    raise ValueError(f"a batch must hold a tensor [n, ...], got {got}; pass tensors, or collate them first")
 
 
 def is_per_example(leaf: Any, n: int) -> bool:

@@ -264,12 +264,17 @@ def test_the_probe_that_moves_is_named() -> None:
     model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 1, bias=False)).double()
     names = ["per_example_motion_index", "per_example_motion_max", "per_example_motion_median"]
     monitor = Monitor(model, x, diagnostics=names)
-    assert "no probe has moved" in monitor.measure(0).reasons["per_example_motion_index"]
+    first = monitor.measure(0)
+    assert "no probe has moved" in first.reasons["per_example_motion_index"]
     with torch.no_grad():
         model[0].weight[:, 4] += 2
-    found = monitor.measure(1).metrics
+    second = monitor.measure(1)
+    found = second.metrics
     assert found["per_example_motion_index"] == 4
     assert found["per_example_motion_max"] > 2 * found["per_example_motion_median"]
+    unit, unit_0 = (m.kernel.double() / m.kernel.double().norm() for m in (second, first))
+    motion = sorted(((unit - unit_0).norm(dim=1) / unit_0.norm(dim=1)).tolist())
+    assert found["per_example_motion_median"] == pytest.approx((motion[2] + motion[3]) / 2, rel=1e-9)
 
 
 def test_features_are_the_last_layers_input() -> None:
