@@ -120,6 +120,10 @@ def _trained(module: nn.Module, params: str | Sequence[str] | None) -> dict[str,
     for name, p in trained.items():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise UnsupportedModel(f"parameter {name} is not initialised yet; run one batch through the model first")
+        if p.is_meta:
+            raise UnsupportedModel(
+                f"parameter {name} is on the meta device, without numbers: to_empty and load it first"
+            )
     if not trained:
         raise UnsupportedModel(
             "the model has no trained parameter: every one has requires_grad=False, or there is none"

@@ -7,7 +7,7 @@ A diagnostic is a function of a `View`. It returns a number, or raises `Undefine
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from ntkwatch.diagnostics.alignment import ALIGNMENT, MORE_ALIGNMENT
@@ -77,6 +77,8 @@ def select(diagnostics: str | Sequence[str]) -> tuple[str, ...]:
 
     Raises ValueError naming what is unknown.
     """
+    if not isinstance(diagnostics, Iterable) or not all(isinstance(name, str) for name in diagnostics):
+        raise ValueError(f"diagnostics={diagnostics!r} is not understood: use 'default', 'full', or a list of names")
     wanted: set[str] = set()
     for name in _listed(diagnostics):
         wanted |= PRESETS[name]() if name in PRESETS else {name}
