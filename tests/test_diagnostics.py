@@ -298,13 +298,22 @@ def test_feature_correlations_and_spectral_updates_are_the_formulas() -> None:
     monitor.measure(0)
     train(model, torch.optim.SGD(model.parameters(), lr=0.5), (x, y), 10)
     found = monitor.measure(10)
-    inner = [x, model[:2](x).detach()]
-    wanted = []
-    for layer, module, h in ((0, model[0], inner[0]), (2, model[2], inner[1])):
+    inner = [x, model[:2](x).detach(), model[:4](x).detach()]
+    wanted, of_updates = [], []
+    for layer, h in zip((0, 2, 4), inner, strict=True):
+        module, w0 = model[layer], start[layer]
         g = torch.func.vmap(torch.func.jacrev(lambda v, k=layer: model[k:](v)))(h)
+        step, gram = module.weight.detach() - w0, torch.einsum("nci,ncj->ij", g, g)
+        square = step.T @ step
+        of_updates.append(float((square * gram).sum() / (square.norm() * gram.norm())))
+        if layer == 4:
+            continue
         wanted.append(float(metrics.neural_feature_correlation(module.weight.detach(), g)))
         assert found.layer_metrics[str(layer)]["neural_feature_correlation"] == pytest.approx(wanted[-1])
     assert found.metrics["neural_feature_correlation_mean"] == pytest.approx(sum(wanted) / 2), "the readout is left out"
+    said = "the readout counts, as explain says"
+    assert found.metrics["neural_feature_correlation_update"] == pytest.approx(sum(of_updates) / 3), said
+    assert "the readout counts" in (DIAGNOSTICS["neural_feature_correlation_update"].compute.__doc__ or "")
     updates = [
         float(torch.linalg.matrix_norm(p.detach() - s, 2) / torch.linalg.matrix_norm(s, 2))
         for p, s in zip(model.parameters(), start, strict=True)
