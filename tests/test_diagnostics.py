@@ -94,6 +94,9 @@ def test_the_presets() -> None:
     assert select(["loss_if_lazy"]) == read, "what it is read beside comes with it"
     assert reduction(select("full")) == "full"
     assert costs(["class_specialization"]) == {"a kernel reduced to 'blocks'": ["class_specialization"]}
+    for own, beyond in (("trace", 2), ("sum", 2), ("blocks", 1), ("full", 0)):
+        said = [text for text in costs(select("full"), own) if text.startswith("a kernel reduced")]
+        assert len(said) == beyond, f"the run's own is {own}: {said}"
 
 
 def test_the_pages_count_what_there_is() -> None:
