@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ntkwatch import probes as probing
+from ntkwatch.checks import check_arguments, check_choice
 from ntkwatch.diagnostics import select
 from ntkwatch.distributed import Ranks, sharded
 from ntkwatch.failures import Failures
 from ntkwatch.following import Follower, follow
-from ntkwatch.monitor import ENGINES, REDUCTIONS, check_choice
 from ntkwatch.opening import Opening, Settings
 from ntkwatch.record import Measurement, RecordError, load_run
 from ntkwatch.schedule import Schedule
@@ -81,10 +81,9 @@ class NTKWatch(Callback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_choice("engine", engine, ENGINES)
         check_choice("on_error", on_error, ("warn", "raise"))
         select(diagnostics)
+        check_arguments(reduction, engine, outputs, loss, hparams, seed, targets, loggers)
         wanted = probing.resolve(probes)
         if resample and wanted.data is not None:
             raise ValueError("resample=True draws fresh probes each time: pass a number, 'val' or 'train' as probes=")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,39 @@ def check_choice(name: str, got: str, allowed: Sequence[str]) -> None:
     """Raises ValueError naming the argument, what it got and what it takes."""
     if got not in allowed:
         raise ValueError(f"{name}={got!r} is unknown: use one of {', '.join(map(repr, allowed))}")
+
+
+def check_arguments(
+    reduction: str,
+    engine: str,
+    outputs: Any,
+    loss: Any,
+    hparams: Any,
+    seed: Any,
+    targets: Any = None,
+    loggers: Any = None,
+) -> None:
+    """Raises ValueError for an argument of a value or kind that is not taken: what, what it got, what it takes."""
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("engine", engine, ENGINES)
+    listed = isinstance(loggers, Iterable) and not isinstance(loggers, str)
+    rows = (
+        ("outputs", outputs, callable(outputs), "a callable (model, batch) -> [n, C], or None"),
+        ("loss", loss, callable(loss), "a callable (outputs, targets) -> mean loss, or None"),
+        ("hparams", hparams, isinstance(hparams, Mapping), "a mapping, as {'width': 256}, or None"),
+        (
+            "targets",
+            targets,
+            not isinstance(targets, str),
+            "a tensor, or a callable of the batch, as lambda batch: batch['y']",
+        ),
+        ("loggers", loggers, listed, "a list of Lightning loggers, or None for the trainer's"),
+    )
+    for name, got, right, takes in rows:
+        if got is not None and not right:
+            raise ValueError(f"{name}={got!r} is not understood: pass {takes}")
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise ValueError(f"seed={seed!r} is not understood: pass a whole number")
 
 
 def count_outputs(network: Network, batch: Any, n: int, reduction: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,12 @@ def describe(monitor: Monitor) -> dict[str, Any]:
         "baseline": monitor.calibration,
         "infinite": str(monitor.limit) if needs_limit(monitor.diagnostics) else None,
     }
+
+
+def optimizers(known: Sequence[Any]) -> dict[str, list[str]]:
+    """The manifest's entry on the run's optimizers, by their classes; nothing where none is known."""
+    names = [type(optimizer).__name__ for optimizer in known if optimizer is not None]
+    return {"optimizer": names} if names else {}
 
 
 def context(

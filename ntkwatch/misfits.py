@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ntkwatch.model import inputs_of, leaves
 from ntkwatch.plain import unwrap
 
 GIVE = "give probes in the form that the model's own loader gives, or outputs=lambda model, batch: … that converts them"
+TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -31,12 +32,13 @@ def misfit(model: nn.Module, batch: Any, error: BaseException) -> str | None:
     if not reached:
         return None
     module, x = reached[-1]
-    wrong = _wrong(module, x)
+    probes = [leaf for leaf in leaves(inputs_of(batch)) if any(_views(part, leaf) for part in leaves(x))]
+    wrong = _wrong(module, x, _whole(x, probes)) if isinstance(x, Tensor) else _no_tensor(module, x)
     if wrong is None:
         return None
     takes, got, remedy = wrong
     place = f"module {names[id(module)]} ({type(module).__name__})" if names[id(module)] else type(module).__name__
-    if not any(_views(x, leaf) for leaf in leaves(inputs_of(batch))):
+    if not probes:
         return (
             f"{place} takes {takes} and gets {got} from the layers before it: the model does not run on these probes, "
             f"{_form(batch)}; {GIVE}"
@@ -57,45 +59,77 @@ def explained(model: nn.Module, batch: Any) -> Iterator[None]:
         raise ValueError(why) from error
 
 
-def _calls(error: BaseException) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Modules that were running when the error was raised, outermost first, and the first tensor given to each."""
+def _calls(error: BaseException) -> Iterator[tuple[nn.Module, Any]]:
+    """Modules that were running when the error was raised, outermost first, and the first tensor given to each.
+
+    Where one was given no tensor: the first of what it was given.
+    """
     at = error.__traceback__
     while at is not None:
         if at.tb_frame.f_code.co_name == "_call_impl":
             held = at.tb_frame.f_locals
             given = [*held.get("args", ()), *held.get("kwargs", {}).values()]
-            x = next((each for each in given if isinstance(each, Tensor)), None)
-            if isinstance(held.get("self"), nn.Module) and x is not None:
+            x = next((each for each in given if isinstance(each, Tensor)), given[0] if given else None)
+            if isinstance(held.get("self"), nn.Module) and given:
                 yield held["self"], x
         at = at.tb_next
 
 
-def _views(x: Tensor, leaf: Any) -> bool:
+def _whole(x: Tensor, probes: list[Tensor]) -> Tensor:
+    """The probes themselves, where a module was given a few of them as they are."""
+    return next((leaf for leaf in probes if leaf.ndim == x.ndim and leaf.shape[1:] == x.shape[1:]), x)
+
+
+def _no_tensor(module: nn.Module, x: Any) -> tuple[str, str, str] | None:
+    """(what the module takes, what it got, the remedy) where a layer of torch's with weights got a dict, a list, …"""
+    weighted = type(module).__module__.startswith("torch.nn.") and any(True for _ in module.parameters(recurse=False))
+    if not weighted or hasattr(x, "_fields"):  # a PackedSequence is what recurrent layers take
+        return None
+    if isinstance(x, Mapping):
+        names = [str(key) for key in x]
+        return (
+            "a tensor",
+            f"a {type(x).__name__} of {', '.join(names[:6])}",
+            f"give the tensor alone, probes[{names[0]!r}]",
+        )
+    if isinstance(x, list | tuple):
+        return "a tensor", f"a {type(x).__name__} of {len(x)}", "give the tensor alone, probes[0]"
+    return "a tensor", "None" if x is None else type(x).__name__, "give a tensor"
+
+
+def _views(x: Any, leaf: Any) -> bool:
     """Whether a tensor is a probe's own, some of its examples perhaps, or in another shape."""
-    if not isinstance(leaf, Tensor) or x.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr():
+    if (
+        not isinstance(x, Tensor)
+        or not isinstance(leaf, Tensor)
+        or x.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr()
+    ):
         return False
     return x.ndim == 0 or leaf.ndim == 0 or x.numel() * len(leaf) == leaf.numel() * len(x)  # no part of an example
 
 
-def _wrong(module: nn.Module, x: Tensor) -> tuple[str, str, str] | None:
-    """(what the module takes, what it got, the remedy), None where the input fits."""
+def _wrong(module: nn.Module, x: Tensor, whole: Tensor) -> tuple[str, str, str] | None:
+    """(what the module takes, what it got, the remedy), None where the input fits; it got x, a few rows of whole."""
     if not type(module).__module__.startswith("torch.nn."):
         return None  # what somebody's own module takes is not known
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return _wrong_index(module.num_embeddings, x)
+        return _wrong_index(module.num_embeddings, whole)
     weight = next((p for p in module.parameters(recurse=False) if p.is_floating_point()), None)
     if weight is not None and x.dtype != weight.dtype:
         remedy = f"convert them, probes.to({weight.dtype})"
-        remedy += f", or the model, model.to({x.dtype})" if x.is_floating_point() else ""
+        remedy += f", or the model, model.to({x.dtype})" if x.dtype in TRAINABLE else ""
         return _name(weight.dtype), _name(x.dtype), remedy
     if isinstance(module, CONVOLUTIONS):
-        return _wrong_channels(module, x)
+        return _wrong_channels(module, whole)
     width = _width(module)
     if width is None or (x.ndim and x.shape[-1] == width):
         return None
-    flat = x.ndim > 2 and math.prod(x.shape[1:]) == width
-    remedy = "flatten them, probes.flatten(1)" if flat else "look for a transform that they have not been through"
-    return f"a last dimension of {width}", _shape(x), remedy
+    remedy = "look for a transform that they have not been through"
+    if x.ndim > 2 and math.prod(x.shape[1:]) == width:
+        remedy = "flatten them, probes.flatten(1)"
+    elif whole.ndim == 1 and (width == 1 or len(whole) == width):  # numbers without a column, or a single example
+        remedy = f"give each example a row, probes.unsqueeze({int(width == 1)})"
+    return f"a last dimension of {width}", _shape(whole), remedy
 
 
 def _wrong_index(rows: int, x: Tensor) -> tuple[str, str, str] | None:
@@ -141,4 +175,6 @@ def _shape(x: Tensor) -> str:
 
 
 def _form(batch: Any) -> str:
-    return ", ".join(f"{_name(x.dtype)} {_shape(x)}" for x in leaves(inputs_of(batch)) if isinstance(x, Tensor))
+    inputs = inputs_of(batch)
+    named = inputs.items() if isinstance(inputs, Mapping) else [("", leaf) for leaf in leaves(inputs)]
+    return ", ".join(f"{k} {_name(x.dtype)} {_shape(x)}".strip() for k, x in named if isinstance(x, Tensor))

@@ -120,6 +120,10 @@ def _trained(module: nn.Module, params: str | Sequence[str] | None) -> dict[str,
     for name, p in trained.items():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise UnsupportedModel(f"parameter {name} is not initialised yet; run one batch through the model first")
+        if p.is_meta:
+            raise UnsupportedModel(
+                f"parameter {name} is on the meta device, without numbers: to_empty and load it first"
+            )
     if not trained:
         raise UnsupportedModel(
             "the model has no trained parameter: every one has requires_grad=False, or there is none"
@@ -242,9 +246,8 @@ def batch_size(inputs: Any) -> int:
     for leaf in leaves(inputs):
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
             return leaf.shape[0]
-    raise ValueError(
-        f"a batch must hold a tensor [n, ...], got {type(inputs).__name__}; pass tensors, or collate them first"
-    )
+    got = "a tensor of no dimensions" if isinstance(inputs, Tensor) else type(inputs).__name__
+    raise ValueError(f"a batch must hold a tensor [n, ...], got {got}; pass tensors, or collate them first")
 
 
 def is_per_example(leaf: Any, n: int) -> bool:

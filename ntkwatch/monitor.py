@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ntkwatch import diagnostics as table
 from ntkwatch import metrics
 from ntkwatch.baseline import NO_THETA_0, Baseline, first_statistics, parameter_distances
-from ntkwatch.checks import ENGINES, LAYERS, REDUCTIONS, check_choice, count_outputs, to_measure
+from ntkwatch.checks import LAYERS, check_arguments, count_outputs, to_measure
 from ntkwatch.derived import Derived, on_cpu
 from ntkwatch.diagnostics import View
 from ntkwatch.engines.auto import Choice, choose
@@ -25,13 +25,13 @@ from ntkwatch.guard import leave_no_trace
 from ntkwatch.instruments import Instruments
 from ntkwatch.limit import WideLimit, wide_limit
 from ntkwatch.losses import LossAt, loss_of
-from ntkwatch.manifest import context, describe, not_finite
+from ntkwatch.manifest import context, describe, not_finite, optimizers
 from ntkwatch.model import Network, take, to_device
 from ntkwatch.optimizers import read_rule
 from ntkwatch.probes import ProbeSet, encode_targets
 from ntkwatch.record import Measurement, RecordWriter
 
-__all__ = ["ENGINES", "REDUCTIONS", "Monitor", "check_choice"]
+__all__ = ["Monitor"]
 
 FIRST_PROBES = "resample=True: the infinite-width limit is that on the first probes"
 STATISTICS = {"statistics_shift", "statistics_angle"}  # these alone need a second kernel, at the statistics of now
@@ -77,8 +77,7 @@ class Monitor:
         hparams: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_choice("engine", engine, ENGINES)
+        check_arguments(reduction, engine, outputs, loss, hparams, seed)
         self.diagnostics, self.follows = table.select(diagnostics), table.names_forecast(diagnostics)
         self.model, self.engine, self.seed = model, engine, seed
         self.reduction: Reduction = reduction  # type: ignore[assignment]  # checked above
@@ -191,7 +190,7 @@ class Monitor:
             context=context(self, kernel, view.floor if finite else None, probes),
             limit=view.limit if first and not isinstance(view.limit, str) else None,
         )
-        return self._with_overhead(measurement, began)
+        return self._with_overhead(measurement, began, optimizer)
 
     def _look(self, step: int, probes: ProbeSet | None, optimizer: torch.optim.Optimizer | None) -> tuple[Kernel, View]:
         """One kernel now, and what it is compared with."""
@@ -300,7 +299,7 @@ class Monitor:
     def _batch(self, probes: ProbeSet) -> Any:
         return to_device(probes.batch, self.network.device)
 
-    def _with_overhead(self, measurement: Measurement, began: float) -> Measurement:
+    def _with_overhead(self, measurement: Measurement, began: float, optimizer: Any) -> Measurement:
         """Share of wall time spent in `measure` since its first call, and the record where one is kept."""
         start, spent = self._clock or (began, 0.0)
         now = time.perf_counter()
@@ -308,7 +307,7 @@ class Monitor:
         measurement.metrics["overhead"] = self._clock[1] / max(now - start, 1e-9)
         if self._folder is not None:
             if self._writer is None:
-                self._writer = RecordWriter.create(self._folder, self.manifest())
+                self._writer = RecordWriter.create(self._folder, self.manifest() | optimizers([optimizer]))
             self._writer.append(measurement)
         return measurement
 

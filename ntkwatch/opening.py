@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ntkwatch import probes as probing
+from ntkwatch.manifest import optimizers
 from ntkwatch.monitor import Monitor
 from ntkwatch.probes import ProbeSet
 from ntkwatch.session import Session, stored_probes
@@ -83,7 +84,7 @@ class Opening:
             save_probes=probes if streamed else None,
             fresh=self._fresh if settings.resample else None,
             extra={
-                "optimizer": [type(optimizer).__name__ for optimizer in trainer.optimizers],
+                **optimizers(trainer.optimizers),
                 "every": settings.every if isinstance(settings.every, (str, int)) else repr(settings.every),
                 "budget": settings.budget,
             },

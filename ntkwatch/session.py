@@ -140,11 +140,12 @@ class Session:
     def introduction(self) -> list[str]:
         """What a person should know once: probes, engine, BatchNorm's baseline, where the record is."""
         monitor = self.monitor
+        extra = costs(monitor.diagnostics, monitor.reduction)
         lines = [
             f"{len(monitor.probes)} probes from {monitor.probes.source}: {monitor.probes.how}",
             f"engine {monitor.choice.reason if monitor.choice else 'not chosen yet'}",
             monitor.calibration,
-            f"a probe takes, beyond one kernel: {'; '.join(extra)}" if (extra := costs(monitor.diagnostics)) else None,
+            f"a probe takes, beyond one kernel: {'; '.join(extra)}" if extra else None,
             str(monitor.limit) if needs_limit(monitor.diagnostics) else None,
             f"record {self.folder}" if self.folder is not None else None,
         ]

@@ -436,6 +436,13 @@ CONSTRUCTION: dict[str, tuple[dict[str, Any], str]] = {
     "budget": ({"budget": -1.0}, "budget"),
     "on_error": ({"on_error": "ignore"}, "on_error"),
     "probes": ({"probes": "test"}, "probes"),
+    "diagnostics' kind": ({"diagnostics": 3}, "diagnostics=3 is not understood"),
+    "outputs": ({"outputs": "logits"}, "outputs='logits'.*a callable"),
+    "loss": ({"loss": "cross_entropy"}, "loss='cross_entropy'.*a callable"),
+    "targets": ({"targets": "labels"}, "targets='labels'.*lambda batch"),
+    "hparams": ({"hparams": 3}, "hparams=3.*a mapping"),
+    "loggers": ({"loggers": CSVLogger("nowhere")}, "loggers=.*a list of Lightning loggers"),
+    "seed": ({"seed": "one"}, "seed='one'.*a whole number"),
     "resampled tensors": ({"probes": torch.zeros(3, 6), "resample": True}, "resample"),
 }
 

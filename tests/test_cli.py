@@ -193,7 +193,7 @@ BAD = {
     "unknown option": (["show", "--what"], "No such option"),
     "missing run": (["show"], "Missing argument"),
     "min-width is no number": (["widths", "{sweep}", "--min-width", "wide"], "Invalid value for '--min-width'"),
-    "no factory": (["doctor", "nothing.py:make"], "does not name a factory"),
+    "no factory": (["doctor", "nothing.py:make"], "does not name a factory: there is no file nothing.py"),
     "factory without a name": (["doctor", "{tmp}"], "does not name a factory"),
 }
 

@@ -94,6 +94,9 @@ def test_the_presets() -> None:
     assert select(["loss_if_lazy"]) == read, "what it is read beside comes with it"
     assert reduction(select("full")) == "full"
     assert costs(["class_specialization"]) == {"a kernel reduced to 'blocks'": ["class_specialization"]}
+    for own, beyond in (("trace", 2), ("sum", 2), ("blocks", 1), ("full", 0)):
+        said = [text for text in costs(select("full"), own) if text.startswith("a kernel reduced")]
+        assert len(said) == beyond, f"the run's own is {own}: {said}"
 
 
 def test_the_pages_count_what_there_is() -> None:
@@ -264,12 +267,17 @@ def test_the_probe_that_moves_is_named() -> None:
     model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 1, bias=False)).double()
     names = ["per_example_motion_index", "per_example_motion_max", "per_example_motion_median"]
     monitor = Monitor(model, x, diagnostics=names)
-    assert "no probe has moved" in monitor.measure(0).reasons["per_example_motion_index"]
+    first = monitor.measure(0)
+    assert "no probe has moved" in first.reasons["per_example_motion_index"]
     with torch.no_grad():
         model[0].weight[:, 4] += 2
-    found = monitor.measure(1).metrics
+    second = monitor.measure(1)
+    found = second.metrics
     assert found["per_example_motion_index"] == 4
     assert found["per_example_motion_max"] > 2 * found["per_example_motion_median"]
+    unit, unit_0 = (m.kernel.double() / m.kernel.double().norm() for m in (second, first))
+    motion = sorted(((unit - unit_0).norm(dim=1) / unit_0.norm(dim=1)).tolist())
+    assert found["per_example_motion_median"] == pytest.approx((motion[2] + motion[3]) / 2, rel=1e-9)
 
 
 def test_features_are_the_last_layers_input() -> None:
@@ -293,13 +301,22 @@ def test_feature_correlations_and_spectral_updates_are_the_formulas() -> None:
     monitor.measure(0)
     train(model, torch.optim.SGD(model.parameters(), lr=0.5), (x, y), 10)
     found = monitor.measure(10)
-    inner = [x, model[:2](x).detach()]
-    wanted = []
-    for layer, module, h in ((0, model[0], inner[0]), (2, model[2], inner[1])):
+    inner = [x, model[:2](x).detach(), model[:4](x).detach()]
+    wanted, of_updates = [], []
+    for layer, h in zip((0, 2, 4), inner, strict=True):
+        module, w0 = model[layer], start[layer]
         g = torch.func.vmap(torch.func.jacrev(lambda v, k=layer: model[k:](v)))(h)
+        step, gram = module.weight.detach() - w0, torch.einsum("nci,ncj->ij", g, g)
+        square = step.T @ step
+        of_updates.append(float((square * gram).sum() / (square.norm() * gram.norm())))
+        if layer == 4:
+            continue
         wanted.append(float(metrics.neural_feature_correlation(module.weight.detach(), g)))
         assert found.layer_metrics[str(layer)]["neural_feature_correlation"] == pytest.approx(wanted[-1])
     assert found.metrics["neural_feature_correlation_mean"] == pytest.approx(sum(wanted) / 2), "the readout is left out"
+    said = "the readout counts, as explain says"
+    assert found.metrics["neural_feature_correlation_update"] == pytest.approx(sum(of_updates) / 3), said
+    assert "the readout counts" in (DIAGNOSTICS["neural_feature_correlation_update"].compute.__doc__ or "")
     updates = [
         float(torch.linalg.matrix_norm(p.detach() - s, 2) / torch.linalg.matrix_norm(s, 2))
         for p, s in zip(model.parameters(), start, strict=True)

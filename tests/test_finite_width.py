@@ -106,6 +106,29 @@ def test_a_wrong_law_is_not_read_as_the_right_one(tmp_path: Path) -> None:
     assert "does not hold −½" in wide.reading("distance_to_infinite")
 
 
+def test_no_width_is_extrapolated_to_without_a_law(tmp_path: Path) -> None:
+    """Distances that stay where they are: 10 % is at no width that could be told."""
+    z = fluctuations(SEEDS)
+    for width in WIDTHS:
+        for seed in range(SEEDS):
+            k_inf = k_infinite(width)
+            k = k_inf + k_inf.norm() * 0.3 * z[seed]
+            writer = RecordWriter.create(tmp_path / "runs" / f"{width}-{seed}", manifest(width, seed))
+            kept = Limit(k_inf, torch.arange(N))
+            eigenvalues = torch.linalg.eigvalsh(k).flip(0)
+            writer.append(Measurement(0, {"kernel_angle": 0.0}, {}, k, {"net.weight": k}, eigenvalues, 0.1, limit=kept))
+    wide = found(tmp_path / "runs")
+    assert wide.slopes["distance_to_infinite"].value == pytest.approx(0, abs=1e-9)
+    assert wide.wide is None
+    said = " ".join(
+        CliRunner().invoke(app, ["widths", str(tmp_path / "runs"), "-o", str(tmp_path / "out")]).output.split()
+    )
+    assert "10 % of its limit is undefined: the distance does not fall as between n^−1 and n^−½" in said
+    as_json = json.loads(CliRunner().invoke(app, ["widths", str(tmp_path / "runs"), "--json"]).stdout)["finite_width"]
+    assert as_json["width_within_10_percent"] is None
+    assert "undefined" in as_json["width_within_10_percent_reason"]
+
+
 def test_few_seeds(tmp_path: Path) -> None:
     one = found(write(tmp_path / "one", seeds=1))
     assert one.wide is None

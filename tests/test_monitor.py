@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ntkwatch import Monitor, UnsupportedModel, empirical_ntk, load_run, metrics
 from ntkwatch.diagnostics import DIAGNOSTICS, select
+from ntkwatch.words import optimizer_name
 
 
 class Chain(nn.Module):
@@ -158,6 +159,17 @@ def test_batchnorm_statistics_are_frozen_at_the_baseline() -> None:
     assert found["statistics_shift"] > 0.01
 
 
+def test_the_record_names_the_optimizer_that_it_was_given(tmp_path: Path) -> None:
+    """`ntkwatch widths` says for which optimizers its reference lines hold."""
+    model = relu_net()
+    for name, optimizer, expected in (
+        ("given", torch.optim.Adam(model.parameters()), "Adam"),
+        ("not given", None, None),
+    ):
+        Monitor(model, torch.eye(5).double(), record=tmp_path / name).measure(0, optimizer=optimizer)
+        assert optimizer_name(load_run(tmp_path / name).manifest) == expected, name
+
+
 def test_the_record_holds_what_was_measured(tmp_path: Path) -> None:
     model = relu_net()
     x, y = torch.randn(6, 5, dtype=torch.float64), torch.arange(6) % 2
@@ -181,6 +193,11 @@ BAD: dict[str, tuple[Callable[[], Monitor], type[Exception], str]] = {
     "diagnostic": (lambda: Monitor(relu_net(), torch.zeros(2, 5).double(), diagnostics=["x"]), ValueError, "unknown"),
     "NaN": (lambda: Monitor(relu_net(), torch.full((2, 5), torch.nan).double()), ValueError, "not finite on 2 of 2"),
     "frozen": (lambda: Monitor(relu_net().requires_grad_(False), torch.eye(5).double()), UnsupportedModel, "param"),
+    "outputs": (lambda: Monitor(relu_net(), torch.eye(5).double(), outputs=3), ValueError, "outputs=3.*a callable"),
+    "loss": (lambda: Monitor(relu_net(), torch.eye(5).double(), loss="mse"), ValueError, "loss='mse'.*a callable"),
+    "hparams": (lambda: Monitor(relu_net(), torch.eye(5).double(), hparams=3), ValueError, "hparams=3.*a mapping"),
+    "seed": (lambda: Monitor(relu_net(), torch.eye(5).double(), seed=0.5), ValueError, "seed=0.5.*a whole number"),
+    "no numbers": (lambda: Monitor(relu_net().to("meta"), torch.eye(5).double()), UnsupportedModel, "meta device"),
     "full": (
         lambda: Monitor(nn.Linear(2, 2000), torch.zeros(20, 2), reduction="full"), ValueError, "12.8 GB.*'trace'"
     ),

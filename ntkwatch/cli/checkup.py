@@ -74,7 +74,10 @@ def load(spec: str) -> tuple[nn.Module, Any]:
     file, colon, name = spec.rpartition(":")
     path = Path(file)
     if not colon or not name or not path.is_file():
-        raise FactoryError(f"{spec} does not name a factory: give FILE:FACTORY, for example train.py:model_and_batch")
+        why = f"there is no file {file}; " if colon and name else ""
+        raise FactoryError(
+            f"{spec} does not name a factory: {why}give FILE:FACTORY, for example train.py:model_and_batch"
+        )
     factory = getattr(_module(path), name, None)
     if not callable(factory):
         raise FactoryError(f"{path} has no function {name}: define one that returns (model, batch)")

@@ -192,6 +192,8 @@ def _finite_width(w: FiniteWidth, width: int) -> list[RenderableType]:
     columns = [Column("runs", [str(int(row["runs"])) for row in rows])]
     columns += [Column(heading, [number(row[name], 3) for row in rows]) for heading, name in shown.items()]
     said = [f"{name}: slope {slope}, {w.reading(name)}.".replace("-", "−") for name, slope in w.slopes.items()]
+    if w.why_not_wide is not None:
+        said.append(f"The width from which K₀ is within 10 % of its limit is {w.why_not_wide}.")
     if w.wide is not None:
         said.append(f"K₀ is within 10 % of its limit, in the root mean square, from width {number(w.wide, 3)} on.")
     tables = stacked("K₀ at width n", [f"{row['width']:g}" for row in rows], columns, width)

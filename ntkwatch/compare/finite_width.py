@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DISTANCE, DEVIATION = "distance_to_infinite", "seed_deviation"
 LAW = -0.5
+STEEPEST = -1.0  # of a distance that is all bias
 NEAR = 0.1  # of ‖K_∞‖: what counts as wide
 FEWEST_SEEDS = 3
 BIASES = 0.3  # share of the trace above which they hide the law
@@ -111,7 +112,12 @@ class FiniteWidth:
 
     @cached_property
     def wide(self) -> float | None:
-        """The width at which the rms distance is 10 %, from variance V/n and squared bias B²/n²; None with one seed."""
+        """The width at which the rms distance is 10 %, from variance V/n and squared bias B²/n².
+
+        None with one seed, and where the distances fall otherwise (`why_not_wide`): no law, no extrapolation.
+        """
+        if self.why_not_wide is not None:
+            return None
         rows = [(f.width, self._errors(f.width)) for f in self.firsts]
         known = {n: e for n, e in rows if len(e) > 1}
         if not known:
@@ -121,6 +127,14 @@ class FiniteWidth:
         squares = {n: float(e.mean(0).square().sum() - e.var(0).sum() / len(e)) for n, e in known.items()}
         b2 = max(0.0, sum(n * square for n, square in squares.items()) / total)
         return (v + math.sqrt(v * v + 4 * NEAR**2 * b2)) / (2 * NEAR**2)
+
+    @property
+    def why_not_wide(self) -> str | None:
+        """Why no width is extrapolated to, where the interval of the distance's slope holds nothing of [−1, −½]."""
+        slope = self.slopes.get(DISTANCE)
+        if slope is None or not (slope.low > LAW or slope.high < STEEPEST):
+            return None
+        return "undefined: the distance does not fall as between n^−1 and n^−½, which would tell it"
 
     def _errors(self, width: float) -> Tensor:
         """[seeds, m, m]."""
@@ -145,6 +159,7 @@ class FiniteWidth:
             "table": plain(self.table),
             "slopes": slopes,
             "width_within_10_percent": self.wide,
+            "width_within_10_percent_reason": self.why_not_wide,
             "notes": list(self.notes),
         }
 

@@ -7,7 +7,7 @@ A diagnostic is a function of a `View`. It returns a number, or raises `Undefine
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from ntkwatch.diagnostics.alignment import ALIGNMENT, MORE_ALIGNMENT
@@ -77,6 +77,8 @@ def select(diagnostics: str | Sequence[str]) -> tuple[str, ...]:
 
     Raises ValueError naming what is unknown.
     """
+    if not isinstance(diagnostics, Iterable) or not all(isinstance(name, str) for name in diagnostics):
+        raise ValueError(f"diagnostics={diagnostics!r} is not understood: use 'default', 'full', or a list of names")
     wanted: set[str] = set()
     for name in _listed(diagnostics):
         wanted |= PRESETS[name]() if name in PRESETS else {name}
@@ -123,11 +125,15 @@ def reduction(names: Sequence[str]) -> str:
     return DERIVED_FROM[max(needed, default=0)]
 
 
-def costs(names: Sequence[str]) -> dict[str, list[str]]:
-    """What these diagnostics cost beyond one kernel, in words -> the names that ask for it; in the table's order."""
+def costs(names: Sequence[str], own: str = "trace") -> dict[str, list[str]]:
+    """What these diagnostics cost beyond one kernel, in words -> the names that ask for it; in the table's order.
+
+    own: the run's reduction, from which poorer ones follow.
+    """
     found: dict[str, list[str]] = {}
+    held = DERIVED_FROM.index(own) if own in DERIVED_FROM else 0
     for name in names:
-        if (needed := DIAGNOSTICS[name].reduction) != "any":
+        if DERIVED_FROM.index(needed := DIAGNOSTICS[name].reduction) > held:
             found.setdefault(f"a kernel reduced to {needed!r}", []).append(name)
     return found | {price.text: asked for price, asked in prices(names).items()}
 

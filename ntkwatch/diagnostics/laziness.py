@@ -144,12 +144,21 @@ Pitfalls: width laws (flat in muP, n^(−1/2) in NTP) hold at matched training
 """
 CORRELATION_DOC = """Whether the weights of Linear layers point where the function's gradients do: {pick} over layers.
 
-Formula: {pick} over Linear layers of cos({w}ᵀ{w}, (1/N) Σ_n G_nᵀG_n), G = ∂f/∂(input of the layer); by module under
+Formula: {pick} over Linear layers of cos(WᵀW, (1/N) Σ_n G_nᵀG_n), G = ∂f/∂(input of the layer); by module under
     ntk_layers/<module>/; positions count as further examples
 Range: [0, 1]; undefined without a Linear layer or where its factors are zero
 Source: Radhakrishnan et al. 2024; Beaglehole et al. 2024
 Pitfalls: counterexamples are known: a correlation, not a law; convolutions and the readout (1 by construction) are
     left out
+"""
+UPDATE_CORRELATION_DOC = """Whether updates of Linear layers point where the function's gradients do: mean over layers.
+
+Formula: mean over Linear layers of cos(ΔWᵀΔW, (1/N) Σ_n G_nᵀG_n), ΔW = W − W_0, G = ∂f/∂(input of the layer); by module
+    under ntk_layers/<module>/; positions count as further examples
+Range: [0, 1]; undefined without a Linear layer, where θ_0 was not kept, or where no weight has moved
+Source: Radhakrishnan et al. 2024; Beaglehole et al. 2024 (the centred form)
+Pitfalls: counterexamples are known: a correlation, not a law; convolutions are left out; the readout counts, whose
+    update is not its gradients: neural_feature_correlation_mean leaves it out
 """
 
 
@@ -212,12 +221,12 @@ MORE_LAZINESS: dict[str, Diagnostic] = {
     },
     **{
         f"neural_feature_correlation_{pick}": Diagnostic(
-            _over_layers(feature_correlations, pick, CORRELATION_DOC.format(pick=pick, w="W")), cost=BACKWARD
+            _over_layers(feature_correlations, pick, CORRELATION_DOC.format(pick=pick)), cost=BACKWARD
         )
         for pick in ("mean", "max")
     },
     "neural_feature_correlation_update": Diagnostic(
-        _over_layers(update_correlations, "mean", CORRELATION_DOC.format(pick="mean", w="(W − W_0)")), cost=BACKWARD
+        _over_layers(update_correlations, "mean", UPDATE_CORRELATION_DOC), cost=BACKWARD
     ),
     "one_step_error": Diagnostic(one_step_error, reduction="full", needs=("loss",), cost=STEPS),
     "one_step_halving": Diagnostic(one_step_halving, reduction="full", needs=("loss",), cost=STEPS),

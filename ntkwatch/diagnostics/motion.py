@@ -75,7 +75,7 @@ def per_example_motion_median(view: View) -> Tensor:
     Pitfalls: far below the maximum means outliers: look at per_example_motion_index
     """
     motion = per_example(view)
-    return motion[torch.isfinite(motion)].median()
+    return motion[torch.isfinite(motion)].quantile(0.5)  # of an even number, torch.median is the lower of the two
 
 
 def per_example_motion_index(view: View) -> int:

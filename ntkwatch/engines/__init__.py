@@ -172,6 +172,8 @@ def _kernel(
 
 
 def check_batch(x: Any) -> None:
-    """Raises ValueError for a batch without a tensor, or without a row."""
+    """Raises ValueError for a batch without a tensor, without a row, or without numbers (on the meta device)."""
     if not leaves(x) or batch_size(inputs_of(x)) == 0:
         raise ValueError("the probes are empty: a batch must hold at least one example")
+    if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves(inputs_of(x))):
+        raise ValueError("the probes are on the meta device, which holds no numbers: give them on the model's own")

@@ -71,7 +71,8 @@ def _choose(network: Network, x: Any, engine: str) -> Choice:
                 else "asked for, and " * (engine != "auto")
             )
             return Choice(candidate, f"{candidate.name}: {why}agrees with plain backward passes to {error:.0e}", error)
-        reasons.append(_whose(candidate, str(reason).removesuffix(USE_ANOTHER if engine == "auto" else ""), engine))
+        said = str(reason).removesuffix(USE_ANOTHER if engine == "auto" else "")
+        reasons.append(said if said in reasons else _whose(candidate, said, engine))
     raise UnsupportedModel("; and ".join(dict.fromkeys(reasons)))
 
 

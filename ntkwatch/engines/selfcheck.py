@@ -11,7 +11,7 @@ from torch import Tensor
 from ntkwatch.engines.base import Engine
 from ntkwatch.engines.functional import math_attention
 from ntkwatch.engines.separation import few
-from ntkwatch.model import Network, UnsupportedModel, take
+from ntkwatch.model import Network, UnsupportedModel, inputs_of, leaves, take
 
 _STRETCH = 1 << 16  # terms of one float32 product
 
@@ -51,7 +51,7 @@ def self_check(engine: Engine, network: Network, x: Any) -> tuple[float, str]:
     right = _reference(mixed, probes, w)
     whole = torch.stack(list(right.values())).sum(0)
     if not bool(torch.isfinite(whole).all()):
-        raise UnsupportedModel("the model's outputs or gradients hold NaN or infinity on the probes")
+        raise UnsupportedModel(_not_finite(network, probes))
     zero = torch.zeros_like(whole)
     off = {
         name: float((_forms(kernel.layers[name], w) - g if name in kernel.layers else zero - g).abs().max())
@@ -61,6 +61,24 @@ def self_check(engine: Engine, network: Network, x: Any) -> tuple[float, str]:
     squares = kernel.value.flatten(2).flatten(0, 1).diagonal().double() * w.flatten().double() ** 2
     scale = max(float(whole.diagonal().max()), float(squares.reshape(w.shape).sum(1).max()))
     return (error / scale if scale else error), max(off, key=off.__getitem__)
+
+
+def _not_finite(network: Network, probes: Any) -> str:
+    """Where the NaN or infinity comes from: the weights, else the probes, else what the model makes of both."""
+    module = network.module
+    bad = next((name for name, p in [*module.named_parameters(), *module.named_buffers()] if _spoilt(p)), None)
+    if bad is not None:
+        return f"the model's own {bad} holds NaN or infinity: look at the model, not at the probes"
+    if any(_spoilt(leaf) for leaf in leaves(inputs_of(probes))):
+        return "the probes hold NaN or infinity, and so do the model's outputs or gradients: give finite ones"
+    return "the model's outputs or gradients hold NaN or infinity on the probes: weights and probes hold none"
+
+
+def _spoilt(leaf: Any) -> bool:
+    """NaN or infinity; −∞ is what masks hold."""
+    if not isinstance(leaf, Tensor) or leaf.is_complex() or not leaf.is_floating_point():
+        return False
+    return bool((leaf.isnan() | leaf.isposinf()).any())
 
 
 def _forms(theta: Tensor, w: Tensor) -> Tensor:
