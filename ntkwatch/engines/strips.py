@@ -9,7 +9,7 @@ from torch import Tensor
 from ntkwatch.engines.machines import machine
 
 STRETCH = 1 << 13  # terms of one product: no float32 sum grows longer
-_FEW = 12  # rows, of which the stretches are multiplied fastest as one batch …
+_FEW = 24  # rows, of which the stretches are multiplied fastest as one batch …
 _STRIPS = ((256, 4), (96, 2))  # … and from how many on a symmetric product is worth cutting, and into how many strips
 
 
