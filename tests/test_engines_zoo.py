@@ -135,8 +135,12 @@ def test_the_portions_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert error(found.value, reduced(theta, reduction).to(dtype)) < limit, f"{case}: {reduction}, {dtype}"
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("name", cases_hf_more.NAMES)
+FEW = ("Gemma3Text",)  # whose norms are taken in float32: the self-check has to let that pass
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.soak] * (n not in FEW)) for n in cases_hf_more.NAMES]
+)
 def test_more_architectures(name: str) -> None:
     torch.manual_seed(0)
     module, batch = cases_hf_more.build_more(name)
