@@ -23,7 +23,7 @@ from ntkwatch.engines.separation import check_uncoupled
 from ntkwatch.model import Network, UnsupportedModel
 
 # Relative to the kernel. Two correct float32 paths differ by 1e-6 to 1e-4 (a ReLU at 0 may fall either way); a
-# forgotten use or a mixed-up layout is off by whole per cents. In float64 too, many a model computes its norms in float32.
+# forgotten use or a mixed-up layout is off by whole per cents. In float64, many a model still takes norms in float32.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 3e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
