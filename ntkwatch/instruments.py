@@ -6,7 +6,7 @@ Each costs a pass or more and is done only when a diagnostic asks, inside the pr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, TypeVar, cast
 
@@ -169,12 +169,10 @@ class Instruments:
 
     @contextmanager
     def _hooked(self, hook: Callable[..., Any], layers: Mapping[str, nn.Module]) -> Iterator[None]:
-        handles = [module.register_forward_pre_hook(hook) for module in layers.values()]
-        try:
+        with ExitStack() as hooks:
+            for module in layers.values():
+                hooks.enter_context(module.register_forward_pre_hook(hook))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     # ── weights ───────────────────────────────────────────────────────────────────────────────────────────────────
     def weights(self) -> dict[str, tuple[Tensor, Tensor]]:

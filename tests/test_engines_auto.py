@@ -347,6 +347,22 @@ def test_coupled_examples_are_refused_wherever_the_coupling_sits(name: str, n: i
             empirical_ntk(model, x)
 
 
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nested.to_padded_tensor(self.body(torch.nested.as_nested_tensor(list(x))), 0.0).mean(1)
+
+
+def test_nested_tensors_are_refused_by_the_name_of_the_module() -> None:
+    model = Nested()
+    with pytest.raises(UnsupportedModel, match=r"module body \(Linear\) computes on nested tensors"):
+        empirical_ntk(model, torch.randn(3, 5, 4))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_no_parameters_asked_for_is_an_error() -> None:
     with pytest.raises(ValueError, match="empty list"):
         empirical_ntk(nn.Linear(3, 2), torch.randn(2, 3), params=[])

@@ -29,13 +29,13 @@ def naive(j1: dict[str, Tensor], j2: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("case", params(refused=False))
 def test_layerwise_equals_the_naive_loop(case: Case) -> None:
+    if case.name == "norms" and DEVICE.type != "cpu":
+        pytest.skip("gradients that are zero but for rounding, whose signs differ from the loop's on a GPU")
     module, batch = build(case)
     j = gradients(module, batch)
     theta = naive(j, j)
     for reduction in REDUCTIONS:
         found = sign_ntk(module, batch, reduction=reduction, engine="layerwise")
-        if case.name == "norms" and DEVICE.type != "cpu":
-            return  # gradients that are zero but for rounding, whose signs differ from the loop's there
         assert error(found, reduced(theta, reduction)) < 1e-10, f"{case}: {reduction}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,19 +31,11 @@ def nested(network: Network, forward: Callable[[], object]) -> str:
         if any(isinstance(t, Tensor) and t.is_nested for t in tree_leaves((args, result))):
             seen.append(f"module {names[id(module)] or 'itself'} ({type(module).__name__})")
 
-    with _hooked(network.module, look), torch.enable_grad():
+    with contextlib.ExitStack() as hooks, torch.enable_grad():
+        for module in network.module.modules():
+            hooks.enter_context(module.register_forward_hook(look))
         forward()
     return (
         f"{seen[0] if seen else 'the model'} computes on nested tensors, whose gradients cannot be read by example: "
         "pad them (torch.nested.to_padded_tensor) and mask"
     )
-
-
-@contextlib.contextmanager
-def _hooked(module: nn.Module, look: Callable[[nn.Module, Any, Any], None]) -> Iterator[None]:
-    handles = [each.register_forward_hook(look) for each in module.modules()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
