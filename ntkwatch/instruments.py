@@ -185,21 +185,27 @@ class Instruments:
         }
 
     # ── one step ──────────────────────────────────────────────────────────────────────────────────────────────────
-    def one_step(self, loss: LossAt, shrink: float = 1.0) -> tuple[Tensor, float]:
-        """(Δf [n, C], η) of a gradient step on the probes, η = shrink·eps^⅓·‖θ‖/‖g‖; the parameters stay."""
+    def gradient_steps(self, loss: LossAt) -> Iterator[tuple[Tensor, float]]:
+        """(Δf [n, C], η) of one gradient step on the probes, each at half the η before; the parameters stay.
+
+        The first η is eps^⅓·‖θ‖/‖g‖, where curvature and rounding weigh alike.
+        """
         g = self._gradient(loss)
         now = {name: p.detach() for name, p in self.network.parameters.items()}
         size = torch.stack([v.double().norm() for v in g.values()]).norm()
         if size == 0:
             raise Undefined("the gradient on the probes is zero")
-        with torch.no_grad():
-            before = self.network.outputs(self.batch, self.state or None)
-            relative = shrink * torch.finfo(before.dtype).eps ** (1 / 3)  # curvature and rounding weigh alike there
-            before = before.double()
-            lr = relative * float(torch.stack([p.double().norm() for p in now.values()]).norm() / size)
-            stepped = {**self.state, **{name: now[name] - lr * g[name] for name in g}}
-            after = self.network.outputs(self.batch, stepped).double()
-        return (after - before).cpu(), lr
+        length = float(torch.stack([p.double().norm() for p in now.values()]).norm() / size)
+        before = self._without_graph({})
+        lr = torch.finfo(before.dtype).eps ** (1 / 3) * length
+        while True:
+            after = self._without_graph({name: now[name] - lr * g[name] for name in g})
+            yield (after.double() - before.double()).cpu(), lr
+            lr /= 2
+
+    @torch.no_grad()
+    def _without_graph(self, swapped: Mapping[str, Tensor]) -> Tensor:
+        return self.network.outputs(self.batch, {**self.state, **swapped} or None)
 
     def _gradient(self, loss: LossAt) -> dict[str, Tensor]:
         leaves = {name: p.detach().clone().requires_grad_() for name, p in self.network.parameters.items()}

@@ -380,6 +380,39 @@ def test_the_self_tests_error_halves_with_the_step(case: str) -> None:
     assert found.metrics["one_step_halving"] == pytest.approx(0.5, abs=0.05), case
 
 
+def relu(dtype: torch.dtype, seed: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """A ReLU net that has fitted its probes: its units' kinks have come close to them."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 3))
+    x, y = torch.randn(20, 10), torch.randint(3, (20,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2000):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model.to(dtype), (x.to(dtype), y)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_trained_relu_net_is_not_accused_by_the_self_test(dtype: torch.dtype, seed: int) -> None:
+    """Large steps cross kinks: the error of the right kernel hardly falls, and that of a wrong one by half."""
+    model, rows_of = relu(dtype, seed)
+    found = Monitor(model, rows_of, loss=cross_entropy, diagnostics=SELF_TEST).measure(0)
+    halving, case = found.metrics["one_step_halving"], f"{dtype}, seed {seed}: {found.metrics}"
+    if dtype == torch.float64:
+        assert halving == pytest.approx(0.5, abs=0.05), case
+    else:
+        assert halving < 0.95, case
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_wrong_kernel_of_a_trained_relu_net_does_not_pass(seed: int) -> None:
+    model, rows_of = relu(torch.float64, seed)
+    found = broken(model, rows_of, lambda k, m: 1.04 * k.value)
+    assert found.metrics["one_step_halving"] == pytest.approx(1, abs=0.05), f"seed {seed}: {found.metrics}"
+
+
 WRONG: dict[str, Callable[[Kernel, nn.Module], Tensor]] = {
     "4 % off": lambda k, m: 1.04 * k.value,
     "a tenth missing": lambda k, m: 0.9 * k.value,
@@ -387,20 +420,22 @@ WRONG: dict[str, Callable[[Kernel, nn.Module], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_kernel_does_not_pass_the_self_test(case: str) -> None:
-    """The negative control: the error stalls at the kernel's own."""
-
+def broken(model: nn.Module, rows_of: Any, wrong: Callable[[Kernel, nn.Module], Tensor]) -> Any:
     class Broken(Layerwise):
         def kernel(self, *args: Any, **settings: Any) -> Kernel:
             right = super().kernel(*args, **settings)
-            return replace(right, value=WRONG[case](right, model))
+            return replace(right, value=wrong(right, model))
 
-    model = net()
-    monitor = Monitor(model, rows(), loss=cross_entropy, diagnostics=SELF_TEST)
+    monitor = Monitor(model, rows_of, loss=cross_entropy, diagnostics=SELF_TEST)
     monitor.start()
     object.__setattr__(monitor.choice, "engine", Broken())
-    found = monitor.measure(0)
+    return monitor.measure(0)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_kernel_does_not_pass_the_self_test(case: str) -> None:
+    """The negative control: the error stalls at the kernel's own."""
+    found = broken(net(), rows(), WRONG[case])
     assert found.metrics["one_step_halving"] > 0.9, case
 
 
