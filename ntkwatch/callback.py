@@ -96,12 +96,12 @@ class NTKWatch(Callback):
         )
         self._explicit = wanted.data is not None or outputs is not None or targets is not None
         self._on_error = on_error
-        self.record: Path | None = None
-        self.last: Measurement | None = None
         self._forget()
 
     def _forget(self) -> None:
         """A clean slate for one fit; a checkpoint's state is loaded after this."""
+        self.record: Path | None = None
+        self.last: Measurement | None = None
         self._failures = Failures(self._on_error, self._explicit)
         self._session: Session | None = None
         self._follower: Follower | None = None
@@ -228,9 +228,9 @@ class NTKWatch(Callback):
             self._restored = dict(state_dict)
 
     def summary(self) -> str:
-        """The run in words, with its numbers; see `ntkwatch show`."""
+        """The run in words, with its numbers, as `ntkwatch show` tells it; or why there is nothing to tell."""
         if self.record is None:
-            return "ntkwatch has measured nothing yet: call trainer.fit first."
+            return self._failures.instead_of_a_summary(self.last.step if self.last is not None else None)
         return summarise(load_run(self.record))
 
     def _candidate(self) -> bool:

@@ -59,3 +59,14 @@ class Failures:
         """No more probes in this fit."""
         self.off = why
         warn(f"switched off: {why}")
+
+    def instead_of_a_summary(self, last: int | None) -> str:
+        """What to say of a fit without a record; last: the step of its newest measurement."""
+        if last is not None:
+            return (
+                f"ntkwatch has measured up to step {last} and keeps no record to sum up (fast_dev_run, or a folder "
+                "that cannot be written: see the warnings): the newest numbers are in .last"
+            )
+        if self.off is not None:
+            return f"ntkwatch has measured nothing: it was switched off, {self.off}"
+        return "ntkwatch has measured nothing yet: call trainer.fit, with at least one training batch."

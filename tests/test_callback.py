@@ -501,3 +501,28 @@ def test_batchnorm_gets_a_calibrated_baseline_and_its_statistics_reported_apart(
     assert watch.last.metrics["statistics_angle"] > 0
     assert watch.last.metrics["statistics_shift"] > 0
     assert run.metrics["taylor_ratio"].dropna().between(0, 1).all()
+
+
+# ── nothing to sum up ─────────────────────────────────────────────────────────────────────────────────────────────────
+def _file(path: Path) -> Path:
+    (path / "a file").touch()
+    return path / "a file" / "below it"
+
+
+NO_RECORD: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "a model that is not measured": ({}, Wrong, "switched off"),
+    "fast_dev_run": ({"fast_dev_run": True}, Classifier, "up to step 0 and keeps no record"),
+    "no training": ({"limit_train_batches": 0}, Classifier, "at least one training batch"),
+    "a folder that cannot be": ({"logger": False, "default_root_dir": _file}, Classifier, "up to step 12"),
+}
+
+
+@pytest.mark.parametrize("case", NO_RECORD)
+@pytest.mark.filterwarnings("ignore:NTKWatch")
+def test_a_summary_without_a_record_says_why_though_an_earlier_fit_has_one(case: str, tmp_path: Path) -> None:
+    settings, model, wanted = NO_RECORD[case]
+    watch = watched(tmp_path)
+    settings = {k: v(tmp_path) if callable(v) else v for k, v in settings.items()}
+    trainer(tmp_path, watch, **settings).fit(model(), *loaders())
+    assert watch.record is None, case
+    assert wanted in watch.summary(), f"{case}: {watch.summary()}"

@@ -59,7 +59,10 @@ def test_a_catapult_is_told_after_it_settled() -> None:
     assert "stood as high as 1.8" in said
 
 
-@pytest.mark.parametrize(("halving", "wanted"), [(0.2, ": passed"), (0.5, ": passed"), (0.8, "not decided"), (0.98, "NOT passed")])
+READINGS = [(0.2, ": passed"), (0.5, ": passed"), (0.8, "not decided"), (0.98, "NOT passed")]
+
+
+@pytest.mark.parametrize(("halving", "wanted"), READINGS)
 def test_the_self_test_is_read_at_the_first_probe(halving: float, wanted: str) -> None:
     end = {"one_step_halving": math.nan, "one_step_error": math.nan}
     said = lines(end, start={"one_step_halving": halving, "one_step_error": 0.01})["Self-test"]

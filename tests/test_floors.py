@@ -150,6 +150,10 @@ def test_files_stay_short() -> None:
     assert not long, f"split these by idea: {long}"
 
 
+def test_the_package_is_marked_as_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file(), "without the marker a user's type checker takes our names as Any"
+
+
 def test_importing_the_package_does_no_work() -> None:
     code = "import sys, ntkwatch; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
