@@ -18,7 +18,7 @@ from ntkwatch import NTKWatch
 
 
 class Classifier(pl.LightningModule):
-    """784-free: 64 pixels, two hidden layers of `width`, ten logits."""
+    """64 pixels, two hidden layers of `width`, ten logits."""
 
     def __init__(self, width: int = 128, learning_rate: float = 0.1) -> None:
         super().__init__()

@@ -255,7 +255,9 @@ class Monitor:
         if self.path_length is None:
             return "the path before this process was not followed"
         angle = float(metrics.kernel_angle(value, previous[1]))
-        return self.path_length + angle if math.isfinite(angle) else "a kernel is zero or not finite"
+        if math.isfinite(angle):
+            return self.path_length + angle
+        return metrics.why_undefined("kernel_angle", value, previous[1]) or "it is not finite"
 
     def _instruments(self, batch: Any, kept: dict[str, Tensor]) -> Instruments:
         assert self.choice is not None

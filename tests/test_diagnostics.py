@@ -458,6 +458,7 @@ ODD: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "duplicates": lambda: (net(), (rows()[0][:1].repeat(6, 1), torch.arange(6) % 3)),
     "one class": lambda: (net(), (rows()[0], torch.zeros(12, dtype=torch.long))),
     "zero readout": lambda: (zeroed(), rows()),
+    "zero kernel": lambda: (unmoved(), rows()),
     "convolution": lambda: (
         nn.Sequential(nn.Conv1d(1, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)).double(),
         (rows()[0][:, None], rows()[1]),
@@ -470,6 +471,13 @@ def zeroed() -> nn.Module:
     model = net()
     nn.init.zeros_(model[4].weight)
     nn.init.zeros_(model[4].bias)
+    return model
+
+
+def unmoved() -> nn.Module:
+    """No gradient passes its readout, which is zero and not trained."""
+    model = zeroed()
+    model[4].requires_grad_(False)
     return model
 
 

@@ -55,13 +55,19 @@ def gauss_newton_mu_max(view: View) -> Tensor:
 
 
 def stability_ratio(view: View) -> Tensor:
-    """The optimizer's own learning rates as a share of the largest stable ones."""
+    """The optimizer's own learning rates as a share of the largest stable ones.
+
+    Weight decay is left out: under SGD it adds its λ to μ.
+    """
     rule, mu = known(view.optimizer), weighted_curvatures(view)[0]
     return metrics.stability_ratio(mu, rule.factor, rule.momentum, rule.nesterov)
 
 
 def max_stable_lr(view: View) -> Tensor:
-    """The largest stable learning rate; with several groups, of the one with the largest, all scaled together."""
+    """The largest stable learning rate; with several groups, of the one with the largest, all scaled together.
+
+    Weight decay is left out: under SGD it adds its λ to μ_max.
+    """
     ratio = stability_ratio(view)
     if ratio == 0:
         raise Undefined("the curvature is zero: every learning rate is stable")
@@ -175,7 +181,10 @@ def lr_weighted_trace(view: View) -> Tensor:
     Source: Yang & Hu 2021 (per-layer learning rates)
     Pitfalls: without momentum (times 1/(1 − β) in the long run) and without Adam's preconditioner
     """
-    return torch.log10(lr_weighted(view)[0].trace())
+    trace = lr_weighted(view)[0].trace()
+    if trace <= 0:
+        raise Undefined("the kernel is zero")
+    return torch.log10(trace)
 
 
 def preconditioned_alignment(view: View) -> Tensor:
