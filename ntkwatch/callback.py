@@ -22,7 +22,7 @@ from ntkwatch.record import Measurement, RecordError, load_run
 from ntkwatch.schedule import Schedule
 from ntkwatch.session import Session
 from ntkwatch.sinks import publish
-from ntkwatch.trainer import log, others_warnings, show_columns, true_precision, warn
+from ntkwatch.trainer import log, others_warnings, show_columns, stays_out, true_precision, warn
 from ntkwatch.words import summarise
 
 if TYPE_CHECKING or "lightning.pytorch" not in sys.modules:
@@ -60,7 +60,7 @@ class NTKWatch(Callback):
         ValueError: an argument of an unknown value, at construction.
     """
 
-    state_key = "NTKWatch"
+    state_key: str = "NTKWatch"
 
     def __init__(
         self,
@@ -124,8 +124,8 @@ class NTKWatch(Callback):
             return
         self._forget()
         self._trial = bool(trainer.fast_dev_run)
-        if trainer.barebones:
-            self._failures.switch_off("Trainer(barebones=True) runs without extras")
+        if (reason := stays_out(trainer, self)) is not None:
+            self._failures.switch_off(reason)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Choose the probes, look at the model; what was passed explicitly and does not fit raises here."""

@@ -132,3 +132,13 @@ def as_in_training(trainer: Any, probes: ProbeSet, seed: int) -> ProbeSet:
         torch.manual_seed(seed)  # a random transfer hook then does the same at every width
         batch = trainer.strategy.batch_to_device(probes.batch, dataloader_idx=0)
         return replace(probes, batch=trainer.precision_plugin.convert_input(batch))
+
+
+def stays_out(trainer: Any, watch: Any) -> str | None:
+    """Why a watch takes no part in a Trainer's runs; None where it does."""
+    if trainer.barebones:
+        return "Trainer(barebones=True) runs without extras"
+    asked_for = watch.state_key == type(watch).state_key  # by the script, not by the environment
+    if not asked_for and any(other is not watch and type(other) is type(watch) for other in trainer.callbacks):
+        return "the Trainer has an NTKWatch of its own, beside the one that the environment asks for"
+    return None

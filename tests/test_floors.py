@@ -12,7 +12,18 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "ntkwatch"
 FLOORS = {
-    4: {"callback", "opening", "trainer", "following", "followable", "failures", "cli", "demo", "interventions"},
+    4: {
+        "callback",
+        "opening",
+        "trainer",
+        "following",
+        "followable",
+        "failures",
+        "environment",
+        "cli",
+        "demo",
+        "interventions",
+    },
     3: {
         "session",
         "monitor",
