@@ -55,6 +55,7 @@ def test_quick_page(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
         assert all(float(row[k]) < 1e-3 for k in ("single", "double", "tutorial")), row
     for row in found["Memory"]:
         assert float(row["peak"]) > 0, row
+        assert float(row["predicted seconds"].split()[0]) > 0, row
     assert [r["over"] for r in found["Growth"]] == ["width"]
 
 

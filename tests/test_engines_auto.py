@@ -224,6 +224,36 @@ def test_plan_is_a_table_with_every_parameter() -> None:
     assert plan(module, batch, engine="functional").engine == "functional"
 
 
+@pytest.mark.parametrize("engine", ["layerwise", "functional"])
+def test_a_plan_tells_seconds_on_the_threads_there_are(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    """Wall time shrinks with threads, less than in proportion; arithmetic, traffic and choices stay."""
+    plans = {}
+    for threads in (1, 2, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        plans[threads] = plan(*NET_X, engine=engine)
+    assert plans[1].seconds / plans[2].seconds == pytest.approx(1.6)
+    assert 2 < plans[1].seconds / plans[16].seconds < 16
+    assert len({tuple((row.rule, row.flops, row.bytes) for row in found.rows()) for found in plans.values()}) == 1
+
+
+def test_a_plan_counts_what_a_bias_shares_with_its_weight_once() -> None:
+    """Of one position; of several, the bias has products of its own."""
+
+    def flops(n: int, *positions: int, bias: bool) -> float:
+        net = nn.Sequential(nn.Linear(300, 200, bias=bias), nn.ReLU(), nn.Linear(200, 30, bias=bias))
+        rows = plan(
+            net, torch.randn(n, *positions, 300), outputs=pooled if positions else None, reduction="full"
+        ).rows()
+        return sum(row.flops for row in rows[1:])
+
+    assert flops(64, bias=True) == pytest.approx(flops(64, bias=False), rel=1e-3)
+    assert flops(16, 4, bias=True) > 1.005 * flops(16, 4, bias=False)
+
+
+def pooled(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return model(batch).mean(1)
+
+
 def test_slow_float64_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not plan(*NET_X).notes
     monkeypatch.setattr(planning, "has_fast_double", lambda device: False)

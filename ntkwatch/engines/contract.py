@@ -117,7 +117,7 @@ class Contractor:
     # ── contractions ──────────────────────────────────────────────────────────────────────────────────────────────
     def _gradients(self, a: Gradients, b: Gradients) -> Tensor:
         """The kernel of C of [n, q] with C of [m, q]; the last is remembered."""
-        key = (*_identity(a), *_identity(b))
+        key = (*identity(a), *identity(b))
         if key not in self.shared:
             out = self.zeros(len(a), len(a[0]), len(b[0]), a[0].device)
             x = self._side_by_side(a)
@@ -278,7 +278,8 @@ def is_single(one: Factor, two: Factor) -> bool:
     return isinstance(one, Outer) and isinstance(two, Outer) and one.positions == two.positions == one.groups == 1
 
 
-def _identity(grads: Gradients) -> tuple[int, ...]:
+def identity(grads: Gradients) -> tuple[int, ...]:
+    """Where gradients lie: the same for a weight and its bias where both have one position."""
     places = ((t.untyped_storage()._cdata, t.storage_offset(), *t.stride()) for t in grads)
     return (*grads[0].shape, *(number for place in places for number in place))
 

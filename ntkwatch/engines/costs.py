@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from ntkwatch.engines.base import Reduction
-from ntkwatch.engines.factors import Factor, Outer, Rows
+from ntkwatch.engines.factors import Dense, Factor, Outer, Rows
 from ntkwatch.engines.machines import machine
+from ntkwatch.engines.strips import strip_count
 
 FEW = 0.3  # of the full rate: the share that many products of C × C of long rows reach
 
@@ -45,8 +46,9 @@ def gram_cost(one: Outer | Rows, n: int, m: int, reduction: Reduction, dtype: to
     if reduction == "full" and s * groups > 1:
         return _full_cost(one, n, m, dtype, same)
     grams = {"trace": 1, "sum": 1, "blocks": c, "full": c * c}[reduction]
-    size = gram_rows(one, n, s * s * groups, same)
-    half = (1 + size / n) / 2 if same and s > 1 else 1.0
+    half = _in_strips(n * (c if reduction == "full" else 1), same, one)
+    if s > 1:
+        half = (1 + gram_rows(one, n, s * s * groups, same) / n) / 2 if same else 1.0
     pairs = float(n * m) * s * s * groups * half
     cast = (n + m) * s * groups * (p + c * q) * (one.dtype.itemsize + dtype.itemsize)
     passes = 2 * (1 + grams) + (0 if s == 1 else 4 * grams)
@@ -54,6 +56,11 @@ def gram_cost(one: Outer | Rows, n: int, m: int, reduction: Reduction, dtype: to
     moved = cast + pairs * passes * dtype.itemsize
     at = machine(one.device)
     return Cost(flops, moved, flops / (at.many * at.flops(dtype)) + moved / at.bandwidth)
+
+
+def _in_strips(width: int, same: bool, one: Factor) -> float:
+    """The share of a product of that many rows that is taken, in strips up to the diagonal."""
+    return (1 + 1 / strip_count(width, same, one.device)) / 2
 
 
 def _full_cost(one: Outer | Rows, n: int, m: int, dtype: torch.dtype, same: bool) -> Cost:
@@ -76,6 +83,8 @@ def jacobian_cost(one: Factor, n: int, m: int, reduction: Reduction, dtype: torc
     moved = float(rows * c * entries) * (one.dtype.itemsize + (dtype.itemsize if dtype != one.dtype else 0))
     gram = 2.0 * n * m * pairs * entries
     width = min(n, m) * (c if reduction == "full" else 1)
+    if isinstance(one, Dense):  # nothing is chosen for it; of the others, choices were measured against whole products
+        gram *= _in_strips(width, same, one)
     at = machine(one.device)
     products = made / (at.many * at.flops(one.dtype)) + gram / (skinny(width, dtype) * at.flops(dtype))
     return Cost(made + gram, moved, products + moved / at.bandwidth)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ntkwatch.engines.auto import Choice
 from ntkwatch.engines.base import Plan, Precision, Reduction, Row, at_hand, entries
 from ntkwatch.engines.functional import Functional, quiet, trained_at
 from ntkwatch.engines.layerwise import Layerwise
-from ntkwatch.engines.machines import has_fast_double, machine
+from ntkwatch.engines.machines import has_fast_double, machine, pace
 from ntkwatch.engines.memory import Forward, limit_bytes
 from ntkwatch.engines.rehearsal import predict, try_forward
 from ntkwatch.engines.run import Run
@@ -51,9 +52,8 @@ def _layerwise(choice: Choice, engine: Layerwise, network: Network, x: Any, want
     passes = _passes(forward, x, network.device, found.outputs, recipe.saved * n if recipe else 0.0, rounds)
     rows = {row.name: row for row in found.rows}
     ordered = [rows.get(name, Row(name, "unused", 0.0, 0.0, 0.0)) for name in network.parameters]
-    return Plan(
-        engine.name, choice.reason, found.peak, chunk, (passes, *ordered), _notes(network.device, wanted.precision)
-    )
+    table, notes = _in_wall_time([passes, *ordered], network.device), _notes(network.device, wanted.precision)
+    return Plan(engine.name, choice.reason, found.peak, chunk, table, notes)
 
 
 def _passes(forward: Forward, x: Any, device: torch.device, outputs: int, saved: float, rounds: float = 1.0) -> Row:
@@ -63,6 +63,11 @@ def _passes(forward: Forward, x: Any, device: torch.device, outputs: int, saved:
     moved = 2.0 * saved * (1 + outputs) * rounds
     at, calls = machine(device), forward.calls * (1 + outputs) * rounds
     return Row(PASSES, "autograd", flops, moved, flops / at.single + moved / at.bandwidth + calls * at.call)
+
+
+def _in_wall_time(rows: Iterable[Row], device: torch.device) -> tuple[Row, ...]:
+    """On the threads that this process has now."""
+    return tuple(replace(row, seconds=row.seconds / pace(device)) for row in rows)
 
 
 def _notes(device: torch.device, precision: Precision) -> tuple[str, ...]:
@@ -93,7 +98,7 @@ def _functional(choice: Choice, network: Network, x: Any, wanted: Wanted) -> Pla
     peak = 2 * chunk * c * (total * next(iter(parameters.values())).element_size() + 8 * largest)
     peak += 8 * n * n * len(parameters) * _kept(wanted, c)
     passes, notes = _passes(forward, x, network.device, c, 0.0), _notes(network.device, wanted.precision)
-    return Plan("functional", choice.reason, peak, chunk, (passes, *rows), notes)
+    return Plan("functional", choice.reason, peak, chunk, _in_wall_time([passes, *rows], network.device), notes)
 
 
 def _kept(wanted: Wanted, outputs: int) -> int:

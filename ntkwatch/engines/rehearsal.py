@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_map_only
 from ntkwatch.engines.base import Reduction, Row, entries
 from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.capture import Capture, Found
-from ntkwatch.engines.contract import Contractor
-from ntkwatch.engines.costs import choose
-from ntkwatch.engines.factors import Factor, Rows
+from ntkwatch.engines.contract import Contractor, identity, is_single
+from ntkwatch.engines.costs import Cost, choose
+from ntkwatch.engines.factors import Dense, Factor, Outer, Rows
 from ntkwatch.engines.machines import machine
 from ntkwatch.engines.memory import Forward, LiveStorages
 from ntkwatch.engines.run import Run
@@ -43,6 +43,7 @@ class Rehearsal(Run):
     counter: LiveStorages = field(default_factory=LiveStorages)
     rows: dict[str, Row] = field(default_factory=dict)
     distinct: int | None = None
+    _before: tuple[Found, Cost, tuple[int, ...]] | None = None
     _groups: float = 1.0
     _cells: float = 1.0
 
@@ -68,16 +69,29 @@ class Rehearsal(Run):
         return found[:1]
 
     def note(self, found: Found, n: int, m: int, contract: Contractor) -> None:
-        """Adds the cost of a contraction to its parameter's row."""
+        """Adds the cost of a contraction to its parameter's row; a bias has the products of its weight for nothing."""
         how, cost = choose(found.factor, n, m, contract.reduction, contract.dtype, contract.same)
-        old = self.rows.get(found.name, Row(found.name, "", 0.0, 0.0, 0.0))
-        times = self._groups * self._cells
         kept = 0.0 if self.layers is None else float(n * m * entries(contract.reduction, found.factor.outputs))
         moved = _KEEPING * kept * contract.dtype.itemsize
-        seconds = cost.seconds + moved / machine(found.factor.device).bandwidth
-        more = (cost.flops, cost.bytes + moved, seconds)
-        sums = (was + times * new for was, new in zip((old.flops, old.bytes, old.seconds), more, strict=True))
+        self._add(found, how, cost)
+        self._add(found, how, Cost(0.0, moved, moved / machine(found.factor.device).bandwidth))
+        before, self._before = self._before, (found, cost, _gradients(found.factor))
+        if before is not None and before[2] and before[2] == self._before[2]:
+            bias, paid, _ = before if isinstance(before[0].factor, Dense) else self._before
+            self._add(bias, "shared", Cost(-paid.flops, -paid.bytes, -paid.seconds))
+
+    def _add(self, found: Found, how: str, cost: Cost) -> None:
+        old = self.rows.get(found.name, Row(found.name, "", 0.0, 0.0, 0.0))
+        pairs = ((old.flops, cost.flops), (old.bytes, cost.bytes), (old.seconds, cost.seconds))
+        sums = (was + self._groups * self._cells * new for was, new in pairs)
         self.rows[found.name] = Row(found.name, f"{how}: {found.rule}", *sums)
+
+
+def _gradients(one: Factor) -> tuple[int, ...]:
+    """Where the gradients of a bias, or of a weight of one position, lie."""
+    if isinstance(one, Outer):
+        return identity(tuple(g[:, 0, 0] for g in one.g)) if is_single(one, one) else ()
+    return identity(one.j) if isinstance(one, Dense) else ()
 
 
 @dataclass

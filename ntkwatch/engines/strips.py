@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from ntkwatch.engines.machines import machine
@@ -21,10 +22,14 @@ def blocks(n: int, size: int) -> Iterator[slice]:
 
 def strip_rows(matrix: Tensor, same: bool) -> int:
     """Rows of a strip, in which columns up to the diagonal are filled: all rows where nothing is mirrored."""
-    n = len(matrix)
-    if not same or machine(matrix.device).strips == 1:
-        return n
-    return -(-n // next((strips for rows, strips in _STRIPS if n >= rows), 1))
+    return -(-len(matrix) // strip_count(len(matrix), same, matrix.device))
+
+
+def strip_count(n: int, same: bool, device: torch.device) -> int:
+    """Into how many strips a product of n rows is cut."""
+    if not same or machine(device).strips == 1:
+        return 1
+    return next((strips for rows, strips in _STRIPS if n >= rows), 1)
 
 
 def add_product(matrix: Tensor, a: Tensor, b: Tensor, same: bool) -> None:

@@ -48,10 +48,11 @@ ASKED_MIB = {"MLP n=64": 60, "CNN n=64": 460, "ResNet-18 n=8": 600, "GPT n=16": 
 
 @dataclass
 class Memory:
-    """Bytes over the model: the peak, and what `plan` says before."""
+    """Bytes over the model: the peak, and what `plan` says before; of seconds only that."""
 
     measured: int
     planned: int
+    planned_seconds: float
 
 
 @dataclass
@@ -142,10 +143,11 @@ def _cell(name: str, quantity: Reduction, found: dict[str, Outcome]) -> Cell:
 
 
 def _memory(ours: Ours, quantity: Reduction, device: torch.device) -> dict[str, Memory]:
-    return {
-        p: Memory(peak_memory(lambda p=p: ours.kernel(quantity, p), device), ours.plan(quantity, p).peak_bytes)
-        for p in (SINGLE, DOUBLE)
-    }
+    found = {}
+    for precision in (SINGLE, DOUBLE):
+        peak, plan = peak_memory(lambda p=precision: ours.kernel(quantity, p), device), ours.plan(quantity, precision)
+        found[precision] = Memory(peak, plan.peak_bytes, plan.seconds)
+    return found
 
 
 def _gpu_seconds(model: Model, cell: Cell, timer: Timer) -> float | None:

@@ -148,13 +148,18 @@ def _memory(cells: Sequence[Cell], large: dict[str, int]) -> str:
             missed = f", {MISSED}" if asked and mib > asked and precision == SINGLE else ""
             asks = f" (≤ {asked}{missed})" if asked and precision == SINGLE else ""
             planned = f"{m.planned / 2**20:.1f} ({m.planned / m.measured - 1:+.1%})"
-            rows.append([cell.model, cell.quantity, precision, f"{mib:.1f}{asks}", planned])
-    text = "MiB at the peak over the model itself, asked in single precision, and what `plan` predicts before it runs."
+            took = cell.outcomes[precision].seconds
+            time = "–" if took is None else f"{m.planned_seconds:.3g} ({m.planned_seconds / took:.2f}×)"
+            rows.append([cell.model, cell.quantity, precision, f"{mib:.1f}{asks}", planned, time])
+    text = (
+        "MiB at the peak over the model itself, asked in single precision, and what `plan` predicts before it runs: "
+        "memory, and seconds beside those above."
+    )
     if large:
         peaks = ", ".join(f"{b / 1e6:.0f} MB in {p}" for p, b in large.items())
         met = "under" if max(large.values()) < GIGABYTE else f"{MISSED}: over"
         text += f" Trace of {LARGE} examples of the 1024-wide MLP: {peaks}, {met} a gigabyte."
-    return _table("Memory", ["model", "kernel", "precision", "peak", "predicted"], rows, text)
+    return _table("Memory", ["model", "kernel", "precision", "peak", "predicted", "predicted seconds"], rows, text)
 
 
 def _agreement(cells: Sequence[Cell]) -> str:
