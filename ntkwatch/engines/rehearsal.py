@@ -43,7 +43,7 @@ class Rehearsal(Run):
     counter: LiveStorages = field(default_factory=LiveStorages)
     rows: dict[str, Row] = field(default_factory=dict)
     distinct: int | None = None
-    _before: tuple[Found, Cost, tuple[int, ...]] | None = None
+    _before: _Shared | None = None
     _groups: float = 1.0
     _cells: float = 1.0
 
@@ -70,21 +70,35 @@ class Rehearsal(Run):
 
     def note(self, found: Found, n: int, m: int, contract: Contractor) -> None:
         """Adds the cost of a contraction to its parameter's row; a bias has the products of its weight for nothing."""
-        how, cost = choose(found.factor, n, m, contract.reduction, contract.dtype, contract.same)
-        kept = 0.0 if self.layers is None else float(n * m * entries(contract.reduction, found.factor.outputs))
+        one = found.factor
+        how, cost = choose(one, n, m, contract.reduction, contract.dtype, contract.same)
+        kept = 0.0 if self.layers is None else float(n * m * entries(contract.reduction, one.outputs))
         moved = _KEEPING * kept * contract.dtype.itemsize
-        self._add(found, how, cost)
-        self._add(found, how, Cost(0.0, moved, moved / machine(found.factor.device).bandwidth))
-        before, self._before = self._before, (found, cost, _gradients(found.factor))
-        if before is not None and before[2] and before[2] == self._before[2]:
-            bias, paid, _ = before if isinstance(before[0].factor, Dense) else self._before
-            self._add(bias, "shared", Cost(-paid.flops, -paid.bytes, -paid.seconds))
+        more = Cost(cost.flops, cost.bytes + moved, cost.seconds + moved / machine(one.device).bandwidth)
+        self._add(found.name, f"{how}: {found.rule}", more)
+        before, self._before = (
+            self._before,
+            _Shared(_gradients(one), found.name, found.rule, cost, isinstance(one, Dense)),
+        )
+        if before is not None and before.gradients and before.gradients == self._before.gradients:
+            bias = before if before.bias else self._before
+            self._add(bias.name, f"shared: {bias.rule}", Cost(-bias.cost.flops, -bias.cost.bytes, -bias.cost.seconds))
 
-    def _add(self, found: Found, how: str, cost: Cost) -> None:
-        old = self.rows.get(found.name, Row(found.name, "", 0.0, 0.0, 0.0))
+    def _add(self, name: str, rule: str, cost: Cost) -> None:
+        old = self.rows.get(name, Row(name, "", 0.0, 0.0, 0.0))
         pairs = ((old.flops, cost.flops), (old.bytes, cost.bytes), (old.seconds, cost.seconds))
-        sums = (was + self._groups * self._cells * new for was, new in pairs)
-        self.rows[found.name] = Row(found.name, f"{how}: {found.rule}", *sums)
+        self.rows[name] = Row(name, rule, *(was + self._groups * self._cells * new for was, new in pairs))
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What is known of the factor before: it is not held itself, for memory is counted."""
+
+    gradients: tuple[int, ...]
+    name: str
+    rule: str
+    cost: Cost
+    bias: bool
 
 
 def _gradients(one: Factor) -> tuple[int, ...]:
