@@ -76,12 +76,10 @@ class Rehearsal(Run):
         moved = _KEEPING * kept * contract.dtype.itemsize
         more = Cost(cost.flops, cost.bytes + moved, cost.seconds + moved / machine(one.device).bandwidth)
         self._add(found.name, f"{how}: {found.rule}", more)
-        before, self._before = (
-            self._before,
-            _Shared(_gradients(one), found.name, found.rule, cost, isinstance(one, Dense)),
-        )
-        if before is not None and before.gradients and before.gradients == self._before.gradients:
-            bias = before if before.bias else self._before
+        now = _Shared(_gradients(one), found.name, found.rule, cost, isinstance(one, Dense))
+        before, self._before = self._before, now
+        if before is not None and before.with_(now):
+            bias = before if before.bias else now
             self._add(bias.name, f"shared: {bias.rule}", Cost(-bias.cost.flops, -bias.cost.bytes, -bias.cost.seconds))
 
     def _add(self, name: str, rule: str, cost: Cost) -> None:
@@ -99,6 +97,12 @@ class _Shared:
     rule: str
     cost: Cost
     bias: bool
+
+    def with_(self, other: _Shared) -> bool:
+        """Whether one is the bias of the other, a weight of the same module."""
+        modules = {one.name.rpartition(".")[0] for one in (self, other)}
+        same = bool(self.gradients) and self.gradients == other.gradients
+        return same and self.bias != other.bias and len(modules) == 1
 
 
 def _gradients(one: Factor) -> tuple[int, ...]:
