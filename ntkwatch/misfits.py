@@ -1,4 +1,4 @@
-"""Probes that do not fit a model: which module they reached, what it takes, what it got, and what to do about it.
+"""Probes that are no batch, or do not fit a model: which module they reached, what it takes and got, what to do.
 
 torch names neither: "mat1 and mat2 must have the same dtype" is all that it says of float64 probes. The module and its
 input are read from the error's own traceback, so that nothing is run again.
@@ -14,12 +14,55 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkwatch.model import inputs_of, leaves
+from ntkwatch.model import batch_size, inputs_of, is_per_example, leaves
 from ntkwatch.plain import unwrap
 
 GIVE = "give probes in the form that the model's own loader gives, or outputs=lambda model, batch: … that converts them"
 TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WITH_ROWS = (torch.strided, torch.jagged)  # layouts of which rows can be taken
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+EMPTY = "the probes are empty: a batch must hold at least one example"
+
+
+def check_batch(x: Any) -> None:
+    """Raises ValueError for what is no batch of numbers whose examples can be taken (see `check_form`), or has none."""
+    check_form(x)
+    if batch_size(inputs_of(x)) == 0:
+        raise ValueError(EMPTY)
+
+
+def check_form(x: Any) -> None:
+    """Raises ValueError for a batch that is none: a loader, a dataset, no tensor, on the meta device, sparse."""
+    if not leaves(x):
+        raise ValueError(EMPTY)
+    inputs = [leaf for leaf in leaves(inputs_of(x)) if isinstance(leaf, Tensor)]
+    if not inputs and (giver := giver_of_batches(*leaves(x)[:1])) is not None:
+        got, (kind, how) = type(leaves(x)[0]).__name__, giver
+        raise ValueError(f"a batch must hold a tensor [n, ...], got {got} ({kind}): take a batch of it, {how}")
+    if any(leaf.is_meta for leaf in inputs):
+        raise ValueError("the probes are on the meta device, which holds no numbers: give them on the model's own")
+    n = batch_size(inputs_of(x))
+    for leaf in inputs:
+        if leaf.layout not in WITH_ROWS and is_per_example(leaf, n):
+            raise ValueError(
+                f"the probes must be dense, since examples are taken one by one, got {_shape(leaf)} in the layout "
+                f"{_name(leaf.layout)}: give probes.to_dense(); where the model itself takes sparse inputs, have "
+                "outputs=lambda model, batch: … make them sparse"
+            )
+
+
+def giver_of_batches(x: Any) -> tuple[str, str] | None:
+    """Where x is no batch but gives batches or examples: what it is, and how to take a batch of it. Else None."""
+    if hasattr(x, "__next__"):
+        return "iterator", "next(iterator)"
+    if hasattr(x, "dataset") and hasattr(x, "__iter__"):
+        return "loader", "next(iter(loader))"
+    gives = hasattr(x, "__getitem__") or hasattr(x, "__iter__")
+    if gives and not hasattr(x, "shape") and not isinstance(x, str | bytes | list | tuple | set):
+        return "dataset", "next(iter(DataLoader(dataset, batch_size=64)))"
+    return None
 
 
 def misfit(model: nn.Module, batch: Any, error: BaseException) -> str | None:
@@ -166,8 +209,8 @@ def _width(module: nn.Module) -> int | None:
     return int(module.normalized_shape[-1]) if isinstance(module, nn.LayerNorm) else None
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name(of: torch.dtype | torch.layout) -> str:
+    return str(of).removeprefix("torch.")
 
 
 def _shape(x: Tensor) -> str:

@@ -363,6 +363,19 @@ def half():
 def slow():
     return nn.Sequential(nn.Linear(2048, 4096), nn.ReLU(), nn.Linear(4096, 2000)), torch.randn(512, 2048)
 
+def loader():
+    dataset = torch.utils.data.TensorDataset(torch.randn(6, 4), torch.zeros(6))
+    return nn.Linear(4, 3), torch.utils.data.DataLoader(dataset, 2)
+
+def dataset():
+    return nn.Linear(4, 3), torch.utils.data.TensorDataset(torch.randn(6, 4))
+
+def iterator():
+    return nn.Linear(4, 3), iter(loader()[1])
+
+def sparse():
+    return nn.Linear(4, 3), torch.eye(4).to_sparse()
+
 def lstm():
     class Net(nn.Module):
         def __init__(self):
@@ -415,6 +428,10 @@ DOCTOR = {
     "half": (0, "7.8e-02 of the largest"),
     "slow": (1, "PROBLEM  a probe takes about"),
     "lstm": (0, "a_recurrent_layer"),
+    "loader": (1, "got DataLoader (loader): take a batch of it, next(iter(loader))"),
+    "dataset": (1, "got TensorDataset (dataset): take a batch of it, next(iter(DataLoader(dataset, batch_size=64)))"),
+    "iterator": (1, "(iterator): take a batch of it, next(iterator)"),
+    "sparse": (1, "give probes.to_dense()"),
 }
 
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +14,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from forecast_ddp import ALONE, BLIND, CASES, EXACT, FAULTS, REFUSED, UNION
+from scripts import fault_of
 
 from ntkwatch.followable import why_not
 
-TIMEOUT = 400  # seconds for one script; a run that hangs is ended
 ORDINARY = [
     *UNION, "the last batch short", "unused on one rank", "resumed", "__init__ fails on rank 1", "add fails on rank 1",
     "stepped fails on rank 0", *REFUSED, *BLIND,
@@ -31,17 +27,8 @@ Seen = dict[str, list[dict[str, Any]]]
 
 def trained(folder: Path, cases: Sequence[str]) -> Seen:
     """The script's two processes over all cases; what each rank saw."""
-    environment = {k: v for k, v in os.environ.items() if k not in {"WORLD_SIZE", "LOCAL_RANK", "NODE_RANK"}}
-    command = [sys.executable, forecast_ddp.__file__, "ddp", str(folder), *cases]
-    script = subprocess.Popen(
-        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        said, _ = script.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        os.killpg(script.pid, signal.SIGKILL)
-        raise AssertionError(f"hung for {TIMEOUT} s: {script.communicate()[0][-1500:]}") from None
-    assert script.returncode == 0, said[-2000:]
+    fault = fault_of(forecast_ddp.__file__, "ddp", folder, *cases)
+    assert fault is None, fault
     return {case: [json.loads((folder / case / f"rank{rank}.json").read_text()) for rank in (0, 1)] for case in cases}
 
 

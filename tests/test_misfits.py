@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from cases import CASES, build
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from ntkwatch import Monitor, UnsupportedModel, empirical_ntk, layer_ntks, plan
 from ntkwatch.checks import count_outputs
@@ -155,6 +156,95 @@ def test_other_forms_are_told(case: str) -> None:
         empirical_ntk(make(), probes())
     for part in parts:
         assert part in str(caught.value), f"{case}: no {part!r} in {str(caught.value)!r}"
+
+
+class Rows(IterableDataset):
+    """Gives its examples in turn alone."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from torch.randn(N, 12)
+
+
+class Plain:
+    """A dataset that is no torch Dataset, as Hugging Face's are not."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.randn(12)
+
+
+def _pairs() -> TensorDataset:
+    return TensorDataset(torch.randn(N, 12), torch.zeros(N))
+
+
+TAKE_A_BATCH = "take a batch of it, next("
+DENSE = ("must be dense", "give probes.to_dense()", "outputs=lambda model, batch: …")
+NO_BATCHES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {  # what is given for a batch, what is said
+    "a loader": (lambda: DataLoader(_pairs(), 2), ("got DataLoader (loader)", f"{TAKE_A_BATCH}iter(loader))")),
+    "a loader and targets": (lambda: (DataLoader(_pairs(), 2), torch.zeros(2)), ("(loader)", TAKE_A_BATCH)),
+    "a dataset": (_pairs, ("got TensorDataset (dataset)", f"{TAKE_A_BATCH}iter(DataLoader(dataset,")),
+    "a part of a dataset": (lambda: Subset(_pairs(), [0, 1]), ("got Subset (", TAKE_A_BATCH)),
+    "a dataset that streams": (Rows, ("got Rows (dataset)", TAKE_A_BATCH)),
+    "a dataset of one's own": (Plain, ("got Plain (dataset)", TAKE_A_BATCH)),
+    "a loader's iterator": (lambda: iter(DataLoader(_pairs(), 2)), ("(iterator)", f"{TAKE_A_BATCH}iterator)")),
+    "a generator": (lambda: (x for x in torch.randn(2, N, 12)), ("got generator (iterator)", TAKE_A_BATCH)),
+    "text": (lambda: "val", ("must hold a tensor [n, ...], got str", "pass tensors")),
+    "texts": (lambda: ["a", "b"], ("must hold a tensor [n, ...]", "pass tensors")),
+    "no numbers": (lambda: torch.randn(N, 12, device="meta"), ("meta device", "give them on the model's own")),
+    **{
+        layout: (lambda make=make: make(torch.eye(12)[:N]), (*DENSE, f"got [5, 12] in the layout {layout}:"))
+        for layout, make in (
+            ("sparse_coo", Tensor.to_sparse),
+            ("sparse_csr", Tensor.to_sparse_csr),
+            ("sparse_csc", Tensor.to_sparse_csc),
+            ("sparse_bsr", lambda x: x.to_sparse_bsr((1, 2))),
+            ("_mkldnn", Tensor.to_mkldnn),
+        )
+    },
+    "sparse beside targets": (lambda: (torch.eye(12)[:N].to_sparse(), torch.zeros(N)), DENSE),
+    "sparse under a name": (lambda: {"x": torch.eye(12)[:N].to_sparse(), "y": torch.zeros(N)}, DENSE),
+}
+ASK: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "empirical_ntk": empirical_ntk,
+    "its x2": lambda model, x: empirical_ntk(model, torch.randn(N, 12), x),
+    "layer_ntks": layer_ntks,
+    "plan": plan,
+    "Monitor": Monitor,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta")
+@pytest.mark.parametrize("case", NO_BATCHES)
+def test_what_is_no_batch_is_told(case: str) -> None:
+    """By whatever is asked: the kind of thing that it is, and how a batch is had of it."""
+    make, parts = NO_BATCHES[case]
+    for name, ask in ASK.items():
+        with pytest.raises(ValueError, match=r"probes|batch") as caught:
+            ask(_mlp(), make())
+        for part in parts:
+            assert part in str(caught.value), f"{name}, {case}: no {part!r} in {str(caught.value)!r}"
+
+
+class Graph(nn.Module):
+    """Mixes outputs by a sparse matrix that all examples share, and passes over texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = _mlp()
+
+    def forward(self, texts: list[str], x: Tensor, mixing: Tensor) -> Tensor:
+        return self.body(x) @ mixing.to_dense().t()
+
+
+def test_texts_and_what_all_examples_share_may_be_anything() -> None:
+    """The negative control: what is refused as probes is taken where it is none."""
+    model, x, texts = Graph(), torch.randn(N, 12), list("abcde")
+    mixing = torch.eye(3) * 2
+    want = empirical_ntk(model.body, x, outputs=lambda body, x: body(x) @ mixing.t())
+    got = empirical_ntk(model, (texts, x, mixing.to_sparse(), torch.zeros(N)))
+    assert torch.allclose(got, want, rtol=1e-5)
 
 
 class Named(nn.Module):

@@ -681,6 +681,13 @@ BAD: dict[str, tuple[Any, str]] = {
     "a word": ("test", "probes='test'"),
     "None": (None, "probes=None"),
     "a loader": (DataLoader(TensorDataset(X, Y)), "probes= takes no loader, got DataLoader; pass a batch"),
+    "a dataset": (
+        TensorDataset(X, Y),
+        "takes no dataset, got TensorDataset; pass a batch of it, next(iter(DataLoader(",
+    ),
+    "an iterator": (iter([X]), "takes no iterator, got list_iterator; pass a batch of it, next(iterator)"),
+    "sparse": (X.to_sparse(), "the probes must be dense"),
+    "no numbers": (X.to("meta"), "on the meta device"),
     "no rows": (X[:0], "probes= holds no rows"),
     "a number": (torch.tensor(3.0), "probes=: a batch must hold a tensor"),
     "no tensors": ({"text": ["a", "b"]}, "probes=: a batch must hold a tensor"),

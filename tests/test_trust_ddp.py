@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trust_ddp
+from scripts import fault_of
 from trust_ddp import DDP_JOBS, LAUNCHERS, NAIVE, UNWATCHED, WATCHERS
 from trust_harness import Tally
 from trust_observe import Observation
-
-TIMEOUT = 400  # seconds for one script; on an idle machine it takes about fifteen
-
-
-def launch(launcher: str, job: str, folder: Path, watchers: Sequence[str]) -> str | None:
-    """Run the script in a session of its own; what went wrong, in words. A hang is ended and said."""
-    command = [sys.executable, trust_ddp.__file__, launcher, job, str(folder), *watchers]
-    environment = {k: v for k, v in os.environ.items() if k not in {"WORLD_SIZE", "LOCAL_RANK", "NODE_RANK"}}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    script = subprocess.Popen(
-        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        said, _ = script.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        os.killpg(script.pid, signal.SIGKILL)
-        return f"hung for {TIMEOUT} s: {script.communicate()[0][-800:]}"
-    return None if script.returncode == 0 else f"exit code {script.returncode}: {said[-1500:]}"
 
 
 def seen(folder: Path, rank: int) -> tuple[Observation, dict[str, Any]]:
@@ -67,7 +46,7 @@ def assert_naive_is_caught(folder: Path) -> None:
 def sweep(runs: Sequence[tuple[str, str, Sequence[str]]], folder: Path) -> Tally:
     tally = Tally()
     for i, (launcher, job, watchers) in enumerate(runs):
-        failure = launch(launcher, job, folder / str(i), [*watchers, NAIVE])
+        failure = fault_of(trust_ddp.__file__, launcher, job, folder / str(i), *watchers, NAIVE)
         for watcher in watchers:
             name = f"{launcher} × {job} × {watcher}"
             if failure is None:

@@ -14,13 +14,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ntkwatch import costs, engines
+from ntkwatch import costs
 from ntkwatch.diagnostics import select
 from ntkwatch.engines.base import Reduction, at_hand, noise_floor
 from ntkwatch.engines.memory import free_bytes
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.limit import wide_limit
-from ntkwatch.misfits import misfit
+from ntkwatch.misfits import check_batch, misfit
 from ntkwatch.model import Network, UnsupportedModel, targets_of
 from ntkwatch.statistics import running_statistics, untracked_statistics
 
@@ -48,7 +48,7 @@ def check(
     model, batch = load(spec)
     lines: list[str] = []
     try:
-        engines.check_batch(batch)
+        check_batch(batch)
     except ValueError as error:
         return [f"PROBLEM  {error}"], False
     try:

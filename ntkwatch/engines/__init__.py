@@ -20,8 +20,8 @@ from ntkwatch.engines.base import (
 )
 from ntkwatch.engines.planning import Wanted, make_plan
 from ntkwatch.guard import leave_no_trace
-from ntkwatch.misfits import explained
-from ntkwatch.model import Network, OutputsFn, batch_size, inputs_of, leaves
+from ntkwatch.misfits import check_batch, explained
+from ntkwatch.model import Network, OutputsFn
 
 __all__ = ["Kernel", "Plan", "UnsupportedModel", "empirical_ntk", "layer_ntks", "plan", "sign_ntk"]
 
@@ -56,8 +56,8 @@ def empirical_ntk(
 
     Raises:
         UnsupportedModel: outputs are not [n, C], examples are coupled, or no engine can do the model.
-        ValueError: an unknown reduction, engine, precision, or a params glob that matches nothing; probes of a type or
-            shape that the model does not take, naming the module that they reached.
+        ValueError: an unknown reduction, engine, precision, or a params glob that matches nothing; no batch, or probes
+            of a type or shape that the model does not take, naming the module that they reached.
     """
     return _kernel(model, x1, x2, reduction, None, engine, outputs, params, chunk_size, precision).value
 
@@ -169,11 +169,3 @@ def _kernel(
                 network, x1, x2,
                 reduction=reduction, layers=layers, chunk_size=chunk_size, precision=precision, signed=signed,
             )  # fmt: skip
-
-
-def check_batch(x: Any) -> None:
-    """Raises ValueError for a batch without a tensor, without a row, or without numbers (on the meta device)."""
-    if not leaves(x) or batch_size(inputs_of(x)) == 0:
-        raise ValueError("the probes are empty: a batch must hold at least one example")
-    if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves(inputs_of(x))):
-        raise ValueError("the probes are on the meta device, which holds no numbers: give them on the model's own")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ntkwatch.misfits import check_form, giver_of_batches
 from ntkwatch.model import batch_size, inputs_of, map_leaves, targets_of
 
 Targets = Tensor | Callable[[Any], Any] | None
@@ -61,9 +62,11 @@ class ProbeSet:
         """A copy of `batch`; targets: None takes the batch's own, a callable is asked for those of the batch.
 
         Raises:
-            ValueError: no tensor with a row per example among the inputs, no rows, or targets of another length.
+            ValueError: a loader, a dataset, no dense tensor with a row per example among the inputs, no rows, or
+                targets of another length.
         """
         batch = map_leaves(_frozen, batch)
+        check_form(batch)
         n = batch_size(inputs_of(batch))
         if n == 0:
             raise ValueError("probes= holds no rows; pass at least two examples")
@@ -168,11 +171,14 @@ def resolve(probes: Any) -> Wanted:
         return Wanted(split=probes)
     if isinstance(probes, int | np.integer) and not isinstance(probes, bool) and probes >= 2:
         return Wanted(n=int(probes))
-    if hasattr(probes, "dataset") and hasattr(probes, "__iter__"):
-        raise ValueError(f"probes= takes no loader, got {type(probes).__name__}; pass a batch of it, 'train' or 'val'")
     if isinstance(probes, Tensor | np.ndarray | Mapping | tuple | list | ProbeSet) or dataclasses.is_dataclass(probes):
         given(probes)
         return Wanted(data=probes)
+    if (giver := giver_of_batches(probes)) is not None:
+        kind, how = giver
+        raise ValueError(
+            f"probes= takes no {kind}, got {type(probes).__name__}; pass a batch of it, {how}, or 'train' or 'val'"
+        )
     raise ValueError(
         f"probes={probes!r} is not understood; use 'train', 'val', how many examples (2 or more), "
         "a tensor [n, …], a batch or a ProbeSet"
