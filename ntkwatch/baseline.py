@@ -52,15 +52,13 @@ class Baseline:
 
         return cls(step, tensors["kernel"], group("layer"), group("theta") or None, group("statistics"))
 
-    def state(self, device: torch.device) -> dict[str, Tensor] | None:
-        """θ_0 and s_0 by name, for evaluating the network there; None where θ_0 was not kept."""
-        if self.parameters is None:
-            return None
-        return {name: tensor.to(device) for name, tensor in {**self.parameters, **self.statistics}.items()}
+    def state(self, network: Network) -> dict[str, Tensor] | None:
+        """θ_0 and s_0 by name, for evaluating the network there, where it is now; None where θ_0 was not kept."""
+        return None if self.parameters is None else network.placed({**self.parameters, **self.statistics})
 
     def motion(self, network: Network, batch: Any, outputs: Tensor) -> Motion | str:
         """Δf and J_0 Δθ on the batch, whose outputs now (at s_0) are given [n, C]; a reason where θ_0 was not kept."""
-        start = self.state(network.device)
+        start = self.state(network)
         if start is None:
             return NO_THETA_0
         if unfrozen := network.unfrozen():

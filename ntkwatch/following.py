@@ -217,7 +217,7 @@ def _begun(session: Session, earlier: Mapping[str, Any] | None) -> Begun | str:
     monitor: Monitor = session.monitor
     if monitor.baseline is None:
         return dict(monitor.statistics), None, None  # θ_0 is what every rank has
-    start = monitor.baseline.state(monitor.network.device)
+    start = monitor.baseline.state(monitor.network)
     kept = ((earlier or {}).get("session") or {}).get("forecast")
     if start is None:
         return NO_THETA_0

@@ -54,8 +54,21 @@ class Network:
         self._outputs = outputs
         self._wrapper = _Forward(self.module, self._raw)
         self.parameters: dict[str, Tensor] = _trained(self.module, params)
-        self.buffers: dict[str, Tensor] = dict(self.module.named_buffers())
-        self.device: torch.device = next(iter(self.parameters.values())).device
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """Those of the module as they are now, by name: moving a module replaces them."""
+        return dict(self.module.named_buffers())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is now."""
+        return next(iter(self.parameters.values())).device
+
+    def placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by the names of parameters or buffers, each where the one that it stands for is, and of its type."""
+        held = {**self.parameters, **self.buffers}
+        return {name: tensor.to(held.get(name, tensor)) for name, tensor in tensors.items()}
 
     def check_parameters(self) -> None:
         """Raises UnsupportedModel where a trained parameter is no longer the one that was there at construction."""

@@ -138,7 +138,7 @@ class Monitor:
         with self._probe():
             self.choice = choose(self.network, self._batch(self.probes), self.engine)
         self.baseline, self.previous = baseline, previous
-        self.statistics = {name: s.to(self.network.device) for name, s in baseline.statistics.items()}
+        self.statistics = dict(baseline.statistics)
         self.path_length, self.limit = path_length, limit or self.limit
 
     # ── a probe ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -194,9 +194,9 @@ class Monitor:
 
     def _look(self, step: int, probes: ProbeSet | None, optimizer: torch.optim.Optimizer | None) -> tuple[Kernel, View]:
         """One kernel now, and what it is compared with."""
-        batch = self._batch(probes or self.probes)
+        batch, statistics = self._batch(probes or self.probes), self.network.placed(self.statistics)
         base = self.baseline
-        rich = self._kernel(batch, self.statistics or None, self._measured)
+        rich = self._kernel(batch, statistics or None, self._measured)
         derived = Derived(rich, self.reduction, self._left_out)
         kernel = derived.own
         value = on_cpu(kernel.value)
@@ -206,7 +206,7 @@ class Monitor:
             start, start_layers = base.kernel, base.layers
         elif base is not None:
             start, start_layers = self._baseline_on(batch)
-        live = self._kernel(batch, None) if self.statistics and STATISTICS & {*self.diagnostics} else None
+        live = self._kernel(batch, None) if statistics and STATISTICS & {*self.diagnostics} else None
         previous = self._compared(probes)
         view = View(
             step=step,
@@ -231,7 +231,7 @@ class Monitor:
             optimizer=read_rule(optimizer, self.network.parameters),
             **at_probe(self.forecast, self.network, batch),
             nngp=self.limit.prior(self.nngp, len(self.probes)) if probes is None else FIRST_PROBES,
-            instruments=self._instruments(batch, self._at_start if probes is None else {}),
+            instruments=self._instruments(batch, statistics, self._at_start if probes is None else {}),
             start_step=base.step if base is not None else step,
             limit=self.limit.kernel if probes is None else FIRST_PROBES,
         )
@@ -259,16 +259,16 @@ class Monitor:
             return self.path_length + angle
         return metrics.why_undefined("kernel_angle", value, previous[1]) or "it is not finite"
 
-    def _instruments(self, batch: Any, kept: dict[str, Tensor]) -> Instruments:
+    def _instruments(self, batch: Any, statistics: dict[str, Tensor], kept: dict[str, Tensor]) -> Instruments:
         assert self.choice is not None
         base = self.baseline
 
         def start() -> Mapping[str, Tensor] | None:
             if base is not None:
-                return base.state(self.network.device)
-            return {name: p.detach() for name, p in {**self.network.parameters, **self.statistics}.items()}
+                return base.state(self.network)
+            return {name: p.detach() for name, p in {**self.network.parameters, **statistics}.items()}
 
-        return Instruments(self.network, batch, self.choice.engine, self.statistics, start, kept, base is None)
+        return Instruments(self.network, batch, self.choice.engine, statistics, start, kept, base is None)
 
     def _compared(self, probes: ProbeSet | None) -> tuple[int, Tensor] | str:
         if probes is not None:
@@ -283,7 +283,7 @@ class Monitor:
 
     def _baseline_on(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.baseline is not None
-        state = self.baseline.state(self.network.device)
+        state = self.baseline.state(self.network)
         if state is None:
             raise ValueError(f"fresh probes need θ_0, but {NO_THETA_0}: use resample=False")
         kernel = self._kernel(batch, state)

@@ -16,7 +16,7 @@ import torch
 from memory_models import MODELS, REDUCTIONS, mlp
 from torch import Tensor, nn
 
-from ntkwatch import NTKWatch, load_run
+from ntkwatch import Monitor, NTKWatch, load_run
 from ntkwatch.engines import empirical_ntk, plan
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.guard import leave_no_trace
@@ -211,3 +211,25 @@ def test_kernels_stay_on_the_gpu() -> None:
     module, x = placed_mlp(6)
     for engine in ("layerwise", "functional"):
         assert empirical_ntk(module, x, engine=engine).is_cuda, engine  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("engine", ["layerwise", "functional"])
+def test_a_model_that_moves_between_probes_is_compared_with_its_baseline(engine: str) -> None:
+    """Statistics and θ_0 follow the model to the GPU and back."""
+    x, y = torch.randn(12, 5), torch.arange(12) % 3
+    found = []
+    for places in (["cpu"] * 3, ["cpu", "cuda", "cuda"], ["cuda", "cpu", "cuda"]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 3))
+        monitor = Monitor(model, (x, y), engine=engine, diagnostics="full", loss=nn.functional.cross_entropy)
+        for step, place in enumerate(places):
+            model.eval().to(place)
+            last = monitor.measure(step).metrics
+            optimizer = torch.optim.SGD(model.train().parameters(), 0.1)
+            nn.functional.cross_entropy(model(x.to(place)), y.to(place)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append({name: value for name, value in last.items() if name != "overhead"})
+    for name, value in found[0].items():
+        for moved in found[1:]:
+            assert moved[name] == pytest.approx(value, rel=1e-3, abs=1e-3), name

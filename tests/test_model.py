@@ -197,3 +197,16 @@ def test_a_state_leaves_a_module_with_two_names_as_it_was() -> None:
         for p in net.parameters():
             p.mul_(2)
     assert torch.equal(found, network.outputs(x)), "every place has the weight of the state"
+
+
+def test_a_network_is_where_its_module_is_now() -> None:
+    """The meta device stands in for another one: device, buffers and what is placed follow the module."""
+    module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    network = Network(module)
+    kept = {name: t.clone() for name, t in {**network.parameters, **network.buffers}.items()}
+    assert all(torch.equal(t, kept[name]) for name, t in network.placed(kept).items())
+    module.double()
+    assert {t.dtype for t in network.placed(kept).values()} == {torch.float64, torch.int64}
+    module.to("meta")
+    assert network.device.type == "meta"
+    assert {t.device.type for t in [*network.buffers.values(), *network.placed(kept).values()]} == {"meta"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -157,6 +157,44 @@ def test_batchnorm_statistics_are_frozen_at_the_baseline() -> None:
     assert found["kernel_angle"] == 0
     assert found["statistics_angle"] > 0.01
     assert found["statistics_shift"] > 0.01
+
+
+def _normalised() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 3))
+
+
+def _trained(moves: Sequence[torch.dtype], engine: str, resumed: bool) -> dict[str, float | None]:
+    """All numbers after three steps, the model moved before each of them; resumed where asked."""
+    model, x, y = _normalised(), torch.linspace(-1, 1, 60).reshape(12, 5).sin(), torch.arange(12) % 3
+    fits = lambda batch: batch.to(next(model.parameters()).dtype)  # noqa: E731
+    arguments = {"outputs": lambda net, batch: net(fits(batch[0])), "loss": nn.functional.cross_entropy}
+    monitor = Monitor(model, (x, y), engine=engine, diagnostics="full", **arguments)
+    monitor.measure(0)
+    for move in moves:
+        model.train().to(move)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        nn.functional.cross_entropy(model(fits(x)), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if resumed:
+        earlier, previous = monitor.baseline, monitor.previous
+        monitor = Monitor(model, (x, y), engine=engine, diagnostics="full", **arguments)
+        monitor.restore(earlier, previous, 0.0)
+    return {name: value for name, value in monitor.measure(3).metrics.items() if name != "overhead"}
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["", "resumed"])
+@pytest.mark.parametrize("engine", ["layerwise", "functional"])
+def test_a_model_that_moves_between_probes_is_compared_with_its_baseline(engine: str, resumed: bool) -> None:
+    """To another type, which this machine has, as to another device: what was kept follows, where it is used."""
+    double, single = torch.float64, torch.float32
+    there = _trained([single] * 3, engine, resumed)
+    for name, moves in {"once": [single, double, double], "there and back": [double, single, single]}.items():
+        moved = _trained(moves, engine, resumed)
+        assert moved.keys() == there.keys()
+        for metric, value in there.items():
+            assert moved[metric] == pytest.approx(value, rel=1e-3, abs=1e-4), f"{name}, {metric}"
 
 
 def test_the_record_names_the_optimizer_that_it_was_given(tmp_path: Path) -> None:

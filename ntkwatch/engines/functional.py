@@ -69,15 +69,13 @@ class Functional:
 
         def attempt(size: int) -> dict[str, Tensor]:
             other = None if x2 is None else blocks(x2, size)
-            return self._blocks(network, blocks(x1, size), other, state, rich, dtype, signed)
+            return self.by_parameter(network, blocks(x1, size), other, state, rich, dtype, signed)
 
-        theta = backing_off(attempt, chunk, network.device)
-        total = torch.stack(list(theta.values())).sum(0)
-        kept = {} if layers is None else {name: reduce(t, rich, layers) for name, t in theta.items()}
+        value, kept = together(backing_off(attempt, chunk, network.device), rich, reduction, layers)
         floor = noise_floor(outputs.dtype, precision)
-        return Kernel(reduce(total, rich, reduction), kept, outputs, reduction, self.name, precision, floor)
+        return Kernel(value, kept, outputs, reduction, self.name, precision, floor)
 
-    def _blocks(
+    def by_parameter(
         self,
         network: Network,
         blocks1: list[Any],
@@ -85,8 +83,9 @@ class Functional:
         state: Mapping[str, Tensor] | None,
         reduction: Reduction,
         dtype: torch.dtype,
-        signed: bool,
+        signed: bool = False,
     ) -> dict[str, Tensor]:
+        """One kernel for each parameter, of the blocks with those of `other`, or with themselves; see `assemble`."""
         parameters, blocks2 = trained_at(network, state), blocks1 if other is None else other
 
         @lru_cache(maxsize=2)
@@ -134,6 +133,15 @@ class Functional:
 def trained_at(network: Network, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The trained parameters, at `state` where it names them."""
     return {name: (state or {}).get(name, p).detach() for name, p in network.parameters.items()}
+
+
+def together(
+    theta: Mapping[str, Tensor], source: Reduction, reduction: Reduction, layers: Reduction | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The kernel of all parameters in `reduction`, and of each in `layers`, from those of each in `source`."""
+    total = torch.stack(list(theta.values())).sum(0)
+    kept = {} if layers is None else {name: reduce(t, source, layers) for name, t in theta.items()}
+    return reduce(total, source, reduction), kept
 
 
 def contract(j1: Tensor, j2: Tensor, reduction: Reduction, dtype: torch.dtype) -> Tensor:

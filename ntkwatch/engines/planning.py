@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ntkwatch.engines.auto import Choice
-from ntkwatch.engines.base import Plan, Precision, Reduction, Row, at_hand, entries
+from ntkwatch.engines.base import Plan, Precision, Reduction, Row, at_hand, work_dtype
+from ntkwatch.engines.foresight import Foresight
 from ntkwatch.engines.functional import Functional, quiet, trained_at
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.engines.machines import has_fast_double, machine, pace
@@ -93,15 +94,7 @@ def _functional(choice: Choice, network: Network, x: Any, wanted: Wanted) -> Pla
         flops, moved = 2.0 * pairs * p.numel(), 4.0 * n * c * p.numel() * p.element_size() * math.ceil(n / chunk)
         seconds = flops / at.double + moved / at.bandwidth
         rows.append(Row(name, "vmap(jacrev)", flops, moved, seconds))
-    total = sum(p.numel() for p in parameters.values())
-    largest = max(p.numel() for p in parameters.values())
-    peak = 2 * chunk * c * (total * next(iter(parameters.values())).element_size() + 8 * largest)
-    peak += 8 * n * n * len(parameters) * _kept(wanted, c)
+    dtype = work_dtype(next(iter(parameters.values())).dtype, at_hand(wanted.precision, network.device))
+    peak = Foresight(network, chunk, wanted.reduction, wanted.layers, dtype).peak(x)
     passes, notes = _passes(forward, x, network.device, c, 0.0), _notes(network.device, wanted.precision)
     return Plan("functional", choice.reason, peak, chunk, _in_wall_time([passes, *rows], network.device), notes)
-
-
-def _kept(wanted: Wanted, outputs: int) -> int:
-    """Entries per pair of probes and parameter: this engine has a kernel of each, stacks them, and reduces some."""
-    reduced = 0 if wanted.layers in (None, wanted.reduction) else entries(str(wanted.layers), outputs)
-    return 2 * entries(wanted.reduction, outputs) + reduced
