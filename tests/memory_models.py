@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).parent / "bench"))
 from models import GPT, Block, cnn, mlp, resnet18
 
 from ntkwatch.engines import memory, plan
+from ntkwatch.engines.functional import Functional
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.guard import leave_no_trace
-from ntkwatch.model import Network
+from ntkwatch.model import Network, take
 
 assert Block
 Made = tuple[nn.Module, Any]
@@ -65,6 +66,21 @@ class Bag(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.a(self.words(x)).relu().mean(1))
+
+
+class Switched(nn.Module):
+    """Takes a way that the value of a buffer decides; pruned, a width too, which has no shape without the values."""
+
+    def __init__(self, pruned: bool = False) -> None:
+        super().__init__()
+        self.net, self.back = nn.Sequential(nn.Linear(256, 512), nn.Tanh()), nn.Linear(256 if pruned else 512, 10)
+        self.pruned = pruned
+        self.register_buffer("kept", torch.arange(512) % 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.net(x)
+        h = h.square() if self.kept.sum() > 0.5 else h
+        return self.back(h.index_select(-1, self.kept.nonzero().flatten()) if self.pruned else h)
 
 
 class Tied(nn.Module):
@@ -148,6 +164,8 @@ MODELS: dict[str, Callable[[], Made]] = {
     "weight-tied": lambda: (Tied(), torch.randn(256, 512)),
     "LayerNorm MLP": lambda: (_layer_norm_mlp(), torch.randn(256, 512)),
     "GroupNorm CNN": lambda: (_group_norm(), torch.randn(32, 3, 16, 16)),
+    "switched": lambda: (Switched(), torch.randn(64, 256)),
+    "pruned": lambda: (Switched(pruned=True), torch.randn(64, 256)),
     "wide output": lambda: (mlp(512, 2, 100), torch.randn(24, 784)),
 }
 REDUCTIONS = ("trace", "full")
@@ -169,6 +187,24 @@ def predicted_and_counted(name: str, reduction: Any, layers: Any = None) -> dict
         engine.recipe(network, x, None)
         run = lambda: engine.kernel(network, x, reduction=reduction, layers=layers)  # noqa: E731
         return {"predicted": found.peak_bytes, "counted": memory.peak_bytes(run)}
+
+
+TO_TORCH_FUNC = {name: 8 for name in MODELS if name not in ("GRU", "RNN", "BERT")}  # probes; the others it cannot do
+TO_TORCH_FUNC |= {"ResNet-18": 3, "embedding": 4, "LayerNorm MLP": 4, "MLP": 4, "wide output": 3, "weight-tied": 32}
+
+
+def functional_predicted_and_counted(
+    name: str, reduction: Any, layers: Any = None, chunk_size: int | None = None
+) -> dict[str, int]:
+    """The same for the functional engine, on fewer probes."""
+    module, x = build(name)
+    x = take(x, slice(0, TO_TORCH_FUNC[name]))
+    asked = {"reduction": reduction, "layers": layers, "chunk_size": chunk_size}
+    found = plan(module, x, engine="functional", **asked)
+    network = Network(module)
+    with leave_no_trace(module):
+        counted = memory.peak_bytes(lambda: Functional().kernel(network, x, **asked))
+    return {"predicted": found.peak_bytes, "counted": counted}
 
 
 def _status(what: str) -> int:

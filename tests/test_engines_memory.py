@@ -81,6 +81,37 @@ def test_peak_memory_is_predicted_of_every_model(capsys: pytest.CaptureFixture[s
         assert found["resident"] < 1.1 * found["counted"] + RSS, f"{cell}: memory that no tensor holds"
 
 
+# Of the functional engine: the model, reduction, that of kernels per parameter, probes per block.
+BLOCKS = {name: -(-n // 3) for name, n in memory_models.TO_TORCH_FUNC.items()}  # three, or more with a short last one
+FUNCTIONAL = [
+    ("CNN", "trace", None, None), ("CNN", "full", "trace", 2), ("depthwise", "trace", "trace", 3),
+    ("conv1d", "sum", None, 1), ("GroupNorm CNN", "blocks", "trace", 3), ("switched", "trace", None, None),
+    ("pruned", "full", None, 2), ("pruned", "trace", None, None), ("TransformerEncoder", "trace", None, 3),
+]  # fmt: skip
+
+
+def check_functional(cells: list[tuple[str, str, str | None, int | None]], capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {
+        (name, f"{reduction}, layers {layers}, blocks of {chunk}"): (
+            memory_models.functional_predicted_and_counted(name, reduction, layers, chunk)
+        )
+        for name, reduction, layers, chunk in cells
+    }
+    check(rows, capsys)
+
+
+def test_peak_memory_of_the_functional_engine_is_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    check_functional(FUNCTIONAL, capsys)
+
+
+@pytest.mark.soak
+def test_peak_memory_of_the_functional_engine_is_predicted_of_every_model(capsys: pytest.CaptureFixture[str]) -> None:
+    ways = [("trace", None), ("full", "trace"), ("blocks", None), ("sum", "sum")]
+    check_functional(
+        [(name, *way, chunk) for name, split in BLOCKS.items() for way in ways for chunk in (None, split, 1)], capsys
+    )
+
+
 def measured(name: str, reduction: str) -> dict[str, int]:
     """In a process of its own, whose C library gives large blocks back at once."""
     command = [sys.executable, str(HERE / "memory_models.py"), name, reduction]

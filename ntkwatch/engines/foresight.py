@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +20,25 @@ from ntkwatch.model import Network, batch_size, inputs_of, take
 _ROUND = 3  # blocks: with two Jacobians kept and the third being made, all that is held at once has been held
 
 
+class _Brief(Functional):
+    """Takes two stretches of every product, beyond which none takes more memory."""
+
+    stretches = 2
+
+
 @dataclass(frozen=True)
 class Foresight:
-    """A kernel that has not been computed: in blocks of `chunk` probes, its products in `dtype`."""
+    """A kernel that has not been computed: in blocks of `chunk` probes, its products in `dtype`.
+
+    answers: the values that the model's control flow asks for, in order.
+    """
 
     network: Network
     chunk: int
     reduction: Reduction
     layers: Reduction | None
     dtype: torch.dtype
+    answers: Sequence[Any] = ()
 
     def peak(self, x: Any) -> int:
         """Bytes over the model's own; where shapes depend on values, from few probes, and continued."""
@@ -36,17 +46,17 @@ class Foresight:
         nothing = contextlib.suppress(Exception)  # whatever a model does with values that are not there
         with nothing, shapes_only(self.network, x, None) as (batch, state):
             return self._measured(batch, state, self.chunk)
-        sizes = [size for size in (1, 2) if size <= self.chunk]
-        peaks = [self._measured(take(x, slice(0, _ROUND * size)), None, size, n) for size in sizes]
+        sizes, count = [size for size in (1, 2) if size <= self.chunk], min(_ROUND, -(-n // self.chunk))
+        peaks = [self._measured(take(x, slice(0, count * size)), None, size, n) for size in sizes]
         return peaks[-1] + (peaks[-1] - peaks[0]) * (self.chunk - sizes[-1])
 
     def _measured(self, x: Any, state: Mapping[str, Tensor] | None, chunk: int, n: int | None = None) -> int:
         """Of the first blocks of x, with the kernels of n probes."""
         some, n = blocks(x, chunk)[:_ROUND], n or batch_size(inputs_of(x))
-        with LiveStorages() as counter, quiet():
+        with LiveStorages(() if state is None else self.answers) as counter, quiet():
             with torch.no_grad():
                 outputs = self.network.outputs(x, state).detach()
-            found = Functional().by_parameter(self.network, some, None, state, self.reduction, self.dtype)
+            found = _Brief().by_parameter(self.network, some, None, state, self.reduction, self.dtype)
             ends, made = counter.peak, sum(k.untyped_storage().nbytes() for k in found.values())
         part = sum(batch_size(inputs_of(block)) for block in some)
         pairs = n * n * len(found) * self.dtype.itemsize
