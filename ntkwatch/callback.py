@@ -18,12 +18,12 @@ from ntkwatch.distributed import Ranks, sharded
 from ntkwatch.failures import Failures
 from ntkwatch.following import Follower, follow
 from ntkwatch.opening import Opening, Settings
-from ntkwatch.record import Measurement, RecordError, load_run
+from ntkwatch.outcome import Outcome
+from ntkwatch.record import Measurement, RecordError
 from ntkwatch.schedule import Schedule
 from ntkwatch.session import Session
 from ntkwatch.sinks import publish
 from ntkwatch.trainer import log, others_warnings, show_columns, stays_out, true_precision, warn
-from ntkwatch.words import summarise
 
 if TYPE_CHECKING or "lightning.pytorch" not in sys.modules:
     from pytorch_lightning import Callback
@@ -51,10 +51,6 @@ class NTKWatch(Callback):
         loggers: None for the trainer's, [] for the record alone, or a list of Lightning loggers.
         hparams: kept in the record beside the module's own `hparams`; {"width": 256} feeds `ntkwatch widths`.
         seed: of the probe choice and the label permutations; the run's own generators are never touched.
-
-    Attributes:
-        record: the folder of this run's record, None before fit.
-        last: the last Measurement (on rank 0), None before the first.
 
     Raises:
         ValueError: an argument of an unknown value, at construction.
@@ -116,6 +112,16 @@ class NTKWatch(Callback):
         self.schedule = Schedule(self._settings.every, self._settings.budget)
         # Every rank walks the whole grid; whether the budget lets a step fire is rank 0's to say.
         self._grid = Schedule(self._settings.every, None)
+
+    @property
+    def record(self) -> Path | None:
+        """The folder of this run's record, None before fit; after ddp_spawn too, in the process that called fit."""
+        return self._outcome.record
+
+    @property
+    def last(self) -> Measurement | None:
+        """The last Measurement (on rank 0), None before the first; after ddp_spawn, what the record holds of it."""
+        return self._outcome.last
 
     # ── Lightning's hooks ─────────────────────────────────────────────────────────────────────────────────────────
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -229,9 +235,8 @@ class NTKWatch(Callback):
 
     def summary(self) -> str:
         """The run in words, with its numbers, as `ntkwatch show` tells it; or why there is nothing to tell."""
-        if self.record is None:
-            return self._failures.instead_of_a_summary(self.last.step if self.last is not None else None)
-        return summarise(load_run(self.record))
+        step = self.last.step if self.last is not None else None
+        return self._outcome.summary() or self._failures.instead_of_a_summary(step)
 
     def _candidate(self) -> bool:
         """Whether the grid has a point here; a user's own function of the step may fail like any probe."""
@@ -279,14 +284,11 @@ class NTKWatch(Callback):
                 self._session.begin([trainer.precision_plugin.convert_input(batch)])
         for line in self._session.introduction():
             log.info(f"NTKWatch: {line}")
-        self.record = self._session.record
+        self._outcome.keep(self._session.record)
 
     def _baseline(self, trainer: Any) -> Measurement:
-        assert self._session is not None
         self.schedule.due(self._step)
-        measurement = self._measure(trainer)
-        self.record = self._session.record
-        return measurement
+        return self._measure(trainer)
 
     def _continue(self, session: Session) -> bool:
         if self._restored is None:
@@ -316,7 +318,8 @@ class NTKWatch(Callback):
         elif values is not None:
             self._failures.succeeded()
             self._probed_at = self._step
-            self.last = measurement
+            if self._session is not None:
+                self._outcome.keep(self._session.record, measurement)
             self._values.update({tag: value for tag, value in values.items() if tag.startswith("ntk/")})
             publish(self._values, trainer.callback_metrics)
 

@@ -50,6 +50,7 @@ FLOORS = {
         "words",
         "losses",
         "misfits",
+        "outcome",
         "optimizers",
         "shadow",
     },
