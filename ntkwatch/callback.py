@@ -91,13 +91,12 @@ class NTKWatch(Callback):
             wanted, targets, every, budget, resample, save_kernels, loggers, dict(hparams or {}), seed, monitor
         )
         self._explicit = wanted.data is not None or outputs is not None or targets is not None
-        self._on_error = on_error
+        self._on_error, self._outcome = on_error, Outcome()
         self._forget()
 
     def _forget(self) -> None:
         """A clean slate for one fit; a checkpoint's state is loaded after this."""
-        self.record: Path | None = None
-        self.last: Measurement | None = None
+        self._outcome.keep(None)
         self._failures = Failures(self._on_error, self._explicit)
         self._session: Session | None = None
         self._follower: Follower | None = None
@@ -140,8 +139,7 @@ class NTKWatch(Callback):
         if self._failures.off is not None:
             return
         self._ranks = Ranks.detect()
-        self._global_step = trainer.global_step
-        self._step = trainer.global_step
+        self._step = self._global_step = trainer.global_step
         if self._restored is not None:
             self._step = self._probed_at = self._restored["step"]
             self.schedule.load_state_dict(self._restored["schedule"])
@@ -206,8 +204,7 @@ class NTKWatch(Callback):
             self._hide_columns = None  # a closure: the callback stays picklable
         if self._session is not None:
             self._failures.quietly("closing the loggers", self._session.finish)
-            # `trainer.save_checkpoint` after the fit still resumes the record
-            self._carried = self._state(self._session)
+            self._carried = self._state(self._session)  # `trainer.save_checkpoint` after the fit resumes the record
             self._session = None
         if self._follower is not None:
             self._follower.close()
@@ -215,14 +212,13 @@ class NTKWatch(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only, under 1 MB."""
-        state: dict[str, Any] = {
+        return {
             "step": self._step,
             "schedule": self.schedule.state_dict(),
             "grid": self._grid.state_dict(),
             "values": dict(self._values),
+            "session": self._state(self._session) if self._session is not None else self._carried,
         }
-        state["session"] = self._state(self._session) if self._session is not None else self._carried
-        return state
 
     def _state(self, session: Session) -> dict[str, Any]:
         forecast = self._follower.state(session.record) if self._follower is not None and session.begun else None

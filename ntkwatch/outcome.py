@@ -55,7 +55,9 @@ class Outcome:
     def __getstate__(self) -> dict[str, Any]:
         from multiprocessing.context import get_spawning_popen
 
-        return self.__dict__ if get_spawning_popen() is not None else {**self.__dict__, "_page": None}
+        if get_spawning_popen() is not None:
+            return self.__dict__
+        return {"_record": self.record, "_last": self.last, "_page": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

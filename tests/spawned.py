@@ -1,7 +1,7 @@
-"""A run whose processes Lightning spawns or forks, and what the process that called fit can say of it afterwards.
+"""Runs whose processes Lightning spawns or forks, and what the process that called fit can say of them afterwards.
 
-`python spawned.py STRATEGY FOLDER` writes FOLDER/seen.json: record, last step, summary, at the start and after each of
-two fits, the first in this process, the second in two processes of its own.
+`python spawned.py FOLDER` writes FOLDER/seen.json: record, last step, its angle and summary, before and after each fit
+of one callback, in this process and in processes of its own, and of copies of it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from trust_harness import quieten
 from ntkwatch import NTKWatch
 
 STEPS = 4
+FITS: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "spawned": {"strategy": "ddp_spawn", "devices": 2},
+    "forked": {"strategy": "ddp_fork", "devices": 2},
+}
 
 
 def said(watch: NTKWatch) -> dict[str, Any]:
@@ -29,18 +34,19 @@ def said(watch: NTKWatch) -> dict[str, Any]:
     return {**told, "summary": watch.summary()}
 
 
-def main(strategy: str, folder: str) -> None:
+def main(folder: str) -> None:
     warnings.simplefilter("ignore")
     quieten()
     watch = NTKWatch(probes=6, every=[0, 2], budget=None, on_error="raise")
     seen = {"before": said(watch)}
-    for name, settings in {"alone": {}, "spawned": {"strategy": strategy, "devices": 2}}.items():
+    for name, settings in FITS.items():
         fit = trainer(Path(folder) / name, watch, max_steps=STEPS, **settings)
         fit.fit(Classifier(norm=True), *loaders())
         seen[name] = said(watch)
     seen["a copy"], seen["sent"] = said(copy.deepcopy(watch)), said(pickle.loads(pickle.dumps(watch)))
     slim = NTKWatch(probes=6, every=[0, 2], budget=None, save_kernels=False)
-    trainer(Path(folder) / "slim", slim, max_steps=2, strategy=strategy, devices=2).fit(Classifier(), *loaders())
+    fit = trainer(Path(folder) / "without kernels", slim, max_steps=2, **FITS["forked"])
+    fit.fit(Classifier(), *loaders())
     seen["without kernels"] = said(slim)
     (Path(folder) / "seen.json").write_text(json.dumps(seen))
 

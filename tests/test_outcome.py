@@ -16,27 +16,24 @@ from ntkwatch import load_run
 from ntkwatch.outcome import SIZE, Outcome
 from ntkwatch.record import Measurement
 
-ENDS = {"ddp_spawn": "spawned", "ddp_fork": "forked"}
 
-
-@pytest.mark.parametrize("strategy", ENDS)
-def test_the_process_that_called_fit_reads_the_record(strategy: str, tmp_path: Path) -> None:
-    fault = fault_of(spawned.__file__, strategy, tmp_path)
+def test_the_process_that_called_fit_reads_the_record(tmp_path: Path) -> None:
+    fault = fault_of(spawned.__file__, tmp_path)
     assert fault is None, fault
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert (seen["before"]["record"], seen["before"]["step"]) == ("None", None)
-    for name in ("alone", "spawned"):
+    for name in spawned.FITS:
         run = load_run(tmp_path / name)
         assert seen[name]["record"] == str(run.folder), f"{name}: that fit's own, not an earlier one's"
         assert run.steps == [0, 2, spawned.STEPS]
         assert seen[name]["step"] == spawned.STEPS
         assert seen[name]["angle"] == run.metrics["kernel_angle"].iloc[-1] > 0, name
-        assert f"step {spawned.STEPS}" in seen[name]["summary"], seen[name]["summary"]
+        assert f"steps 0 to {spawned.STEPS}" in seen[name]["summary"], seen[name]["summary"]
     slim = seen["without kernels"]
-    assert slim["record"] == str(load_run(tmp_path / "slim").folder)
+    assert slim["record"] == str(load_run(tmp_path / "without kernels").folder)
     assert slim["step"] is None, "the record does not hold the last measurement whole"
     for name in ("a copy", "sent"):
-        assert seen[name]["record"] == seen["alone"]["record"], f"{name} shares nothing: it has what this process kept"
+        assert seen[name] == seen["forked"], f"{name} has what its original was told"
 
 
 def test_a_copy_and_its_original_tell_each_other_nothing(tmp_path: Path) -> None:
