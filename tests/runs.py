@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from ntkwatch import NTKWatch
 
 
 class Classifier(pl.LightningModule):
@@ -79,3 +82,17 @@ def trainer(path: Path, *callbacks: Any, **settings: Any) -> pl.Trainer:
         "enable_model_summary": False, "enable_checkpointing": False, "max_steps": 12, "default_root_dir": path,
     }  # fmt: skip
     return pl.Trainer(callbacks=list(callbacks), **{**quiet, **settings})
+
+
+def whole_and_resumed(path: Path, between: Callable[[], object] = lambda: None, **settings: Any) -> tuple[Any, Any]:
+    """The NTKWatch of a run of 12 steps, and that of the same one resumed at step 6; `between` is called before."""
+    torch.manual_seed(0)
+    whole, first, rest = (NTKWatch(**settings) for _ in range(3))
+    trainer(path / "whole", whole).fit(Classifier(), *loaders())
+    torch.manual_seed(0)
+    half = trainer(path / "parts", first, max_steps=6)
+    half.fit(Classifier(), *loaders())
+    half.save_checkpoint(path / "a.ckpt")
+    between()
+    trainer(path / "parts", rest).fit(Classifier(), *loaders(), ckpt_path=path / "a.ckpt")
+    return whole, rest

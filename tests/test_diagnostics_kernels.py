@@ -17,7 +17,7 @@ from ntkwatch.diagnostics import DIAGNOSTICS
 from ntkwatch.diagnostics.signs import SIGN_DESCENT
 from ntkwatch.diagnostics.softmax import SOFTMAX
 from ntkwatch.engines.layerwise import Layerwise
-from tests.runs import Classifier, loaders, trainer
+from tests.runs import Classifier, loaders, trainer, whole_and_resumed
 
 BOTH = [*SIGN_DESCENT, *SOFTMAX]
 
@@ -232,15 +232,7 @@ def test_training_is_bitwise_what_it_is_without_them(tmp_path: Path) -> None:
 
 def test_through_the_callback_and_over_a_resume(tmp_path: Path) -> None:
     settings = {"probes": 12, "budget": None, "every": [0, 6, 12], "diagnostics": BOTH, "on_error": "raise"}
-    torch.manual_seed(0)
-    whole = NTKWatch(**settings)
-    trainer(tmp_path / "whole", whole).fit(Classifier(), *loaders())
-    torch.manual_seed(0)
-    first = trainer(tmp_path / "parts", NTKWatch(**settings), max_steps=6)
-    first.fit(Classifier(), *loaders())
-    first.save_checkpoint(tmp_path / "a.ckpt")
-    watch = NTKWatch(**settings)
-    trainer(tmp_path / "parts", watch).fit(Classifier(), *loaders(), ckpt_path=tmp_path / "a.ckpt")
+    whole, watch = whole_and_resumed(tmp_path, **settings)
     resumed, expected = load_run(watch.record).metrics, load_run(whole.record).metrics
     for name in BOTH:
         assert expected[name].notna().all(), name

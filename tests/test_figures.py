@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -24,14 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from ntkwatch import figures
-
-
-class Slope(NamedTuple):
-    value: float
-    low: float
-    high: float
-    r2: float
-    n: int
+from ntkwatch.slopes import Slope
 
 
 def kernel(n: int = 12, seed: int = 0) -> torch.Tensor:

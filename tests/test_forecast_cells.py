@@ -205,17 +205,16 @@ class Parental(Halved):
         loss = super().step(closure)
         with torch.no_grad():
             for p in self.param_groups[0]["params"]:
-                p.mul_(0.99)
+                self.nudge(p)
         return loss
 
+    def nudge(self, p: Tensor) -> None:
+        p.mul_(0.99)
 
-class Noisy(Halved):
-    def step(self, closure: Any = None) -> Any:
-        loss = super().step(closure)
-        with torch.no_grad():
-            for p in self.param_groups[0]["params"]:
-                p.add_(1e-3 * torch.randn_like(p))
-        return loss
+
+class Noisy(Parental):
+    def nudge(self, p: Tensor) -> None:
+        p.add_(1e-3 * torch.randn_like(p))
 
 
 class Slow(Halved):

@@ -20,7 +20,7 @@ from ntkwatch import limit as limits
 from ntkwatch.cli import app
 from ntkwatch.probes import ProbeSet
 from ntkwatch.record import RecordError
-from tests.runs import Classifier, loaders, trainer
+from tests.runs import Classifier, loaders, trainer, whole_and_resumed
 
 NAME = "distance_to_infinite"
 
@@ -251,16 +251,8 @@ def test_the_record_keeps_it(tmp_path: Path) -> None:
 
 def test_a_resumed_run_does_not_compute_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"probes": 12, "budget": None, "every": [0, 6, 12]}
-    torch.manual_seed(0)
-    whole = NTKWatch(**settings)
-    trainer(tmp_path / "whole", whole).fit(Classifier(), *loaders())
-    torch.manual_seed(0)
-    first = trainer(tmp_path / "parts", NTKWatch(**settings), max_steps=6)
-    first.fit(Classifier(), *loaders())
-    first.save_checkpoint(tmp_path / "a.ckpt")
-    monkeypatch.setattr("ntkwatch.monitor.wide_limit", lambda *a, **k: pytest.fail("it was computed again"))
-    watch = NTKWatch(**settings)
-    trainer(tmp_path / "parts", watch).fit(Classifier(), *loaders(), ckpt_path=tmp_path / "a.ckpt")
+    forbid = lambda: monkeypatch.setattr("ntkwatch.monitor.wide_limit", lambda *a, **k: pytest.fail("computed again"))  # noqa: E731
+    whole, watch = whole_and_resumed(tmp_path, forbid, **settings)
     distances = load_run(watch.record).metrics[NAME]
     assert list(distances.index) == [0, 6, 12]
     assert distances.notna().all()

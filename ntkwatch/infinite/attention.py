@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ntkwatch.infinite.field import Cross, Own, Saved
-from ntkwatch.infinite.layers import Layer, Positions, State
-from ntkwatch.infinite.windows import need_positions
+from ntkwatch.infinite.layers import State
+from ntkwatch.infinite.windows import OverPositions
 
 
 @dataclass(frozen=True)
-class Attention(Layer):
+class Attention(OverPositions):
     """Multi-head self-attention with an output projection, in NTK parametrization: each weight's w_grad is its w_std².
 
     variant: "softmax" (1/d-scaled, tied keys and queries) or "linear" (1/√d-scaled, no softmax). b_std: of the output's
@@ -34,7 +34,6 @@ class Attention(Layer):
     w_out: float = 1.0
     b_std: float = 0.0
     trained: bool = True
-    mixes = True
 
     def __post_init__(self) -> None:
         if self.variant not in ("softmax", "linear"):
@@ -46,13 +45,6 @@ class Attention(Layer):
         for name in ("w_query", "w_key", "w_value", "w_out", "b_std"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"Attention needs a finite {name} >= 0, got {getattr(self, name)}.")
-
-    def positions(self, shape: Positions) -> Positions:
-        need_positions(self, shape)
-        return shape
-
-    def pairs_in(self, pairs: bool) -> bool:
-        return True
 
     def state(self, before: State, notes: set[str]) -> State:
         return State.GAUSSIAN

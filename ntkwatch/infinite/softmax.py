@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ntkwatch.infinite.field import Cross, Draws, Own, Saved, later
-from ntkwatch.infinite.layers import Dense, Layer, Positions, State
-from ntkwatch.infinite.windows import need_positions
+from ntkwatch.infinite.layers import Dense, State
+from ntkwatch.infinite.windows import OverPositions
 
 MONTE_CARLO = "monte carlo"  # what `state` notes
 RELATIVE_JITTER = 4096  # of eps: lets Cholesky's factor exist where positions repeat
@@ -25,7 +25,7 @@ AT_ONCE = 2**21  # numbers of one temporary
 
 
 @dataclass(frozen=True)
-class SoftmaxAttention(Layer):
+class SoftmaxAttention(OverPositions):
     """Multi-head self-attention, softmax(q·k/√head_size), many heads. Estimated: `kernel` needs a `generator` for it.
 
     query, key, value, out: the four projections. head_size: units of a head, None in the limit of many. causal: a
@@ -38,18 +38,10 @@ class SoftmaxAttention(Layer):
     out: Dense = field(default_factory=Dense)
     head_size: int | None = None
     causal: bool = False
-    mixes = True
 
     def __post_init__(self) -> None:
         if self.head_size is not None and self.head_size < 1:
             raise ValueError(f"SoftmaxAttention needs head_size >= 1 or None, got {self.head_size}.")
-
-    def positions(self, shape: Positions) -> Positions:
-        need_positions(self, shape)
-        return shape
-
-    def pairs_in(self, pairs: bool) -> bool:
-        return True
 
     def state(self, before: State, notes: set[str]) -> State:
         notes.add(MONTE_CARLO)

@@ -171,6 +171,19 @@ def need_positions(layer: Layer, shape: Positions) -> None:
         raise ValueError(f"{layer} needs positions, got vectors; give inputs [n, C, H, W], [n, C, L] or [n, T, d].")
 
 
+class OverPositions(Layer):
+    """Ends in fresh weights and looks at all pairs of positions, of which there must be some."""
+
+    mixes = True
+
+    def positions(self, shape: Positions) -> Positions:
+        need_positions(self, shape)
+        return shape
+
+    def pairs_in(self, pairs: bool) -> bool:
+        return True
+
+
 def _windows(layer: Layer, shape: Positions, size: Size, stride: Size, padding: Padding) -> Positions:
     """The positions left after sliding a window."""
     need_positions(layer, shape)
