@@ -22,6 +22,10 @@ from ntkwatch.engines.separation import few
 from ntkwatch.model import Network, batch_size, inputs_of, take
 
 PASSES = "forward and backward"
+CONTINUED = (
+    "shapes depend on values here, so that memory is continued from a few probes: it may be off by half, and by more "
+    "under reduction='full'"
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ def _layerwise(choice: Choice, engine: Layerwise, network: Network, x: Any, want
     passes = _passes(forward, x, network.device, found.outputs, recipe.saved * n if recipe else 0.0, rounds)
     rows = {row.name: row for row in found.rows}
     ordered = [rows.get(name, Row(name, "unused", 0.0, 0.0, 0.0)) for name in network.parameters]
-    table, notes = _in_wall_time([passes, *ordered], network.device), _notes(network.device, wanted.precision)
+    notes = _notes(network.device, wanted.precision) + (() if found.exact else (CONTINUED,))
+    table = _in_wall_time([passes, *ordered], network.device)
     return Plan(engine.name, choice.reason, found.peak, chunk, table, notes)
 
 
