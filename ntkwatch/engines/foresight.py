@@ -21,9 +21,27 @@ _ROUND = 3  # blocks: with two Jacobians kept and the third being made, all that
 
 
 class _Brief(Functional):
-    """Takes two stretches of every product, beyond which none takes more memory."""
+    """Takes two stretches of every product, beyond which none takes more memory, and one Jacobian of a size."""
 
     stretches = 2
+
+    def __init__(self, counter: LiveStorages) -> None:
+        self._counter = counter
+        self._seen: dict[
+            int, tuple[dict[str, Any], int]
+        ] = {}  # by probes: shapes and types, and what making them takes
+
+    def _jacobian(
+        self, network: Network, block: Any, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor]:
+        n = batch_size(inputs_of(block))
+        if n not in self._seen:
+            found, rise = self._counter.rise(lambda: super(_Brief, self)._jacobian(network, block, parameters, state))
+            self._seen[n] = {name: (j.shape, j.dtype) for name, j in found.items()}, rise
+            return found
+        made, rise = self._seen[n]
+        self._counter.reserve(rise)
+        return {name: torch.empty(shape, dtype=dtype, device=network.device) for name, (shape, dtype) in made.items()}
 
 
 @dataclass(frozen=True)
@@ -56,7 +74,7 @@ class Foresight:
         with LiveStorages(() if state is None else self.answers) as counter, quiet():
             with torch.no_grad():
                 outputs = self.network.outputs(x, state).detach()
-            found = _Brief().by_parameter(self.network, some, None, state, self.reduction, self.dtype)
+            found = _Brief(counter).by_parameter(self.network, some, None, state, self.reduction, self.dtype)
             ends, made = counter.peak, sum(k.untyped_storage().nbytes() for k in found.values())
         part = sum(batch_size(inputs_of(block)) for block in some)
         pairs = n * n * len(found) * self.dtype.itemsize
