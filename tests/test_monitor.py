@@ -189,12 +189,12 @@ def _trained(moves: Sequence[torch.dtype], engine: str, resumed: bool) -> dict[s
 def test_a_model_that_moves_between_probes_is_compared_with_its_baseline(engine: str, resumed: bool) -> None:
     """To another type, which this machine has, as to another device: what was kept follows, where it is used."""
     double, single = torch.float64, torch.float32
-    there = _trained([single] * 3, engine, resumed)
-    for name, moves in {"once": [single, double, double], "there and back": [double, single, single]}.items():
-        moved = _trained(moves, engine, resumed)
+    for name, moves in {"late": [single, double, double], "there and back": [double, single, single]}.items():
+        moved, there = _trained(moves, engine, resumed), _trained([moves[-1]] * 3, engine, resumed)
         assert moved.keys() == there.keys()
         for metric, value in there.items():
-            assert moved[metric] == pytest.approx(value, rel=1e-3, abs=1e-4), f"{name}, {metric}"
+            close = moved[metric] is value is None or moved[metric] == pytest.approx(value, rel=1e-3, abs=1e-4)
+            assert close, f"{name}, {metric}: {moved[metric]}, was to be {value}"
 
 
 def test_the_record_names_the_optimizer_that_it_was_given(tmp_path: Path) -> None:
