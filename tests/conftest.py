@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+collect_ignore = ["typed_user.py"]  # for mypy alone: the search for doctests would run it
+
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
