@@ -17,13 +17,11 @@ from tests.runs import Classifier, loaders, trainer
 
 SCRIPT = """
 import sys
-from pathlib import Path
-from tests.runs import Classifier, loaders, trainer
-if sys.argv[2] == "lightning":
+if sys.argv[1] == "lightning":
     import lightning.pytorch as pl
 else:
     import pytorch_lightning as pl
-made = trainer(Path(sys.argv[1])) if sys.argv[2] != "lightning" else pl.Trainer(accelerator="cpu", barebones=True)
+made = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
 print("loaded" if "ntkwatch.callback" in sys.modules else "nothing", [type(c).__name__ for c in made.callbacks])
 """
 
@@ -58,11 +56,11 @@ def test_without_it_there_is_nothing(monkeypatch: pytest.MonkeyPatch, said: str)
 
 @pytest.mark.parametrize("package", ["pytorch_lightning", "lightning"])
 @pytest.mark.parametrize(("said", "wanted"), [("", "nothing"), ("1", "loaded")])
-def test_a_script_that_does_not_know_of_it(tmp_path: Path, package: str, said: str, wanted: str) -> None:
+def test_a_script_that_does_not_know_of_it(package: str, said: str, wanted: str) -> None:
     """Both names of Lightning ask; without the variable not even the callback is imported."""
     pytest.importorskip(package)
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), package],
+        [sys.executable, "-c", SCRIPT, package],
         env={**os.environ, "NTKWATCH": said}, capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     assert done.stdout.startswith(wanted), done.stdout
