@@ -139,6 +139,6 @@ def stays_out(trainer: Any, watch: Any) -> str | None:
     if trainer.barebones:
         return "Trainer(barebones=True) runs without extras"
     asked_for = watch.state_key == type(watch).state_key  # by the script, not by the environment
-    if not asked_for and any(other is not watch and type(other) is type(watch) for other in trainer.callbacks):
+    if not asked_for and any(other is not watch and isinstance(other, type(watch)) for other in trainer.callbacks):
         return "the Trainer has an NTKWatch of its own, beside the one that the environment asks for"
     return None

@@ -67,9 +67,16 @@ def test_a_script_that_does_not_know_of_it(package: str, said: str, wanted: str)
     assert ("NTKWatch" in done.stdout) is bool(said), done.stdout
 
 
-def test_a_callback_of_the_trainers_own_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Renamed(NTKWatch):
+    """A user's own kind of it."""
+
+
+@pytest.mark.parametrize("kind", [NTKWatch, Renamed])
+def test_a_callback_of_the_trainers_own_goes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[NTKWatch]
+) -> None:
     monkeypatch.setenv("NTKWATCH", "1")
-    own = NTKWatch(probes=12, every=6)
+    own = kind(probes=12, every=6)
     with pytest.warns(UserWarning, match="an NTKWatch of its own"):
         _, watches = fitted(tmp_path, own)
     assert watches[0] is own

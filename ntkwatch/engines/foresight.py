@@ -27,9 +27,8 @@ class _Brief(Functional):
 
     def __init__(self, counter: LiveStorages) -> None:
         self._counter = counter
-        self._seen: dict[
-            int, tuple[dict[str, Any], int]
-        ] = {}  # by probes: shapes and types, and what making them takes
+        # By probes: shapes and types, and what making them takes.
+        self._seen: dict[int, tuple[dict[str, Any], int]] = {}
 
     def _jacobian(
         self, network: Network, block: Any, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor] | None
