@@ -14,31 +14,36 @@ from ntkwatch.engines import contract, machines
 from ntkwatch.engines.base import Reduction
 from ntkwatch.engines.contract import Contractor
 from ntkwatch.engines.factors import Columns, Dense, Factor, Outer, Rows
+from ntkwatch.engines.outputs import PerOutput
 from ntkwatch.engines.sums import densify
 
 # n, C, groups, positions, p, q. Rows of a full kernel: below a strip, several narrow ones, and wide ones of float32.
 SHAPES = [(3, 2, 1, 4, 5, 3), (23, 4, 1, 3, 7, 9), (45, 9, 1, 2, 3, 4), (6, 3, 4, 5, 2, 3), (50, 2, 1, 1, 6, 5)]
-KINDS = ("outer", "rows", "dense")
+KINDS = [(kind, together) for kind in ("outer", "rows", "dense") for together in (False, True)]
 
 
-def made(kind: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Factor:
+def made(kind: tuple[str, bool], shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Factor:
     n, c, groups, s, p, q = shape
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
 
-    if kind == "outer":
-        return Outer(Columns.of(normal(n, groups, s, p)), tuple(normal(n, groups, s, q) for _ in range(c)))
-    if kind == "rows":
-        index = torch.randint(0, 6, (n, s), generator=generator)
-        return Rows(index, tuple(normal(n, s, q) for _ in range(c)), 6)
-    return Dense(tuple(normal(n, p * q) for _ in range(c)))
+    def each(*size: int) -> PerOutput:
+        found = normal(c, *size)
+        return PerOutput(found if together else found.unbind())
+
+    form, together = kind
+    if form == "outer":
+        return Outer(Columns.of(normal(n, groups, s, p)), each(n, groups, s, q))
+    if form == "rows":
+        return Rows(torch.randint(0, 6, (n, s), generator=generator), each(n, s, q), 6)
+    return Dense(each(n, p * q))
 
 
 def exact(one: Factor, two: Factor, reduction: Reduction) -> Tensor:
     """In the shape that `Contractor.finish` gives; "sum" is taken of a single output."""
-    a, b = (torch.stack(densify(f).j).double() for f in (one, two))
+    a, b = (densify(f).j.stacked().double() for f in (one, two))
     whole = torch.einsum("cnp,dmp->ncmd", a, b)
     blocks = whole.diagonal(dim1=1, dim2=3).permute(2, 0, 1)
     return {"full": whole.permute(0, 1, 2, 3), "blocks": blocks}.get(reduction, blocks.mean(0))
@@ -70,7 +75,7 @@ def test_long_products_in_strips_lose_no_digits(rows: int) -> None:
     x = torch.rand(rows, 20_000, generator=generator)  # all positive: a float32 sum that is too long would show
     contractor = Contractor("trace", torch.float32, True)
     out = contractor.zeros(1, rows, rows, x.device)
-    contractor.add(out, Dense((x,)), Dense((x,)))
+    contractor.add(out, Dense(PerOutput((x,))), Dense(PerOutput((x,))))
     right = x.double() @ x.double().T
     off = float((contractor.finish(out, 1).double() - right).abs().max() / right.abs().max())
     assert off < 1e-6, f"{rows} rows: off by {off:.1e}"

@@ -16,15 +16,16 @@ from torch.autograd.graph import GradientEdge, Node
 
 from ntkwatch.engines.carry import carry, leaf_below, pull_back
 from ntkwatch.engines.factors import Factor
-from ntkwatch.engines.functional import is_out_of_memory
 from ntkwatch.engines.graph import Graph, node_bytes, reaches, walk
+from ntkwatch.engines.outputs import PerOutput
+from ntkwatch.engines.passes import Start, at_once, in_turn
 from ntkwatch.engines.rules import Use, factor, operand_shape
 from ntkwatch.engines.separation import Separation, leaves_at, outputs_at, separate, transfers
 from ntkwatch.engines.sums import add, densify
 from ntkwatch.model import Network, UnsupportedModel
 
 _SEGMENT_BYTES = 1 << 25  # gradients captured before the pass pauses to use them
-Gradients = tuple[tuple[Tensor, ...] | None, ...]  # of each output of a node: one tensor for each of C
+Gradients = tuple[PerOutput | None, ...]  # of each output of a node
 _GROUP_BYTES = 1 << 28  # of one node for a group of outputs: larger groups share more, and hold more
 _BATCHED_BYTES = {"cpu": 1 << 19, "cuda": 1 << 26}  # of one node and output: above it, passes in turn are faster
 
@@ -83,22 +84,22 @@ class Capture:
     def factors(self, outputs: slice = slice(None)) -> Iterator[Found]:
         """Every parameter that the outputs depend on, once, for some of the outputs."""
         collector = _Collector(self.graph, self.recipe, self.n)
-        for grads in self._segments(self.cotangents[outputs]):
+        for grads in self._segments(PerOutput(self.cotangents.parts[outputs])):
             for number, filled in grads.items():
                 collector.take(number, filled)
             yield from collector.complete()
         yield from collector.rest()
 
-    def _segments(self, cotangents: tuple[Tensor, ...]) -> Iterator[dict[int, Gradients]]:
+    def _segments(self, cotangents: PerOutput) -> Iterator[dict[int, Gradients]]:
         """Output gradients of the boundary nodes, a segment of the graph at a time."""
         graph, wanted = self.graph, sorted({number for number, _, _ in self.recipe.boundary})
-        start: Tensor | GradientEdge = self._edge
+        start: Start = self._edge
         cuts = _cuts(graph, set(wanted))
         while wanted:
             taken, cut = _segment(graph, wanted, cuts, len(cotangents))
             wanted = wanted[len(taken) :]
             asked = taken if cut is None or cut in taken else [*taken, cut]
-            grads = _backward(graph, start, cotangents, asked)
+            grads = self._backward(start, cotangents, asked)
             if cut is not None and wanted:
                 node = graph.nodes[cut]
                 used = graph.outputs_used[node][0]
@@ -108,12 +109,28 @@ class Capture:
                 start, cotangents = GradientEdge(node, used), reached
             yield {number: grads[number] for number in taken}
 
+    def _backward(self, start: Start, cotangents: PerOutput, numbers: Sequence[int]) -> dict[int, Gradients]:
+        """Gradients of the numbered nodes' outputs: for all of C at once where they are small, else in turn."""
+        nodes = self.graph.nodes
+        pairs = [(number, used) for number in numbers for used in self.graph.outputs_used[nodes[number]]]
+        wanted = [GradientEdge(nodes[number], used) for number, used in pairs]
+        largest = max(node_bytes(self.graph, nodes[number]) for number in numbers)
+        grads = None
+        if self.recipe.batched and largest <= _BATCHED_BYTES.get(cotangents.one.device.type, 0):
+            grads = at_once(start, wanted, cotangents)
+        if grads is None:
+            grads = in_turn(start, wanted, cotangents)
+        filled: dict[int, list[PerOutput | None]] = {n: [None] * len(nodes[n]._input_metadata) for n in numbers}
+        for (number, used), g in zip(pairs, grads, strict=True):
+            filled[number][used] = g
+        return {number: tuple(found) for number, found in filled.items()}
 
-def _cotangents(f: Tensor, summed: bool) -> tuple[Tensor, ...]:
+
+def _cotangents(f: Tensor, summed: bool) -> PerOutput:
     """C of [n, C]: one output after the other, for all examples at once; one of ones when summed."""
     if summed:
-        return (torch.ones_like(f.detach()),)
-    return tuple(torch.eye(f.shape[1], dtype=f.dtype, device=f.device)[:, None].expand(-1, *f.shape))
+        return PerOutput(torch.ones_like(f.detach())[None])
+    return PerOutput(torch.eye(f.shape[1], dtype=f.dtype, device=f.device)[:, None].expand(-1, *f.shape))
 
 
 def _cuts(graph: Graph, wanted: set[int]) -> list[int]:
@@ -148,61 +165,6 @@ def _segment(graph: Graph, wanted: Sequence[int], cuts: Sequence[int], outputs: 
         if held >= _SEGMENT_BYTES and between:
             return taken, between[-1]
     return taken, None
-
-
-def _backward(
-    graph: Graph, start: Tensor | GradientEdge, cotangents: tuple[Tensor, ...], numbers: Sequence[int]
-) -> dict[int, Gradients]:
-    """Gradients of the numbered nodes' outputs: for all of C at once where they are small, else in turn."""
-    pairs = [(number, used) for number in numbers for used in graph.outputs_used[graph.nodes[number]]]
-    wanted = [GradientEdge(graph.nodes[number], used) for number, used in pairs]
-    largest = max(node_bytes(graph, graph.nodes[number]) for number in numbers)
-    grads = None
-    if largest <= _BATCHED_BYTES.get(cotangents[0].device.type, 0):
-        grads = _at_once(start, wanted, cotangents)
-    if grads is None:
-        grads = _in_turn(start, wanted, cotangents)
-    filled: dict[int, list[tuple[Tensor, ...] | None]] = {
-        number: [None] * len(graph.nodes[number]._input_metadata) for number in numbers
-    }
-    for (number, used), g in zip(pairs, grads, strict=True):
-        filled[number][used] = g
-    return {number: tuple(found) for number, found in filled.items()}
-
-
-def _at_once(
-    start: Tensor | GradientEdge, wanted: Sequence[GradientEdge], cotangents: tuple[Tensor, ...]
-) -> list[tuple[Tensor, ...] | None] | None:
-    """None where some operation's backward pass cannot be batched."""
-    try:
-        grads = _grad(start, wanted, torch.stack(cotangents), batched=True)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        return None
-    return [None if g is None else g.detach().unbind() for g in grads]
-
-
-def _in_turn(
-    start: Tensor | GradientEdge, wanted: Sequence[GradientEdge], cotangents: tuple[Tensor, ...]
-) -> list[tuple[Tensor, ...] | None]:
-    passes = [_grad(start, wanted, cotangent, batched=False) for cotangent in cotangents]
-    return [_filled(each) for each in zip(*passes, strict=True)]
-
-
-def _filled(grads: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
-    """Zeros for those outputs that do not depend on the node; None where none does."""
-    known = next((g for g in grads if g is not None), None)
-    return None if known is None else tuple(torch.zeros_like(known) if g is None else g.detach() for g in grads)
-
-
-def _grad(
-    start: Tensor | GradientEdge, wanted: Sequence[GradientEdge], cotangents: Tensor, batched: bool
-) -> tuple[Tensor | None, ...]:
-    starts: Any = [start]
-    return torch.autograd.grad(
-        starts, wanted, [cotangents], retain_graph=True, allow_unused=True, is_grads_batched=batched
-    )
 
 
 class _Collector:
@@ -245,7 +207,7 @@ class _Collector:
             carried = carry(child, found) if leaf_below(child) is not None else None
             if carried is None:
                 how += ", pulled back"
-                self._arrive(child, used, torch.stack(densify(found).j))
+                self._arrive(child, used, densify(found).j.stacked())
                 self.pulled.update(names)
             else:
                 self.parts.setdefault(names[0], []).append(carried)

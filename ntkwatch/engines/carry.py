@@ -12,6 +12,7 @@ from torch.autograd.graph import Node
 
 from ntkwatch.engines.factors import Dense, Factor, Outer
 from ntkwatch.engines.graph import Graph, pull, rearranges
+from ntkwatch.engines.outputs import PerOutput
 from ntkwatch.engines.rules import operand_shape
 
 
@@ -46,13 +47,13 @@ def _real(found: Dense) -> Dense:
     """A complex parameter's Jacobian as that of its real and imaginary parts."""
     if not found.dtype.is_complex:
         return found
-    return Dense(tuple(torch.view_as_real(j.resolve_conj()).flatten(1) for j in found.j))
+    return Dense(found.j.over(lambda j: torch.view_as_real(j.resolve_conj()).flatten(-2)))
 
 
 def _matrices(node: Any, found: Outer) -> bool:
     """Whether the factor's groups, rows and columns are the tensor's own dimensions: a kernel's are several at once."""
     *lead, rows, columns = (int(size) for size in node._input_metadata[0].shape)
-    p, q = found.a.shape[3], found.g[0].shape[-1]
+    p, q = found.p, found.q
     return math.prod(lead) == found.groups and (rows, columns) == ((p, q) if found.a_first else (q, p))
 
 
@@ -81,7 +82,7 @@ def pull_back(
         if node in names:
             g = arrived.pop((node, 0), None)
             if g is not None:
-                result[names[node]] = _real(Dense(tuple(g.flatten(2) if g.ndim > 2 else g[..., None])))
+                result[names[node]] = _real(Dense(PerOutput(g.flatten(2) if g.ndim > 2 else g[..., None])))
             continue
         ready = [arrived.pop((node, i), None) for i in range(len(node._input_metadata))]
         if all(g is None for g in ready):

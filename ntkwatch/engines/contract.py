@@ -14,10 +14,10 @@ from ntkwatch.engines.base import Reduction
 from ntkwatch.engines.costs import choose, full_rows, gram_rows
 from ntkwatch.engines.factors import Dense, Factor, Outer, Rows, Slab
 from ntkwatch.engines.machines import machine
+from ntkwatch.engines.outputs import PerOutput
 from ntkwatch.engines.strips import STRETCH, add_product, at_once, blocks, strip_rows
 from ntkwatch.engines.sums import aligned
 
-Gradients = tuple[Tensor, ...]
 _SMALL_SLAB = 1 << 18  # entries of a slab of J where memory is short
 _SLAB_ROWS = 64  # … but of no fewer rows, below which matrix products slow down
 _SLAB_MOST = 1 << 25
@@ -36,7 +36,7 @@ class Contractor:
     dtype: torch.dtype
     same: bool
     short: bool = False
-    shared: dict[tuple[int, ...], tuple[Gradients, Gradients, Tensor]] = field(default_factory=dict)
+    shared: dict[tuple[int, ...], tuple[PerOutput, PerOutput, Tensor]] = field(default_factory=dict)
     workspace: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
     def zeros(self, c: int, n: int, m: int, device: torch.device) -> Tensor:
@@ -88,18 +88,30 @@ class Contractor:
 
     def _products(self, out: Tensor, x: Tensor, y: Tensor) -> None:
         """out += Σ_q of products of slabs [C, n, q] and [C, m, q], a stretch at a time, in `dtype`."""
+        if not machine(out.device).near:
+            self._few_products(out, x, y)
+            return
         matrices = self._matrices(out)
         if self.reduction == "full":
             x, y = x.flatten(0, 1)[None], y.flatten(0, 1)[None]
-        if not machine(out.device).near:
-            y = self._right(y)
-            found = x @ y.transpose(1, 2) if self.dtype == torch.float64 else at_once(x, y)  # float64 has no long sums
-            matrices += found if len(found) == len(matrices) else found.sum(0, keepdim=True)
-            return
         if self.reduction in ("trace", "sum"):
             matrices = matrices.expand(len(x), -1, -1)
         for matrix, a, b in zip(matrices, x, self._right(y), strict=True):
             add_product(matrix, a, b, self.same)
+
+    def _few_products(self, out: Tensor, x: Tensor, y: Tensor) -> None:
+        """As `_products`, in few calls and without a copy of slabs that lie by example."""
+        (c, n, _), m, full = x.shape, y.shape[1], self.reduction == "full"
+        turned = full and not x.is_contiguous()
+        if full:
+            x, y = ((t.transpose(0, 1) if turned else t).flatten(0, 1)[None] for t in (x, y))
+        y = self._right(y)
+        found = x @ y.transpose(1, 2) if self.dtype == torch.float64 else at_once(x, y)  # float64 has no long sums
+        if turned:
+            out += found.view(n, c, m, c).permute(1, 0, 3, 2)
+            return
+        matrices = self._matrices(out)
+        matrices += found if len(found) == len(matrices) else found.sum(0, keepdim=True)
 
     def _cast(self, t: Tensor, key: int) -> Tensor:
         """In `dtype`; in a buffer of our own where that needs memory."""
@@ -115,21 +127,22 @@ class Contractor:
         return held[:entries]
 
     # ── contractions ──────────────────────────────────────────────────────────────────────────────────────────────
-    def _gradients(self, a: Gradients, b: Gradients) -> Tensor:
+    def _gradients(self, a: PerOutput, b: PerOutput) -> Tensor:
         """The kernel of C of [n, q] with C of [m, q]; the last is remembered."""
-        key = (*identity(a), *identity(b))
+        key = (*a.place, *b.place)
         if key not in self.shared:
-            out = self.zeros(len(a), len(a[0]), len(b[0]), a[0].device)
+            out = self.zeros(len(a), len(a.one), len(b.one), a.one.device)
             x = self._side_by_side(a)
             self._products(out, x, x if self.same else self._side_by_side(b))
             self.shared = {key: (a, b, out)}  # a and b are held, so that no other takes their place
         return self.shared[key][2]
 
-    def _side_by_side(self, g: Gradients) -> Tensor:
+    def _side_by_side(self, g: PerOutput) -> Tensor:
         """C of [n, q] → [C, n, q], or [1, n, C·q] where products are summed over outputs: in one, there are fewer."""
-        if self.reduction in ("trace", "sum"):
-            return torch.stack(g, 1).flatten(1)[None].to(self.dtype)
-        return torch.stack(g).to(self.dtype)
+        if self.reduction not in ("trace", "sum"):
+            return g.stacked().to(self.dtype)
+        beside = g.parts.transpose(0, 1) if isinstance(g.parts, Tensor) else torch.stack(g.parts, 1)
+        return beside.flatten(1)[None].to(self.dtype)
 
     def _by_jacobian(self, out: Tensor, one: Factor, two: Factor) -> None:
         """Slabs of J, each multiplied with the other's (or its own) as soon as it is made."""
@@ -154,7 +167,7 @@ class Contractor:
         """What gives slabs of J, [outputs, n, rows·trailing] in `dtype`."""
         together = one.together() if isinstance(one, Outer) and not machine(one.device).near else None
         if together is not None:  # the outputs are all there are
-            return lambda outputs, rows: self._cast(together(rows.start, rows.stop), key)
+            return lambda outputs, rows: self._cast(together(rows.start, rows.stop), key).transpose(0, 1)
         slab = one.open()
         return lambda outputs, rows: self._slab(slab, one, outputs, rows, key)
 
@@ -173,8 +186,8 @@ class Contractor:
         inputs = torch.zeros(len(a), len(b), dtype=self.dtype, device=a.device)
         for start in range(0, a.shape[1], STRETCH):
             inputs.addmm_(a[:, start : start + STRETCH], self._right(b[:, start : start + STRETCH]).T)
-        g = tuple(each[:, 0, 0] for each in one.g)
-        products = self._gradients(g, g if self.same else tuple(each[:, 0, 0] for each in two.g))
+        g = alone(one)
+        products = self._gradients(g, g if self.same else alone(two))
         if self.reduction != "full":
             out.addcmul_(products, inputs)
             return
@@ -209,7 +222,7 @@ class Contractor:
         """⟨Σ_s ⟨a_s, a_s'⟩ g_cs, g_ds'⟩, an example with all others: C times less than ⟨g_cs, g_ds'⟩ of all pairs."""
         inputs1 = self._inputs(one)
         inputs2 = inputs1 if self.same else self._inputs(two)
-        g = torch.stack(self._positions(two, slice(0, two.n)))
+        g = self._lined_up(two, slice(0, two.n)).stacked()
         size = full_rows(two)
         for i in self._each(one.n):
             mine = self._positions(one, slice(i, i + 1))
@@ -228,9 +241,12 @@ class Contractor:
     def _weighted(self, a: Tensor, mine: list[Tensor], g: Tensor, columns: slice, t: int) -> Tensor:
         """[m, C, C] of products a [G, s, m·t] and gradients C of [G, s, q] and [C, G, ·, q] of the others."""
         (groups, _, width), (c, *_, q) = a.shape, g.shape
-        held = self._buffer(2, c * groups * width * q, self.dtype, a.device).view(c, groups, width, q)
-        for each, sums in zip(mine, held, strict=True):
-            torch.bmm(a.transpose(1, 2), each, out=sums)
+        if machine(a.device).near:
+            held = self._buffer(2, c * groups * width * q, self.dtype, a.device).view(c, groups, width, q)
+            for each, sums in zip(mine, held, strict=True):
+                torch.bmm(a.transpose(1, 2), each, out=sums)
+        else:
+            held = (a.transpose(1, 2) @ torch.cat(mine, -1)).unflatten(-1, (c, q)).movedim(-2, 0)
         others = g[:, :, columns.start * t : columns.stop * t]
         x, y = (h.unflatten(2, (-1, t)).flatten(3).permute(1, 2, 0, 3).flatten(0, 1) for h in (held, others))
         part = torch.zeros(len(x), c, c, dtype=self.dtype, device=a.device)
@@ -250,9 +266,17 @@ class Contractor:
         return x @ y.transpose(-1, -2)
 
     def _positions(self, one: Outer | Rows, rows: slice) -> list[Tensor]:
-        """C of [G, b·s, q]."""
-        grads = ((g if isinstance(one, Outer) else g[:, None])[rows].to(self.dtype) for g in one.g)
-        return [g.transpose(0, 1).flatten(1, 2) for g in grads]
+        """C of [G, b·s, q]; fewer and wider where their products are summed and they lie together."""
+        g = self._lined_up(one, rows)
+        if isinstance(g.parts, Tensor) and self.reduction in ("trace", "sum"):
+            return list(g.parts.movedim(0, -2).flatten(-2).split(STRETCH, -1))
+        return list(g)
+
+    def _lined_up(self, one: Outer | Rows, rows: slice) -> PerOutput:
+        """[G, b·s, q] of some examples, the positions of each after those of the one before."""
+        g = one.g if isinstance(one, Outer) else one.g.over(lambda t: t.unsqueeze(-3))
+        some = g.over(lambda t: t[..., rows, :, :, :].to(self.dtype))
+        return some.over(lambda t: t.transpose(-4, -3).flatten(-3, -2))
 
     def _block(self, inputs: Tensor, ga: list[Tensor], gb: list[Tensor], s: int, t: int) -> Tensor:
         """[b, m] or [C, b, m] of one block of pairs."""
@@ -278,10 +302,9 @@ def is_single(one: Factor, two: Factor) -> bool:
     return isinstance(one, Outer) and isinstance(two, Outer) and one.positions == two.positions == one.groups == 1
 
 
-def identity(grads: Gradients) -> tuple[int, ...]:
-    """Where gradients lie: the same for a weight and its bias where both have one position."""
-    places = ((t.untyped_storage()._cdata, t.storage_offset(), *t.stride()) for t in grads)
-    return (*grads[0].shape, *(number for place in places for number in place))
+def alone(one: Outer) -> PerOutput:
+    """The gradients of a weight used at one position: C of [n, q]."""
+    return one.g.over(lambda t: t[..., 0, 0, :])
 
 
 def _sum_positions(products: Tensor, s: int, t: int) -> Tensor:

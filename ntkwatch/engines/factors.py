@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ntkwatch.engines.machines import machine
+from ntkwatch.engines.outputs import PerOutput
 
 # (output, first, last, out): J's rows first … last − 1 are put into out, [n, last - first, trailing].
 Slab = Callable[[int, int, int, Tensor], object]
@@ -78,7 +79,7 @@ class Outer:
     """
 
     a: Columns
-    g: tuple[Tensor, ...]
+    g: PerOutput
     a_first: bool = False
 
     @property
@@ -103,7 +104,7 @@ class Outer:
 
     @property
     def q(self) -> int:
-        return self.g[0].shape[3]
+        return self.g.one.shape[3]
 
     @property
     def leading(self) -> int:
@@ -115,11 +116,11 @@ class Outer:
 
     @property
     def dtype(self) -> torch.dtype:
-        return made_in(self.g[0].dtype)
+        return made_in(self.g.one.dtype)
 
     @property
     def device(self) -> torch.device:
-        return self.g[0].device
+        return self.g.one.device
 
     def inputs(self) -> Tensor:
         """[n, G, S, p] in the Jacobian's type."""
@@ -142,7 +143,7 @@ class Outer:
         return lambda c, i, j, out: _outer(a, g[c][:, 0, :, i:j].to(dtype), False, out)
 
     def together(self) -> Callable[[int, int], Tensor] | None:
-        """As `open`, but (first, last) gives all outputs from one product, [C, n, rows·trailing].
+        """As `open`, but (first, last) gives all outputs from one product, [n, C, rows·trailing].
 
         None where the entries lie otherwise. The gradients are copied: worth it where calls cost more than memory.
         """
@@ -151,8 +152,8 @@ class Outer:
         a = self.inputs()[:, 0]
 
         def slab(i: int, j: int) -> Tensor:
-            g = torch.stack([each[:, 0, :, i:j].transpose(1, 2).to(self.dtype) for each in self.g], 1)
-            return (g.flatten(1, 2) @ a).unflatten(1, (self.outputs, j - i)).transpose(0, 1).flatten(2)
+            g = self.g.over(lambda t: t[..., 0, :, i:j].to(self.dtype)).stacked().permute(1, 0, 3, 2)
+            return (g.flatten(1, 2) @ a).unflatten(1, (self.outputs, j - i)).flatten(2)
 
         return slab
 
@@ -173,7 +174,7 @@ class Rows:
     """Rows of a table [V, q] looked up: `index` [n, S], `g` C of [n, S, q]."""
 
     index: Tensor
-    g: tuple[Tensor, ...]
+    g: PerOutput
     table: int
 
     @property
@@ -198,7 +199,7 @@ class Rows:
 
     @property
     def q(self) -> int:
-        return self.g[0].shape[2]
+        return self.g.one.shape[2]
 
     @property
     def leading(self) -> int:
@@ -210,11 +211,11 @@ class Rows:
 
     @property
     def dtype(self) -> torch.dtype:
-        return made_in(self.g[0].dtype)
+        return made_in(self.g.one.dtype)
 
     @property
     def device(self) -> torch.device:
-        return self.g[0].device
+        return self.g.one.device
 
     def open(self) -> Slab:
         def slab(c: int, i: int, j: int, out: Tensor) -> None:
@@ -230,11 +231,11 @@ class Rows:
 class Dense:
     """J itself, C of [n, P]."""
 
-    j: tuple[Tensor, ...]
+    j: PerOutput
 
     @property
     def n(self) -> int:
-        return self.j[0].shape[0]
+        return self.j.one.shape[0]
 
     @property
     def outputs(self) -> int:
@@ -242,7 +243,7 @@ class Dense:
 
     @property
     def leading(self) -> int:
-        return self.j[0].shape[1]
+        return self.j.one.shape[1]
 
     @property
     def trailing(self) -> int:
@@ -250,11 +251,11 @@ class Dense:
 
     @property
     def dtype(self) -> torch.dtype:
-        return made_in(self.j[0].dtype)
+        return made_in(self.j.one.dtype)
 
     @property
     def device(self) -> torch.device:
-        return self.j[0].device
+        return self.j.one.device
 
     def open(self) -> Slab:
         return lambda c, i, j, out: out.copy_(self.j[c][:, i:j, None])

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from ntkwatch.engines.base import Reduction, Row, entries
 from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.capture import Capture, Found
-from ntkwatch.engines.contract import Contractor, identity, is_single
+from ntkwatch.engines.contract import Contractor, alone, is_single
 from ntkwatch.engines.costs import Cost, choose
 from ntkwatch.engines.factors import Dense, Factor, Outer, Rows
 from ntkwatch.engines.machines import machine
@@ -108,8 +108,8 @@ class _Shared:
 def _gradients(one: Factor) -> tuple[int, ...]:
     """Where the gradients of a bias, or of a weight of one position, lie."""
     if isinstance(one, Outer):
-        return identity(tuple(g[:, 0, 0] for g in one.g)) if is_single(one, one) else ()
-    return identity(one.j) if isinstance(one, Dense) else ()
+        return alone(one).place if is_single(one, one) else ()
+    return one.j.place if isinstance(one, Dense) else ()
 
 
 @dataclass

@@ -30,6 +30,7 @@ from ntkwatch.engines.graph import (
     rearranges,
     walk,
 )
+from ntkwatch.engines.passes import can_be_batched
 from ntkwatch.engines.suspects import nested, suspect
 from ntkwatch.model import Network, UnsupportedModel, batch_size, inputs_of, take
 
@@ -49,6 +50,7 @@ class Separation:
     saved: float = 0.0  # bytes per example of all that the graph's nodes give
     captured: float = 0.0  # bytes per example and output of the gradients at the boundary
     outputs: int = 1
+    batched: bool = True  # whether backward passes for all outputs at once are as right as in turn
 
 
 def leaves_at(network: Network, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -189,6 +191,7 @@ def separate(graph: Graph, f: Tensor, n: int) -> Separation:
         sum(node_bytes(graph, node) for node in graph.nodes if node not in shared) / n,
         sum(node_bytes(graph, graph.nodes[i]) for i in {i for i, _ in boundary}) / n,
         f.shape[1],
+        can_be_batched(f, edges(graph, [graph.nodes[i] for i in sorted({i for i, _ in boundary})])),
     )
 
 

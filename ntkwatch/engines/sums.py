@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ntkwatch.engines.factors import Dense, Factor, Outer, Rows, Slab
+from ntkwatch.engines.outputs import PerOutput, combined
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def densify(found: Factor) -> Dense:
     j = torch.empty(shape, dtype=found.dtype, device=found.device)
     for c, out in enumerate(j):
         slab(c, 0, found.leading, out)
-    return Dense(tuple(j.flatten(2)))
+    return Dense(PerOutput(j.flatten(2)))
 
 
 def add(parts: list[Factor]) -> Factor:
@@ -94,15 +95,16 @@ def _join(one: Factor, two: Factor) -> Factor | None:
     if isinstance(one, Dense) and isinstance(two, Dense):
         return Dense(_added([one.j, two.j]))
     if isinstance(one, Rows) and isinstance(two, Rows):
-        return Rows(torch.cat([one.index, two.index], 1), _beside(one.g, two.g, 1), one.table)
+        return Rows(torch.cat([one.index, two.index], 1), _beside(one.g, two.g), one.table)
     if isinstance(one, Outer) and isinstance(two, Outer) and one.a_first == two.a_first and one.groups == two.groups:
-        return Outer(one.a.beside(two.a), _beside(one.g, two.g, 2), one.a_first)
+        return Outer(one.a.beside(two.a), _beside(one.g, two.g), one.a_first)
     return None
 
 
-def _added(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    return tuple(torch.stack(each).sum(0) for each in zip(*parts, strict=True))
+def _added(parts: list[PerOutput]) -> PerOutput:
+    return combined(lambda each: torch.stack(each).sum(0), parts)
 
 
-def _beside(one: tuple[Tensor, ...], two: tuple[Tensor, ...], dim: int) -> tuple[Tensor, ...]:
-    return tuple(torch.cat(each, dim) for each in zip(one, two, strict=True))
+def _beside(one: PerOutput, two: PerOutput) -> PerOutput:
+    """Along the positions."""
+    return combined(lambda each: torch.cat(each, -2), [one, two])

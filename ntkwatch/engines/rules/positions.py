@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ntkwatch.engines.factors import Dense, Factor
 from ntkwatch.engines.graph import Layout, pull
+from ntkwatch.engines.outputs import PerOutput
 from ntkwatch.engines.rules.use import Use, operand_shape, rule, sum_over
 
 # Sums over positions: bias, scale, normalisation ----------------------------------------------------------------------
@@ -15,16 +18,22 @@ from ntkwatch.engines.rules.use import Use, operand_shape, rule, sum_over
 def _fold(use: Use, times: Tensor | float = 1) -> Dense | None:
     """Gradients, times something, of an input that was broadcast: C of [n, P]; None if it was not broadcast."""
     assert isinstance(use.layout, Layout)
-    rank, dim = use.g[0].ndim, use.layout.dim
+    rank, dim = use.g.one.ndim, use.layout.dim
     shape = (1,) * (rank - len(use.shape)) + use.shape
     if rank < len(use.shape) or shape[dim] != 1:
         return None
-    summed = [1 + d for d in range(rank) if shape[d] == 1]
-    return Dense(use.each(lambda g: sum_over(use.examples(_times(g, times)), summed).reshape(use.n, -1)))
+    return _summed(use, times, [d - rank for d in range(rank) if shape[d] == 1])
 
 
-def _times(g: Tensor, factor: Tensor | float) -> Tensor:
-    return g * factor if isinstance(factor, Tensor) or factor != 1 else g
+def _summed(use: Use, times: Tensor | float, dims: Sequence[int]) -> Dense:
+    """Gradients, times something, summed over some of an example's dimensions."""
+    g = use.g.over(lambda g: g * times) if isinstance(times, Tensor) or times != 1 else use.g
+    return Dense(use.by_example(g).over(lambda t: _flat(sum_over(t, dims), g.one.ndim - len(dims))))
+
+
+def _flat(t: Tensor, rank: int) -> Tensor:
+    """The last `rank` dimensions as one, which they are even if there are none."""
+    return t.flatten(-rank) if rank else t[..., None]
 
 
 @rule(("AddmmBackward0", 0))
@@ -73,7 +82,7 @@ def _gate_bias(use: Use) -> Factor | None:
     shape = operand_shape(use.node, gates)
     with torch.no_grad():
         found = (pull(use.node, use.of_output(c), gates, shape) for c in range(use.outputs))
-        return Dense(tuple(use.examples(g).reshape(use.n, -1, g.shape[-1]).sum(1) for g in found))
+        return Dense(PerOutput(tuple(use.examples(g).reshape(use.n, -1, g.shape[-1]).sum(1) for g in found)))
 
 
 @rule(("NativeLayerNormBackward0", 2))
@@ -114,8 +123,8 @@ def _channels(use: Use, times: Tensor | float = 1) -> Dense | None:
     assert isinstance(use.layout, Layout)
     if use.layout.dim != 0:
         return None
-    summed = [1, *range(3, use.g[0].ndim + 1)]
-    return Dense(use.each(lambda g: use.examples(_times(g, times)).sum(summed)))
+    rank = use.g.one.ndim
+    return _summed(use, times, [-rank, *range(2 - rank, 0)])
 
 
 @rule(("PreluKernelBackward0", 1))

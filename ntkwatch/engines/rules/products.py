@@ -22,9 +22,8 @@ def _mm_weight(use: Use) -> Factor | None:
     x = use.node._saved_mat1 if hasattr(use.node, "_saved_mat1") else use.node._saved_self
     if not isinstance(use.layout, Layout) or use.layout.dim != 0:
         return None
-    g = scaled(use.node, use.g)
-    a = Columns.of(use.examples(x.detach())[:, None])
-    return Outer(a, tuple(use.examples(each)[:, None] for each in g), a_first=True)
+    g = use.by_example(scaled(use.node, use.g))
+    return Outer(Columns.of(use.examples(x.detach())[:, None]), g.over(lambda t: t.unsqueeze(-3)), a_first=True)
 
 
 @rule(("AddmmBackward0", 1), ("MmBackward0", 0))
@@ -34,7 +33,8 @@ def _mm_left_weight(use: Use) -> Factor | None:
         return None
     x = use.node._saved_mat2.detach()
     a = use.examples(x).transpose(1, 2)[:, None]
-    return Outer(Columns.of(a), tuple(use.examples(g).transpose(1, 2)[:, None] for g in scaled(use.node, use.g)))
+    g = use.by_example(scaled(use.node, use.g))
+    return Outer(Columns.of(a), g.over(lambda t: t.transpose(-2, -1).unsqueeze(-3)))
 
 
 @rule(("BmmBackward0", 1))
@@ -43,7 +43,7 @@ def _bmm_weight(use: Use) -> Factor | None:
     if not isinstance(use.layout, Layout) or use.layout.dim != 1:
         return None
     a = Columns.of(use.examples(use.node._saved_self.detach()))
-    return Outer(a, tuple(use.examples(g) for g in use.g), a_first=True)
+    return Outer(a, use.by_example(use.g), a_first=True)
 
 
 @rule(("BmmBackward0", 0))
@@ -52,7 +52,7 @@ def _bmm_left_weight(use: Use) -> Factor | None:
     if not isinstance(use.layout, Layout) or use.layout.dim != 2:
         return None
     a = use.examples(use.node._saved_mat2.detach()).transpose(2, 3)
-    return Outer(Columns.of(a), tuple(use.examples(g).transpose(2, 3) for g in use.g))
+    return Outer(Columns.of(a), use.by_example(use.g).over(lambda t: t.transpose(-2, -1)))
 
 
 @rule(("AddmmBackward0", 2), ("MmBackward0", 1), scattered=True)
@@ -69,8 +69,8 @@ def _linear_scattered_rows(use: Use) -> Factor | None:
     index = torch.full((use.n, max(1, int(counts.max()))), len(owner), device=x.device)
     index[owner[order], slot] = order
     pad_x = torch.cat([x, x.new_zeros(1, x.shape[1])])
-    pad_g = (torch.cat([each, each.new_zeros(1, each.shape[1])]) for each in g)
-    return Outer(Columns.of(pad_x[index][:, None]), tuple(each[index][:, None] for each in pad_g), a_first=True)
+    pad_g = g.over(lambda t: torch.nn.functional.pad(t, (0, 0, 0, 1)))
+    return Outer(Columns.of(pad_x[index][:, None]), pad_g.over(lambda t: t[..., index, :].unsqueeze(-3)), a_first=True)
 
 
 # Convolution ----------------------------------------------------------------------------------------------------------
@@ -86,21 +86,21 @@ def _convolution(use: Use) -> Factor | None:
     stride, padding, dilation = (tuple(getattr(node, f"_saved_{what}")) for what in ("stride", "padding", "dilation"))
     window = Window(kernel, stride, padding, dilation, groups)
     x = use.examples(node._saved_input.detach())
-    grads = [use.examples(g) for g in use.g]
+    grads, space = use.by_example(use.g), len(kernel)
     if node._saved_transposed:
-        windows = tuple(window.unfold(g, x.shape[3:]) for g in grads)
-        return Outer(Columns.of(_positions(x, groups)), windows, a_first=True)
-    size = grads[0].shape[3:]
+        windows = grads.over(lambda g: window.unfold(g, x.shape[3:]))
+        return Outer(Columns.of(_positions(x, groups, space)), windows, a_first=True)
+    size = grads.one.shape[3:]
     shape = (use.n, groups, x.shape[1] * math.prod(size), use.shape[1] * math.prod(kernel))
     quick = None if groups > 1 else lambda: window.unfold(x, size, channels_last=True)
     columns = Columns(shape, lambda: window.unfold(x, size), quick)
-    return Outer(columns, tuple(_positions(g, groups) for g in grads))
+    return Outer(columns, grads.over(lambda g: _positions(g, groups, space)))
 
 
-def _positions(t: Tensor, groups: int) -> Tensor:
-    """[n, k, channels, *space] → [n, G, k·space, channels/G]."""
-    t = t.flatten(3) if t.ndim > 3 else t[..., None]
-    return t.unflatten(2, (groups, -1)).permute(0, 2, 1, 4, 3).flatten(2, 3)
+def _positions(t: Tensor, groups: int, space: int) -> Tensor:
+    """[..., k, channels, *space] → [..., G, k·space, channels/G]."""
+    t = t.flatten(-space) if space else t[..., None]
+    return t.unflatten(-2, (groups, -1)).movedim((-4, -2), (-3, -1)).flatten(-3, -2)
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,12 @@ class Window:
     groups: int
 
     def unfold(self, x: Tensor, size: Sequence[int], channels_last: bool = False) -> Tensor:
-        """[n, k, channels, *space] → [n, G, k·positions, channels/G·kernel] at the `size` output positions.
+        """[..., k, channels, *space] → [..., G, k·positions, channels/G·kernel] at the `size` output positions.
 
         With `channels_last` (one group) the last dimension is [kernel, channels], of which whole rows are copied.
         """
-        n, x = x.shape[0], x.flatten(0, 1)
+        d = len(size)
+        lead, x = x.shape[: -2 - d], x.flatten(0, -2 - d)
         pads = [amount for p in reversed(list(self.padding)) for amount in (p, p)]
         if channels_last:
             x = torch.nn.functional.pad(x.movedim(1, -1), [0, 0, *pads]).contiguous().movedim(-1, 1)
@@ -129,12 +130,12 @@ class Window:
         taps = [d * s for d, s in zip(self.dilation, strides[2:], strict=True)]
         batch, channels = x.shape[:2]
         view = x.as_strided((batch, channels, *size, *self.kernel), (*strides[:2], *steps, *taps), x.storage_offset())
-        d, entries = len(size), channels // self.groups * math.prod(self.kernel)
+        entries = channels // self.groups * math.prod(self.kernel)
         if channels_last:
-            return view.movedim(1, -1).reshape(n, 1, batch // n * math.prod(size), entries)
+            return view.movedim(1, -1).reshape(*lead, 1, batch // math.prod(lead) * math.prod(size), entries)
         order = (0, 1, *range(2 + d, 2 + 2 * d), *range(2, 2 + d))  # positions last: whole rows are copied at once
-        windows = view.permute(order).reshape(n, batch // n, self.groups, entries, math.prod(size))
-        return windows.permute(0, 2, 1, 4, 3).flatten(2, 3)
+        windows = view.permute(order).reshape(*lead, -1, self.groups, entries, math.prod(size))
+        return windows.movedim((-4, -2), (-3, -1)).flatten(-3, -2)
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
@@ -143,11 +144,11 @@ class Window:
 @rule(("EmbeddingBackward0", 0))
 def _embedding(use: Use) -> Factor | None:
     node = use.node
-    if not isinstance(use.layout, Layout) or node._saved_scale_grad_by_freq or use.layout.dim >= use.g[0].ndim - 1:
+    if not isinstance(use.layout, Layout) or node._saved_scale_grad_by_freq or use.layout.dim >= use.g.one.ndim - 1:
         return None
     index = node._saved_indices
-    g = use.g
-    padding = node._saved_padding_idx
+    g, padding = use.g, node._saved_padding_idx
     if padding >= 0 and padding < 2**62:
-        g = tuple(each.masked_fill((index == padding)[..., None], 0) for each in g)
-    return Rows(use.examples(index).flatten(1), tuple(use.examples(each).flatten(1, -2) for each in g), use.shape[0])
+        g = g.over(lambda t: t.masked_fill((index == padding)[..., None], 0))
+    rows = use.by_example(g).over(lambda t: t.flatten(-use.g.one.ndim, -2))
+    return Rows(use.examples(index).flatten(1), rows, use.shape[0])

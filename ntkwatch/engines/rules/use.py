@@ -17,36 +17,29 @@ from torch.autograd.graph import Node
 
 from ntkwatch.engines.factors import Dense, Factor
 from ntkwatch.engines.graph import Layout, Scattered, pull
-from ntkwatch.engines.machines import machine
+from ntkwatch.engines.outputs import PerOutput
 
 
 @dataclass(frozen=True)
 class Use:
     """An edge of the graph at which examples come apart: input `k` of `node`, of shape `shape`.
 
-    `grads` are the gradients of the node's outputs, C tensors each, None where it has none. They are kept apart, as the
-    passes gave them: putting them together would cost as much memory traffic as the passes.
+    `grads` are the gradients of the node's outputs, None where it has none.
     """
 
     node: Any
     k: int
     shape: tuple[int, ...]
-    grads: tuple[tuple[Tensor, ...] | None, ...]
+    grads: tuple[PerOutput | None, ...]
     layout: Layout | Scattered
     n: int
 
     @property
-    def g(self) -> tuple[Tensor, ...]:
-        """The gradients of the first output, C of its shape."""
+    def g(self) -> PerOutput:
+        """The gradients of the first output, of its shape."""
         g = self.grads[0]
         assert g is not None
         return g
-
-    def each(self, sums: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-        """`sums` of the gradient of every output: in one call of it, where calls cost more than memory."""
-        if machine(self.g[0].device).near:
-            return tuple(map(sums, self.g))
-        return tuple(torch.func.vmap(sums)(torch.stack(self.g)).unbind())
 
     @property
     def outputs(self) -> int:
@@ -60,6 +53,12 @@ class Use:
         """[*shape] → [n, *shape per example]."""
         assert isinstance(self.layout, Layout)
         return self.layout.split(t, self.n)
+
+    def by_example(self, grads: PerOutput) -> PerOutput:
+        """C of [*shape] → C of [n, *shape per example]."""
+        assert isinstance(self.layout, Layout)
+        layout, rank = self.layout, grads.one.ndim
+        return grads.over(lambda t: layout.split(t, self.n, t.ndim - rank))
 
 
 Rule = Callable[[Use], Factor | None]
@@ -89,7 +88,7 @@ def factor(use: Use) -> tuple[Factor, str]:
 
 def _complex(use: Use) -> bool:
     """Whether gradients are complex, which no rule conjugates."""
-    return any(g is not None and g[0].is_complex() for g in use.grads)
+    return any(g is not None and g.one.is_complex() for g in use.grads)
 
 
 def masked(use: Use) -> Dense:
@@ -102,13 +101,13 @@ def masked(use: Use) -> Dense:
         return pull(use.node, grads, use.k, use.shape).flatten()
 
     with torch.no_grad():
-        return Dense(tuple(torch.stack([one(i, c) for i in range(use.n)]) for c in range(use.outputs)))
+        return Dense(PerOutput(tuple(torch.stack([one(i, c) for i in range(use.n)]) for c in range(use.outputs))))
 
 
 def sum_over(t: Tensor, dims: Sequence[int]) -> Tensor:
     """The sum over some dimensions; a view where they have one entry, so that weight and bias share products."""
     if all(t.shape[d] == 1 for d in dims):
-        return t.reshape([size for d, size in enumerate(t.shape) if d not in dims])
+        return t.squeeze(tuple(dims))
     return t.sum(list(dims))
 
 
@@ -116,7 +115,7 @@ def _owners(use: Use) -> list[Tensor | None]:
     """Which example each entry of each output's gradient belongs to."""
     if isinstance(use.layout, Scattered):
         return [use.layout.owner] * len(use.grads)
-    return [None if g is None else use.layout.owner(g[0].shape, use.n).to(g[0].device) for g in use.grads]
+    return [None if g is None else use.layout.owner(g.one.shape, use.n).to(g.one.device) for g in use.grads]
 
 
 def operand_shape(node: Node, k: int) -> tuple[int, ...]:
@@ -129,6 +128,6 @@ def operand_shape(node: Node, k: int) -> tuple[int, ...]:
     return tuple(child._input_metadata[number].shape)
 
 
-def scaled(node: Any, grads: tuple[Tensor, ...], name: str = "_saved_alpha") -> tuple[Tensor, ...]:
+def scaled(node: Any, grads: PerOutput, name: str = "_saved_alpha") -> PerOutput:
     alpha = getattr(node, name, 1)
-    return grads if alpha == 1 else tuple(g * alpha for g in grads)
+    return grads if alpha == 1 else grads.over(lambda g: g * alpha)

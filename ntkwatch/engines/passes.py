@@ -1,0 +1,77 @@
+"""Backward passes for several outputs: in turn, or all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from ntkwatch.engines.functional import is_out_of_memory, quiet
+from ntkwatch.engines.outputs import PerOutput
+
+Start = Tensor | GradientEdge
+
+
+def in_turn(start: Start, wanted: Sequence[GradientEdge], cotangents: PerOutput) -> list[PerOutput | None]:
+    """The gradients at the wanted edges under each cotangent; None where there are none."""
+    passes = [_grad(start, wanted, cotangent) for cotangent in cotangents]
+    return [_filled(each) for each in zip(*passes, strict=True)]
+
+
+def at_once(start: Start, wanted: Sequence[GradientEdge], cotangents: PerOutput) -> list[PerOutput | None] | None:
+    """The same from one batched pass, together; None where some operation's backward pass cannot be batched."""
+    reached: list[int] = []
+
+    def one(cotangent: Tensor) -> list[Tensor]:
+        grads = _grad(start, wanted, cotangent)
+        reached[:] = [i for i, g in enumerate(grads) if g is not None]
+        return [g for g in grads if g is not None]
+
+    try:
+        with quiet():
+            found = torch.func.vmap(one, randomness="same")(cotangents.stacked())
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return None
+    grads: list[PerOutput | None] = [None] * len(wanted)
+    for i, g in zip(reached, found, strict=True):
+        grads[i] = PerOutput(g.detach())
+    return grads
+
+
+def can_be_batched(f: Tensor, wanted: Sequence[GradientEdge]) -> bool:
+    """Whether a batched pass gives what passes in turn give.
+
+    Asked once of a model: torch's batching of some operations is missing, and of some it is wrong (cdist's backward
+    pass in torch 2.13).
+    """
+    generator = torch.Generator().manual_seed(0)
+    some = torch.rand((2, *f.shape), generator=generator, dtype=torch.float64) + 0.5
+    cotangents = PerOutput(some.to(f.device, f.dtype))
+    found = at_once(f, wanted, cotangents)
+    return found is not None and all(map(_agree, found, in_turn(f, wanted, cotangents)))
+
+
+def _agree(one: PerOutput | None, two: PerOutput | None) -> bool:
+    if one is None or two is None:
+        return one is two
+    a, b = one.stacked(), two.stacked()
+    limit = torch.finfo(b.dtype).eps ** 0.5 * b.abs().max() if b.numel() else 0.0
+    return bool(((a - b).abs() <= limit).all())
+
+
+def _filled(grads: tuple[Tensor | None, ...]) -> PerOutput | None:
+    """Zeros for those outputs that do not depend on the node; None where none does."""
+    known = next((g for g in grads if g is not None), None)
+    if known is None:
+        return None
+    return PerOutput(tuple(torch.zeros_like(known) if g is None else g.detach() for g in grads))
+
+
+def _grad(start: Start, wanted: Sequence[GradientEdge], cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    starts: Any = [start]
+    return torch.autograd.grad(starts, wanted, [cotangent], retain_graph=True, allow_unused=True)
