@@ -53,9 +53,12 @@ def exact(one: Factor, two: Factor, reduction: Reduction) -> Tensor:
 @pytest.mark.parametrize("way", ["gram", "jacobian"])
 @pytest.mark.parametrize("same", [True, False], ids=["itself", "others"])
 @pytest.mark.parametrize("pairs", [1 << 23, 1 << 8], ids=["at once", "in blocks"])
-def test_all_ways_agree(dtype: torch.dtype, way: str, same: bool, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind_of_machine", machines.MACHINES)
+def test_all_ways_agree(
+    dtype: torch.dtype, way: str, same: bool, pairs: int, kind_of_machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(contract, "choose", lambda *_: (way, None))
-    few = dataclasses.replace(machines.MACHINES["cpu"], pairs=pairs)
+    few = dataclasses.replace(machines.MACHINES[kind_of_machine], pairs=pairs)
     monkeypatch.setitem(machines.MACHINES, "cpu", few)
     for kind, shape, reduction in itertools.product(KINDS, SHAPES, get_args(Reduction)):
         one = made(kind, shape, 0, dtype)

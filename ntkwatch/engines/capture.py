@@ -116,7 +116,7 @@ class Capture:
         wanted = [GradientEdge(nodes[number], used) for number, used in pairs]
         largest = max(node_bytes(self.graph, nodes[number]) for number in numbers)
         grads = None
-        if self.recipe.batched and largest <= _BATCHED_BYTES.get(cotangents.one.device.type, 0):
+        if self.recipe.batched and largest <= _BATCHED_BYTES.get(cotangents.device.type, 0):
             grads = at_once(start, wanted, cotangents)
         if grads is None:
             grads = in_turn(start, wanted, cotangents)

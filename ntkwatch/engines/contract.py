@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ntkwatch.engines.base import Reduction
+from ntkwatch.engines.accumulate import Accumulator
 from ntkwatch.engines.costs import choose, full_rows, gram_rows
 from ntkwatch.engines.factors import Dense, Factor, Outer, Rows, Slab
 from ntkwatch.engines.machines import machine
 from ntkwatch.engines.outputs import PerOutput
-from ntkwatch.engines.strips import STRETCH, add_product, at_once, blocks, strip_rows
+from ntkwatch.engines.strips import STRETCH, at_once, blocks, strip_rows
 from ntkwatch.engines.sums import aligned
 
 _SMALL_SLAB = 1 << 18  # entries of a slab of J where memory is short
@@ -23,37 +22,8 @@ _SLAB_ROWS = 64  # … but of no fewer rows, below which matrix products slow do
 _SLAB_MOST = 1 << 25
 
 
-@dataclass
-class Contractor:
-    """Adds the products of pairs of factors to a kernel.
-
-    Of the kernel of a batch with itself (`same`) only the strips below the diagonal are added to; `finish` mirrors
-    them. Products of gradients that a weight and its bias share are taken once. `short`: of memory, so that buffers are
-    kept small.
-    """
-
-    reduction: Reduction
-    dtype: torch.dtype
-    same: bool
-    short: bool = False
-    shared: dict[tuple[int, ...], tuple[PerOutput, PerOutput, Tensor]] = field(default_factory=dict)
-    workspace: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
-
-    def zeros(self, c: int, n: int, m: int, device: torch.device) -> Tensor:
-        """An empty kernel: [n, m], [C, n, m] for "blocks", [C, n, C, m] for "full"."""
-        shape = {"full": (c, n, c, m), "blocks": (c, n, m)}.get(self.reduction, (n, m))
-        return torch.zeros(shape, dtype=self.dtype, device=device)
-
-    def finish(self, out: Tensor, outputs: int) -> Tensor:
-        """Mirrored, averaged over outputs where the reduction says so; "full" as [n, C, m, C]."""
-        if self.same:
-            for matrix in self._matrices(out):
-                for rows in blocks(len(matrix), strip_rows(matrix, self.same)):
-                    above = slice(0, rows.start)
-                    matrix[above, rows] = matrix[rows, above].T
-        if self.reduction in ("trace", "sum"):
-            return out.div_(outputs)
-        return out.permute(1, 0, 3, 2) if self.reduction == "full" else out
+class Contractor(Accumulator):
+    """Adds the products of pairs of factors to a kernel, parameter by parameter."""
 
     def add(self, out: Tensor, one: Factor, two: Factor) -> None:
         """Adds Σ over the parameter's entries of J₁ J₂ᵀ; for "trace" the sum over outputs, not yet the mean."""
@@ -75,75 +45,7 @@ class Contractor:
             return False
         return choose(one, one.n, two.n, self.reduction, self.dtype, self.same)[0] == "gram"
 
-    def _right(self, t: Tensor) -> Tensor:
-        """What stands on the right of a product, made of what stands on the left."""
-        return t
-
-    # ── the parts of a kernel ─────────────────────────────────────────────────────────────────────────────────────
-    def _matrices(self, out: Tensor) -> Tensor:
-        """The kernel as a stack of matrices [B, rows, columns]."""
-        if self.reduction == "full":
-            return out.flatten(2).flatten(0, 1)[None]
-        return out if self.reduction == "blocks" else out[None]
-
-    def _products(self, out: Tensor, x: Tensor, y: Tensor) -> None:
-        """out += Σ_q of products of slabs [C, n, q] and [C, m, q], a stretch at a time, in `dtype`."""
-        if not machine(out.device).near:
-            self._few_products(out, x, y)
-            return
-        matrices = self._matrices(out)
-        if self.reduction == "full":
-            x, y = x.flatten(0, 1)[None], y.flatten(0, 1)[None]
-        if self.reduction in ("trace", "sum"):
-            matrices = matrices.expand(len(x), -1, -1)
-        for matrix, a, b in zip(matrices, x, self._right(y), strict=True):
-            add_product(matrix, a, b, self.same)
-
-    def _few_products(self, out: Tensor, x: Tensor, y: Tensor) -> None:
-        """As `_products`, in few calls and without a copy of slabs that lie by example."""
-        (c, n, _), m, full = x.shape, y.shape[1], self.reduction == "full"
-        turned = full and not x.is_contiguous()
-        if full:
-            x, y = ((t.transpose(0, 1) if turned else t).flatten(0, 1)[None] for t in (x, y))
-        y = self._right(y)
-        found = x @ y.transpose(1, 2) if self.dtype == torch.float64 else at_once(x, y)  # float64 has no long sums
-        if turned:
-            out += found.view(n, c, m, c).permute(1, 0, 3, 2)
-            return
-        matrices = self._matrices(out)
-        matrices += found if len(found) == len(matrices) else found.sum(0, keepdim=True)
-
-    def _cast(self, t: Tensor, key: int) -> Tensor:
-        """In `dtype`; in a buffer of our own where that needs memory."""
-        if t.dtype == self.dtype:
-            return t
-        return self._buffer(key, t.numel(), self.dtype, t.device).view(t.shape).copy_(t)
-
-    def _buffer(self, key: int, entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory that is used again and again: the pages of a new one cost as much as the products."""
-        held = self.workspace.get((key, dtype))
-        if held is None or len(held) < entries:
-            held = self.workspace[key, dtype] = torch.empty(entries, dtype=dtype, device=device)
-        return held[:entries]
-
     # ── contractions ──────────────────────────────────────────────────────────────────────────────────────────────
-    def _gradients(self, a: PerOutput, b: PerOutput) -> Tensor:
-        """The kernel of C of [n, q] with C of [m, q]; the last is remembered."""
-        key = (*a.place, *b.place)
-        if key not in self.shared:
-            out = self.zeros(len(a), len(a.one), len(b.one), a.one.device)
-            x = self._side_by_side(a)
-            self._products(out, x, x if self.same else self._side_by_side(b))
-            self.shared = {key: (a, b, out)}  # a and b are held, so that no other takes their place
-        return self.shared[key][2]
-
-    def _side_by_side(self, g: PerOutput) -> Tensor:
-        """C of [n, q] → [C, n, q], or [1, n, C·q] where products are summed over outputs: in one, there are fewer."""
-        if self.reduction not in ("trace", "sum"):
-            return g.stacked().to(self.dtype)
-        beside = g.parts.transpose(0, 1) if isinstance(g.parts, Tensor) else torch.stack(g.parts, 1)
-        return beside.flatten(1)[None].to(self.dtype)
-
     def _by_jacobian(self, out: Tensor, one: Factor, two: Factor) -> None:
         """Slabs of J, each multiplied with the other's (or its own) as soon as it is made."""
         one, two = aligned(one, two)
@@ -223,6 +125,9 @@ class Contractor:
         inputs1 = self._inputs(one)
         inputs2 = inputs1 if self.same else self._inputs(two)
         g = self._lined_up(two, slice(0, two.n)).stacked()
+        if not machine(one.device).near:
+            self._gram_full_together(out, one, inputs1, inputs2, g)
+            return
         size = full_rows(two)
         for i in self._each(one.n):
             mine = self._positions(one, slice(i, i + 1))
@@ -234,6 +139,18 @@ class Contractor:
                     others = slice(columns.start, min(columns.stop, i))
                     out[:, others, :, i] += part[: others.stop - others.start].permute(2, 0, 1)
 
+    def _gram_full_together(self, out: Tensor, one: Outer | Rows, inputs1: Tensor, inputs2: Tensor, g: Tensor) -> None:
+        """The same in few calls: some examples with all others, both halves of a symmetric kernel."""
+        (c, _, _, q), m, s = g.shape, len(inputs2), one.positions
+        y = g.unflatten(2, (m, -1)).permute(1, 2, 0, 3, 4).flatten(3).flatten(0, 1)  # [G·m, C, t·q]
+        for rows in self._blocks(one.n, max(1, full_rows(one) // m)):
+            a = self._input_products(one, inputs1[rows], inputs2).unflatten(1, (-1, s)).transpose(2, 3)
+            mine = self._lined_up(one, rows).stacked().unflatten(2, (-1, s)).permute(1, 2, 3, 0, 4)  # [G, b, s, C, q]
+            sums = (a @ mine.flatten(3)).unflatten(3, (c, q)).unflatten(2, (m, -1))  # [G, b, m, t, C, q]
+            x = sums.permute(0, 2, 1, 4, 3, 5).flatten(4).flatten(2, 3).flatten(0, 1)
+            part = at_once(x, y).unflatten(1, (-1, c)).unflatten(0, (-1, m)).sum(0)  # [m, b, C, C]
+            out[:, rows] += part.permute(2, 1, 3, 0)
+
     def _each(self, n: int) -> Iterable[int]:
         """All examples."""
         return range(n)
@@ -241,12 +158,9 @@ class Contractor:
     def _weighted(self, a: Tensor, mine: list[Tensor], g: Tensor, columns: slice, t: int) -> Tensor:
         """[m, C, C] of products a [G, s, m·t] and gradients C of [G, s, q] and [C, G, ·, q] of the others."""
         (groups, _, width), (c, *_, q) = a.shape, g.shape
-        if machine(a.device).near:
-            held = self._buffer(2, c * groups * width * q, self.dtype, a.device).view(c, groups, width, q)
-            for each, sums in zip(mine, held, strict=True):
-                torch.bmm(a.transpose(1, 2), each, out=sums)
-        else:
-            held = (a.transpose(1, 2) @ torch.cat(mine, -1)).unflatten(-1, (c, q)).movedim(-2, 0)
+        held = self._buffer(2, c * groups * width * q, self.dtype, a.device).view(c, groups, width, q)
+        for each, sums in zip(mine, held, strict=True):
+            torch.bmm(a.transpose(1, 2), each, out=sums)
         others = g[:, :, columns.start * t : columns.stop * t]
         x, y = (h.unflatten(2, (-1, t)).flatten(3).permute(1, 2, 0, 3).flatten(0, 1) for h in (held, others))
         part = torch.zeros(len(x), c, c, dtype=self.dtype, device=a.device)

@@ -66,11 +66,12 @@ def _in_strips(width: int, same: bool, one: Factor) -> float:
 def _full_cost(one: Outer | Rows, n: int, m: int, dtype: torch.dtype, same: bool) -> Cost:
     """Gradients weighted by products of inputs, for n × m examples, then their products for all pairs of outputs."""
     s, c, groups, q, at = one.positions, one.outputs, one.groups, one.q, machine(one.device)
-    half = (1 + 1 / n) / 2 if same else 1.0
+    half = (1 + 1 / n) / 2 if same and at.near else 1.0
+    calls = n * (c + 8) if at.near else 12 * -(-n * m // full_rows(one))
     pairs, sums = half * n * m * s * s * groups, half * n * m * s * groups * c * q
     weighing, products = 2 * pairs * (one.p + c * q), 2 * sums * c
     moved = (2 * (n + m) * s * groups * (one.p + c * q) + 2 * pairs + 3 * sums) * dtype.itemsize
-    seconds = (weighing / at.many + products / FEW) / at.flops(dtype) + moved / at.bandwidth + n * (c + 8) * at.call
+    seconds = (weighing / at.many + products / FEW) / at.flops(dtype) + moved / at.bandwidth + calls * at.call
     return Cost(weighing + products, moved, seconds)
 
 

@@ -104,7 +104,7 @@ class Outer:
 
     @property
     def q(self) -> int:
-        return self.g.one.shape[3]
+        return self.g.shape[3]
 
     @property
     def leading(self) -> int:
@@ -116,11 +116,11 @@ class Outer:
 
     @property
     def dtype(self) -> torch.dtype:
-        return made_in(self.g.one.dtype)
+        return made_in(self.g.dtype)
 
     @property
     def device(self) -> torch.device:
-        return self.g.one.device
+        return self.g.device
 
     def inputs(self) -> Tensor:
         """[n, G, S, p] in the Jacobian's type."""
@@ -199,7 +199,7 @@ class Rows:
 
     @property
     def q(self) -> int:
-        return self.g.one.shape[2]
+        return self.g.shape[2]
 
     @property
     def leading(self) -> int:
@@ -211,11 +211,11 @@ class Rows:
 
     @property
     def dtype(self) -> torch.dtype:
-        return made_in(self.g.one.dtype)
+        return made_in(self.g.dtype)
 
     @property
     def device(self) -> torch.device:
-        return self.g.one.device
+        return self.g.device
 
     def open(self) -> Slab:
         def slab(c: int, i: int, j: int, out: Tensor) -> None:
@@ -235,7 +235,7 @@ class Dense:
 
     @property
     def n(self) -> int:
-        return self.j.one.shape[0]
+        return self.j.shape[0]
 
     @property
     def outputs(self) -> int:
@@ -243,7 +243,7 @@ class Dense:
 
     @property
     def leading(self) -> int:
-        return self.j.one.shape[1]
+        return self.j.shape[1]
 
     @property
     def trailing(self) -> int:
@@ -251,11 +251,11 @@ class Dense:
 
     @property
     def dtype(self) -> torch.dtype:
-        return made_in(self.j.one.dtype)
+        return made_in(self.j.dtype)
 
     @property
     def device(self) -> torch.device:
-        return self.j.one.device
+        return self.j.device
 
     def open(self) -> Slab:
         return lambda c, i, j, out: out.copy_(self.j[c][:, i:j, None])

@@ -28,12 +28,29 @@ class PerOutput:
         return isinstance(self.parts, Tensor)
 
     @property
-    def one(self) -> Tensor:
-        """The first."""
-        return self.parts[0]
+    def shape(self) -> torch.Size:
+        """Of each."""
+        return self.parts.shape[1:] if isinstance(self.parts, Tensor) else self.parts[0].shape
+
+    @property
+    def ndim(self) -> int:
+        """Of each."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._any.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._any.device
+
+    @property
+    def _any(self) -> Tensor:
+        return self.parts if isinstance(self.parts, Tensor) else self.parts[0]
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return self.parts.shape[0] if isinstance(self.parts, Tensor) else len(self.parts)
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.parts.unbind() if isinstance(self.parts, Tensor) else self.parts)

@@ -63,11 +63,15 @@ def _layerwise(choice: Choice, engine: Layerwise, network: Network, x: Any, want
 
 
 def _passes(forward: Forward, x: Any, device: torch.device, outputs: int, saved: float, rounds: float = 1.0) -> Row:
-    """One forward and C backward passes to the activations, each about as much work as the forward."""
+    """One forward and C backward passes to the activations, each about as much work as the forward.
+
+    Where calls cost most, the backward passes are made in one.
+    """
     n, some = batch_size(inputs_of(x)), few(x)
     flops = forward.flops * n / batch_size(inputs_of(some)) * (1 + outputs) * rounds
     moved = 2.0 * saved * (1 + outputs) * rounds
-    at, calls = machine(device), forward.calls * (1 + outputs) * rounds
+    at = machine(device)
+    calls = forward.calls * (1 + (outputs if at.near else 1)) * rounds
     return Row(PASSES, "autograd", flops, moved, flops / at.single + moved / at.bandwidth + calls * at.call)
 
 

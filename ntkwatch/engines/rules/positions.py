@@ -18,7 +18,7 @@ from ntkwatch.engines.rules.use import Use, operand_shape, rule, sum_over
 def _fold(use: Use, times: Tensor | float = 1) -> Dense | None:
     """Gradients, times something, of an input that was broadcast: C of [n, P]; None if it was not broadcast."""
     assert isinstance(use.layout, Layout)
-    rank, dim = use.g.one.ndim, use.layout.dim
+    rank, dim = use.g.ndim, use.layout.dim
     shape = (1,) * (rank - len(use.shape)) + use.shape
     if rank < len(use.shape) or shape[dim] != 1:
         return None
@@ -28,7 +28,7 @@ def _fold(use: Use, times: Tensor | float = 1) -> Dense | None:
 def _summed(use: Use, times: Tensor | float, dims: Sequence[int]) -> Dense:
     """Gradients, times something, summed over some of an example's dimensions."""
     g = use.g.over(lambda g: g * times) if isinstance(times, Tensor) or times != 1 else use.g
-    return Dense(use.by_example(g).over(lambda t: _flat(sum_over(t, dims), g.one.ndim - len(dims))))
+    return Dense(use.by_example(g).over(lambda t: _flat(sum_over(t, dims), g.ndim - len(dims))))
 
 
 def _flat(t: Tensor, rank: int) -> Tensor:
@@ -123,7 +123,7 @@ def _channels(use: Use, times: Tensor | float = 1) -> Dense | None:
     assert isinstance(use.layout, Layout)
     if use.layout.dim != 0:
         return None
-    rank = use.g.one.ndim
+    rank = use.g.ndim
     return _summed(use, times, [-rank, *range(2 - rank, 0)])
 
 

@@ -90,7 +90,7 @@ def _convolution(use: Use) -> Factor | None:
     if node._saved_transposed:
         windows = grads.over(lambda g: window.unfold(g, x.shape[3:]))
         return Outer(Columns.of(_positions(x, groups, space)), windows, a_first=True)
-    size = grads.one.shape[3:]
+    size = grads.shape[3:]
     shape = (use.n, groups, x.shape[1] * math.prod(size), use.shape[1] * math.prod(kernel))
     quick = None if groups > 1 else lambda: window.unfold(x, size, channels_last=True)
     columns = Columns(shape, lambda: window.unfold(x, size), quick)
@@ -144,11 +144,11 @@ class Window:
 @rule(("EmbeddingBackward0", 0))
 def _embedding(use: Use) -> Factor | None:
     node = use.node
-    if not isinstance(use.layout, Layout) or node._saved_scale_grad_by_freq or use.layout.dim >= use.g.one.ndim - 1:
+    if not isinstance(use.layout, Layout) or node._saved_scale_grad_by_freq or use.layout.dim >= use.g.ndim - 1:
         return None
     index = node._saved_indices
     g, padding = use.g, node._saved_padding_idx
     if padding >= 0 and padding < 2**62:
         g = g.over(lambda t: t.masked_fill((index == padding)[..., None], 0))
-    rows = use.by_example(g).over(lambda t: t.flatten(-use.g.one.ndim, -2))
+    rows = use.by_example(g).over(lambda t: t.flatten(-use.g.ndim, -2))
     return Rows(use.examples(index).flatten(1), rows, use.shape[0])

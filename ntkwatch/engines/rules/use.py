@@ -57,7 +57,7 @@ class Use:
     def by_example(self, grads: PerOutput) -> PerOutput:
         """C of [*shape] → C of [n, *shape per example]."""
         assert isinstance(self.layout, Layout)
-        layout, rank = self.layout, grads.one.ndim
+        layout, rank = self.layout, grads.ndim
         return grads.over(lambda t: layout.split(t, self.n, t.ndim - rank))
 
 
@@ -88,7 +88,7 @@ def factor(use: Use) -> tuple[Factor, str]:
 
 def _complex(use: Use) -> bool:
     """Whether gradients are complex, which no rule conjugates."""
-    return any(g is not None and g.one.is_complex() for g in use.grads)
+    return any(g is not None and g.dtype.is_complex for g in use.grads)
 
 
 def masked(use: Use) -> Dense:
@@ -115,7 +115,7 @@ def _owners(use: Use) -> list[Tensor | None]:
     """Which example each entry of each output's gradient belongs to."""
     if isinstance(use.layout, Scattered):
         return [use.layout.owner] * len(use.grads)
-    return [None if g is None else use.layout.owner(g.one.shape, use.n).to(g.one.device) for g in use.grads]
+    return [None if g is None else use.layout.owner(g.shape, use.n).to(g.device) for g in use.grads]
 
 
 def operand_shape(node: Node, k: int) -> tuple[int, ...]:

@@ -1,0 +1,114 @@
+"""The kernel that products are added to: its parts, and products of slabs of J in few calls or a stretch at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ntkwatch.engines.base import Reduction
+from ntkwatch.engines.machines import machine
+from ntkwatch.engines.outputs import PerOutput
+from ntkwatch.engines.strips import add_product, at_once, blocks, strip_rows
+
+
+@dataclass
+class Accumulator:
+    """What slabs of J are multiplied into.
+
+    Of the kernel of a batch with itself (`same`) only the strips below the diagonal are added to; `finish` mirrors
+    them. Products of gradients that a weight and its bias share are taken once. `short`: of memory, so that buffers are
+    kept small.
+    """
+
+    reduction: Reduction
+    dtype: torch.dtype
+    same: bool
+    short: bool = False
+    shared: dict[tuple[int, ...], tuple[PerOutput, PerOutput, Tensor]] = field(default_factory=dict)
+    workspace: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def zeros(self, c: int, n: int, m: int, device: torch.device) -> Tensor:
+        """An empty kernel: [n, m], [C, n, m] for "blocks", [C, n, C, m] for "full"."""
+        shape = {"full": (c, n, c, m), "blocks": (c, n, m)}.get(self.reduction, (n, m))
+        return torch.zeros(shape, dtype=self.dtype, device=device)
+
+    def finish(self, out: Tensor, outputs: int) -> Tensor:
+        """Mirrored, averaged over outputs where the reduction says so; "full" as [n, C, m, C]."""
+        if self.same:
+            for matrix in self._matrices(out):
+                for rows in blocks(len(matrix), strip_rows(matrix, self.same)):
+                    above = slice(0, rows.start)
+                    matrix[above, rows] = matrix[rows, above].T
+        if self.reduction in ("trace", "sum"):
+            return out.div_(outputs)
+        return out.permute(1, 0, 3, 2) if self.reduction == "full" else out
+
+    def _right(self, t: Tensor) -> Tensor:
+        """What stands on the right of a product, made of what stands on the left."""
+        return t
+
+    # ── the parts of a kernel ─────────────────────────────────────────────────────────────────────────────────────
+    def _matrices(self, out: Tensor) -> Tensor:
+        """The kernel as a stack of matrices [B, rows, columns]."""
+        if self.reduction == "full":
+            return out.flatten(2).flatten(0, 1)[None]
+        return out if self.reduction == "blocks" else out[None]
+
+    def _products(self, out: Tensor, x: Tensor, y: Tensor) -> None:
+        """out += Σ_q of products of slabs [C, n, q] and [C, m, q], a stretch at a time, in `dtype`."""
+        if not machine(out.device).near:
+            self._few_products(out, x, y)
+            return
+        matrices = self._matrices(out)
+        if self.reduction == "full":
+            x, y = x.flatten(0, 1)[None], y.flatten(0, 1)[None]
+        if self.reduction in ("trace", "sum"):
+            matrices = matrices.expand(len(x), -1, -1)
+        for matrix, a, b in zip(matrices, x, self._right(y), strict=True):
+            add_product(matrix, a, b, self.same)
+
+    def _few_products(self, out: Tensor, x: Tensor, y: Tensor) -> None:
+        """As `_products`, in few calls and without a copy of slabs that lie by example."""
+        (c, n, _), m, full = x.shape, y.shape[1], self.reduction == "full"
+        turned = full and not x.is_contiguous()
+        if full:
+            x, y = ((t.transpose(0, 1) if turned else t).flatten(0, 1)[None] for t in (x, y))
+        y = self._right(y)
+        found = x @ y.transpose(1, 2) if self.dtype == torch.float64 else at_once(x, y)  # float64 has no long sums
+        if turned:
+            out += found.view(n, c, m, c).permute(1, 0, 3, 2)
+            return
+        matrices = self._matrices(out)
+        matrices += found if len(found) == len(matrices) else found.sum(0, keepdim=True)
+
+    def _cast(self, t: Tensor, key: int) -> Tensor:
+        """In `dtype`; in a buffer of our own where that needs memory."""
+        if t.dtype == self.dtype:
+            return t
+        return self._buffer(key, t.numel(), self.dtype, t.device).view(t.shape).copy_(t)
+
+    def _buffer(self, key: int, entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory that is used again and again: the pages of a new one cost as much as the products."""
+        held = self.workspace.get((key, dtype))
+        if held is None or len(held) < entries:
+            held = self.workspace[key, dtype] = torch.empty(entries, dtype=dtype, device=device)
+        return held[:entries]
+
+    def _gradients(self, a: PerOutput, b: PerOutput) -> Tensor:
+        """The kernel of C of [n, q] with C of [m, q]; the last is remembered."""
+        key = (*a.place, *b.place)
+        if key not in self.shared:
+            out = self.zeros(len(a), a.shape[0], b.shape[0], a.device)
+            x = self._side_by_side(a)
+            self._products(out, x, x if self.same else self._side_by_side(b))
+            self.shared = {key: (a, b, out)}  # a and b are held, so that no other takes their place
+        return self.shared[key][2]
+
+    def _side_by_side(self, g: PerOutput) -> Tensor:
+        """C of [n, q] → [C, n, q], or [1, n, C·q] where products are summed over outputs: in one, there are fewer."""
+        if self.reduction not in ("trace", "sum"):
+            return g.stacked().to(self.dtype)
+        beside = g.parts.transpose(0, 1) if isinstance(g.parts, Tensor) else torch.stack(g.parts, 1)
+        return beside.flatten(1)[None].to(self.dtype)
