@@ -149,6 +149,13 @@ def test_only_the_first_runs_are_drawn_and_it_is_said(tmp_path: Path, monkeypatc
     assert "3 runs with one width (32)" in page
 
 
+def test_a_page_for_a_folder_lies_in_it(tmp_path: Path) -> None:
+    (tmp_path / "pages").mkdir()
+    run = write_run(tmp_path / "a")
+    assert write_report(run, tmp_path / "pages") == tmp_path / "pages" / "report.html"
+    assert "<html" in (tmp_path / "pages" / "report.html").read_text(encoding="utf-8")
+
+
 def test_no_record_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RecordError):
         write_report(tmp_path, tmp_path / "r.html")

@@ -177,7 +177,7 @@ def diff(
 @app.command()
 def report(
     runs: RunPaths,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The page to write.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="The page, or a folder for it.")] = Path("report.html"),
     x: X = "width",
     allow_mismatch: AllowMismatch = False,
 ) -> None:

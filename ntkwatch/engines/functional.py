@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from functools import reduce as reduce_with
-from itertools import islice
 from typing import Any
 
 import torch
@@ -156,7 +155,8 @@ def contract(j1: Tensor, j2: Tensor, reduction: Reduction, dtype: torch.dtype, s
     if reduction == "sum":
         a, b = a.sum(1, keepdim=True), b.sum(1, keepdim=True)
     formula = "ncp,mdp->ncmd" if reduction == "full" else "ncp,mcp->cnm"
-    pieces = islice(zip(a.split(_STRETCH, 2), b.split(_STRETCH, 2), strict=True), stretches)
+    some = slice(None if stretches is None else stretches * _STRETCH)
+    pieces = zip(*(t[:, :, some].split(_STRETCH, 2) for t in (a, b)), strict=True)
     total = reduce_with(operator.iadd, (torch.einsum(formula, x.to(dtype), y.to(dtype)) for x, y in pieces))
     return total if reduction in ("full", "blocks") else total.sum(0) / n_outputs
 

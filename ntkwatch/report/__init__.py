@@ -34,12 +34,13 @@ def write_report(
 ) -> Path:
     """Write the page about these records (or folders that hold some) to `out` and return its path.
 
+    Where `out` is a folder, the page is its report.html.
     Runs that cannot be compared over `x` still get their own sections, and the page says why they are not compared.
     Raises RecordError for a folder without a record, OSError where `out` cannot be written.
     """
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     page = render(find_runs([Path(path) for path in given]), x, allow_mismatch=allow_mismatch)
-    target = Path(out)
+    target = Path(out) / "report.html" if Path(out).is_dir() else Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page, encoding="utf-8")
     return target
