@@ -121,6 +121,16 @@ def test_segments_and_groups_of_outputs(monkeypatch: pytest.MonkeyPatch) -> None
             assert error(found, reduced(theta, reduction)) < 1e-10, f"{case}: {reduction}, in segments and groups"
 
 
+def test_passes_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small gradients come in one batch; large ones do not, and theirs are kept apart."""
+    monkeypatch.setattr(capture, "_BATCHED_BYTES", {})
+    for case in [c for c in CASES if not c.refused]:
+        module, batch = build(case)
+        found = Layerwise().kernel(Network(module), batch, reduction="full", layers=None).value
+        off = error(found, reduced(naive_ntk(module, batch), "full"))
+        assert off < (1e-7 if case.float32_inside else 1e-10), f"{case}: in turn, {off:.1e}"
+
+
 def test_the_portions_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is chosen for a GPU is as right, so that a machine without one sees it too."""
     monkeypatch.setitem(machines.MACHINES, "cpu", machines.MACHINES["cuda"])

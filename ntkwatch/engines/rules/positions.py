@@ -27,8 +27,17 @@ def _fold(use: Use, times: Tensor | float = 1) -> Dense | None:
 
 def _summed(use: Use, times: Tensor | float, dims: Sequence[int]) -> Dense:
     """Gradients, times something, summed over some of an example's dimensions."""
-    g = use.g.over(lambda g: g * times) if isinstance(times, Tensor) or times != 1 else use.g
-    return Dense(use.by_example(g).over(lambda t: _flat(sum_over(t, dims), g.ndim - len(dims))))
+    weighed = isinstance(times, Tensor) or times != 1
+    held: list[Tensor] = []  # one product's memory for all outputs: pages that are new cost more than the product
+
+    def summed(g: Tensor) -> Tensor:
+        product = torch.mul(g, times, out=held.pop() if held else None) if weighed else g
+        total = sum_over(use.examples(product, g.ndim - use.g.ndim), dims)
+        if weighed and total.numel() < product.numel():  # else it may be a view of the product
+            held.append(product)
+        return _flat(total, use.g.ndim - len(dims))
+
+    return Dense(use.g.over(summed))
 
 
 def _flat(t: Tensor, rank: int) -> Tensor:

@@ -49,16 +49,14 @@ class Use:
         """What the node's own backward formula takes for one of the C outputs."""
         return [None if g is None else g[c] for g in self.grads]
 
-    def examples(self, t: Tensor) -> Tensor:
-        """[*shape] → [n, *shape per example]."""
+    def examples(self, t: Tensor, lead: int = 0) -> Tensor:
+        """[*shape] → [n, *shape per example], after `lead` other dimensions."""
         assert isinstance(self.layout, Layout)
-        return self.layout.split(t, self.n)
+        return self.layout.split(t, self.n, lead)
 
     def by_example(self, grads: PerOutput) -> PerOutput:
         """C of [*shape] → C of [n, *shape per example]."""
-        assert isinstance(self.layout, Layout)
-        layout, rank = self.layout, grads.ndim
-        return grads.over(lambda t: layout.split(t, self.n, t.ndim - rank))
+        return grads.over(lambda t: self.examples(t, t.ndim - grads.ndim))
 
 
 Rule = Callable[[Use], Factor | None]
