@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.functional import Functional, quiet
 from ntkwatch.engines.memory import LiveStorages
 from ntkwatch.engines.shapes import shapes_only
+from ntkwatch.engines.values import Answers
 from ntkwatch.model import Network, batch_size, inputs_of, take
 
 _ROUND = 3  # blocks: with two Jacobians kept and the third being made, all that is held at once has been held
@@ -47,7 +48,7 @@ class _Brief(Functional):
 class Foresight:
     """A kernel that has not been computed: in blocks of `chunk` probes, its products in `dtype`.
 
-    answers: the values that the model's control flow asks for, in order.
+    answers: what the model asks of values.
     """
 
     network: Network
@@ -55,7 +56,7 @@ class Foresight:
     reduction: Reduction
     layers: Reduction | None
     dtype: torch.dtype
-    answers: Sequence[Any] = ()
+    answers: Answers = field(default_factory=Answers)
 
     def peak(self, x: Any) -> int:
         """Bytes over the model's own; where shapes depend on values, from few probes, and continued."""
@@ -70,7 +71,7 @@ class Foresight:
     def _measured(self, x: Any, state: Mapping[str, Tensor] | None, chunk: int, n: int | None = None) -> int:
         """Of the first blocks of x, with the kernels of n probes."""
         some, n = blocks(x, chunk)[:_ROUND], n or batch_size(inputs_of(x))
-        with LiveStorages(() if state is None else self.answers) as counter, quiet():
+        with LiveStorages(None if state is None else self.answers.again()) as counter, quiet():
             with torch.no_grad():
                 outputs = self.network.outputs(x, state).detach()
             found = _Brief(counter).by_parameter(self.network, some, None, state, self.reduction, self.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -88,9 +89,32 @@ class Layout:
 
 @dataclass(frozen=True)
 class Scattered:
-    """Every element has one owner, but in no regular layout (tokens routed to experts, say)."""
+    """Every element has one owner of n, but in no regular layout (tokens routed to experts, say)."""
 
     owner: Tensor = field(repr=False)  # of the tensor's shape; any value where no gradient arrives
+    n: int
+
+    def fits(self, shape: Sequence[int], n: int) -> bool:
+        return tuple(self.owner.shape) == tuple(shape) and self.n == n
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Of a matrix: numbers of the rows of each example [n, most], with the number of all rows where one has fewer."""
+        owner = self.owner.max(1).values
+        order = owner.argsort(stable=True)
+        counts = torch.bincount(owner, minlength=self.n)
+        start = counts.cumsum(0) - counts
+        slot = torch.arange(len(owner), device=owner.device) - start[owner[order]]
+        index = torch.full((self.n, max(1, int(counts.max()))), len(owner), device=owner.device)
+        index[owner[order], slot] = order
+        return index
+
+    def without_memory(self) -> Scattered:
+        """The same shapes, where tensors have no memory."""
+        copy = Scattered(torch.empty_like(self.owner), self.n)
+        if self.owner.ndim == 2:
+            vars(copy)["rows"] = torch.empty_like(self.rows)
+        return copy
 
 
 def walk(outputs: Tensor, parameters: Mapping[str, Tensor]) -> Graph:
@@ -176,9 +200,9 @@ def find_layout(g: Tensor, coded: Sequence[Tensor], n: int) -> tuple[Layout | Sc
     """
     if g.is_complex():
         layout, sure = find_layout(torch.view_as_real(g), [torch.view_as_real(c) for c in coded], n)
-        return (Scattered(layout.owner.amax(-1)) if isinstance(layout, Scattered) else layout), sure
+        return (Scattered(layout.owner.amax(-1), n) if isinstance(layout, Scattered) else layout), sure
     if g.numel() == 0:
-        return Scattered(torch.zeros(g.shape, dtype=torch.long, device=g.device)), False
+        return Scattered(torch.zeros(g.shape, dtype=torch.long, device=g.device), n), False
     codes = digits(n, g.dtype)
     limit = 64 * torch.finfo(g.dtype).eps * g.abs().max().double()
     for dim, size in enumerate(g.shape):
@@ -197,7 +221,7 @@ def find_layout(g: Tensor, coded: Sequence[Tensor], n: int) -> tuple[Layout | Sc
             return None, True
         owner_of += scale * digit.long()
         scale *= _base(g.dtype)
-    return (Scattered(owner_of.clamp(0, n - 1)), True) if g.ndim else (None, True)
+    return (Scattered(owner_of.clamp(0, n - 1), n), True) if g.ndim else (None, True)
 
 
 def _agrees(g: Tensor, coded: Tensor, factor: Tensor, limit: Tensor) -> bool:

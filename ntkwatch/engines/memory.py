@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ntkwatch.engines.shapes import quickly
+from ntkwatch.engines.values import Answers, Lists
 
 T = TypeVar("T")
 SHARE = 0.25  # of what is free: a guest in somebody's training run takes no more
@@ -25,21 +25,18 @@ _WORDS = ("can't allocate memory", "not enough memory", "could not create a prim
 _UNKNOWN = 2 << 30  # taken as free where the system does not say
 
 
-_ASKS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)  # for values: if, .item()
-
-
 class LiveStorages(TorchDispatchMode):
     """Counts the bytes of the storages that operations inside have made and that are still alive.
 
     Args:
-        answers: values for control flow to take where tensors have none, over and over in this order.
+        answers: what to answer where operations ask for values and tensors have none.
     """
 
-    def __init__(self, answers: Sequence[Any] = ()) -> None:
+    def __init__(self, answers: Answers | None = None) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.made = 0
         self._known: set[int] = set()
-        self._answers = itertools.cycle(answers) if answers else None
+        self.answers = answers
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -50,9 +47,8 @@ class LiveStorages(TorchDispatchMode):
         known = quickly(func, args, kwargs)
         if known is not None:  # of a storage that is counted already, or was there before
             return known
-        if self._answers is not None and func in _ASKS and getattr(args[0], "constant", 0) is None:
-            return next(self._answers)
-        result = func(*args, **(kwargs or {}))
+        answer = None if self.answers is None else self.answers.give(func, args, kwargs)
+        result = func(*args, **(kwargs or {})) if answer is None else answer()
         new = [t for t in _tensors(result) if t.untyped_storage()._cdata not in self._known]
         if new:
             given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
@@ -80,6 +76,7 @@ class LiveStorages(TorchDispatchMode):
         if key not in self._known:
             self._known.add(key)
             self.now += size
+            self.made += size
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._drop, key, size)
 
@@ -89,20 +86,29 @@ class LiveStorages(TorchDispatchMode):
 
 
 class Forward(LiveStorages):
-    """Notes what a forward pass multiplies, keeps, and which values its control flow asks for, in order."""
+    """Notes what a forward pass multiplies, makes and keeps, and what it asks of values."""
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0.0
         self.calls = 0
         self.kept = 0  # bytes alive at its end
-        self.answers: list[Any] = []
+        self.noted = Answers()
+        self._lists = Lists(self.noted)
+
+    def __enter__(self) -> Forward:
+        self._lists.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._lists.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
         self.calls += 1
-        if func in _ASKS:
-            self.answers.append(result)
+        self.noted.note(func, args, kwargs, result)
         if func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
         return result

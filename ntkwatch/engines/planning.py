@@ -104,6 +104,6 @@ def _functional(choice: Choice, network: Network, x: Any, wanted: Wanted) -> Pla
         seconds = flops / at.double + moved / at.bandwidth
         rows.append(Row(name, "vmap(jacrev)", flops, moved, seconds))
     dtype = work_dtype(next(iter(parameters.values())).dtype, at_hand(wanted.precision, network.device))
-    peak = Foresight(network, chunk, wanted.reduction, wanted.layers, dtype, forward.answers).peak(x)
+    peak = Foresight(network, chunk, wanted.reduction, wanted.layers, dtype, forward.noted).peak(x)
     passes, notes = _passes(forward, x, network.device, c, 0.0), _notes(network.device, wanted.precision)
     return Plan("functional", choice.reason, peak, chunk, _in_wall_time([passes, *rows], network.device), notes)

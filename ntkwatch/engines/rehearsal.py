@@ -23,6 +23,7 @@ from ntkwatch.engines.factors import Dense, Factor, Outer, Rows
 from ntkwatch.engines.machines import machine
 from ntkwatch.engines.memory import Forward, LiveStorages
 from ntkwatch.engines.run import Run
+from ntkwatch.engines.seen import Seen, look
 from ntkwatch.engines.separation import few, leaves_at, outputs_at
 from ntkwatch.engines.shapes import shapes_only
 from ntkwatch.model import batch_size, inputs_of, leaves, take
@@ -38,11 +39,13 @@ class Rehearsal(Run):
         counter: counts what is alive while it runs.
         rows: costs by parameter name, of all outputs and blocks.
         distinct: rows of a table that are looked up, where tensors without memory do not tell.
+        seen: what a real pass told of a block, by the block's identity.
     """
 
     counter: LiveStorages = field(default_factory=LiveStorages)
     rows: dict[str, Row] = field(default_factory=dict)
     distinct: int | None = None
+    seen: dict[int, Seen] = field(default_factory=dict)
     _before: _Shared | None = None
     _groups: float = 1.0
     _cells: float = 1.0
@@ -57,6 +60,18 @@ class Rehearsal(Run):
         sizes = sum(k.untyped_storage().nbytes() for k in found.values())
         self.counter.peak += int(sizes * ((whole / part) ** 2 - 1))
         return found
+
+    def _capture(self, block: Any) -> Capture:
+        """With the layouts and the answers of the block's real pass, if there was one."""
+        seen = self.seen.get(id(block))
+        if seen is None:
+            return super()._capture(block)
+        self.counter.answers, self.recipe = seen.answers.again(), seen.without_memory()
+        one = super()._capture(block)
+        if one.recipe is not self.recipe:
+            raise LookupError("the graph is another one on tensors without memory")
+        self.counter.reserve(seen.more)
+        return one
 
     def contractor(self, reduction: Reduction, dtype: torch.dtype, same: bool) -> Contractor:
         """One that contracts factors of a kind once, and then only remembers how much memory that took."""
@@ -184,17 +199,18 @@ def predict(run: Run, x: Any, chunk: int, forward: Forward) -> Prediction:
 
     On tensors without memory; where shapes depend on values, on few probes and on twice as many, and continued.
     """
-    n, distinct = batch_size(inputs_of(x)), _distinct(x)
-    if run.recipe is not None and run.recipe.sure:
+    n, distinct, parts = batch_size(inputs_of(x)), _distinct(x), blocks(x, chunk)
+    if run.recipe is not None:
         with contextlib.suppress(Exception):  # whatever a model does with values that are not there
+            sight = look(run, parts, forward)
             with shapes_only(run.network, x, run.state) as (batch, state):
-                done = _rehearse(run, state, batch, chunk, forward.answers, distinct)
+                shapes = blocks(batch, chunk)
+                done = _rehearse(run, state, [shapes[i] for i in sight.order], sight.first, distinct)
                 hidden = hidden_bytes(run, state, batch, forward) * min(n, 2 * chunk)
-            return Prediction(
-                math.ceil(done.counter.peak + hidden), list(done.rows.values()), done.outputs[0].shape[1], True
-            )
+            peak = math.ceil(done.counter.peak + hidden)
+            return Prediction(peak, list(done.rows.values()), done.outputs[0].shape[1], sight.exact)
     sizes = [min(n, times * batch_size(inputs_of(few(x)))) for times in (1, 2)]
-    small, large = (_rehearse(run, run.state, take(x, slice(0, size)), chunk) for size in sizes)
+    small, large = (_rehearse(run, run.state, blocks(take(x, slice(0, size)), chunk)) for size in sizes)
     each = (large.counter.peak - small.counter.peak) / max(1, sizes[1] - sizes[0])
     peak = large.counter.peak + max(0.0, each) * (max(sizes[1], min(n, 2 * chunk)) - sizes[1])
     scale = (n / sizes[1]) ** 2
@@ -203,17 +219,12 @@ def predict(run: Run, x: Any, chunk: int, forward: Forward) -> Prediction:
 
 
 def _rehearse(
-    run: Run,
-    state: Mapping[str, Tensor] | None,
-    x: Any,
-    chunk: int,
-    answers: Sequence[Any] = (),
-    distinct: int | None = None,
+    run: Run, state: Mapping[str, Tensor] | None, parts: list[Any], seen: Sequence[Seen] = (), distinct: int | None = None
 ) -> Rehearsal:
-    counter = LiveStorages(answers)
-    done = Rehearsal(run.network, state, run.reduction, run.precision, run.recipe, run.layers, counter=counter)
-    done.distinct = distinct
-    done.kernels(blocks(x, chunk))
+    """Of a batch in parts, of which `seen` tells of the first."""
+    done = Rehearsal(run.network, state, run.reduction, run.precision, run.recipe, run.layers, distinct=distinct)
+    done.seen = {id(part): each for part, each in zip(parts, seen, strict=False)}
+    done.kernels(parts)
     return done
 
 
@@ -235,7 +246,7 @@ def try_forward(run: Run, x: Any) -> Forward:
 def hidden_bytes(run: Run, state: Mapping[str, Tensor], x: Any, forward: Forward) -> float:
     """Per probe, workspace that operations keep and that shapes do not show (oneDNN's recurrent layers)."""
     some = few(x)
-    with LiveStorages(forward.answers) as counter:
+    with LiveStorages(forward.noted.again()) as counter:
         kept = outputs_at(run.network, some, state, leaves_at(run.network, state))
         shown = counter.now
     del kept

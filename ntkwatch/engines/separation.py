@@ -252,6 +252,6 @@ def transfers(recipe: Separation, graph: Graph, n: int) -> bool:
     for number, _, layout in recipe.boundary:
         node: Any = graph.nodes[number]
         for used in graph.outputs_used[node]:
-            if not isinstance(layout, Layout) or not layout.fits(tuple(node._input_metadata[used].shape), n):
+            if not layout.fits(tuple(node._input_metadata[used].shape), n):
                 return False
     return True

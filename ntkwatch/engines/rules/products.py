@@ -60,14 +60,7 @@ def _linear_scattered_rows(use: Use) -> Factor | None:
     """Rows in any order and number per example: gathered by owner, padded with zeros."""
     assert isinstance(use.layout, Scattered)
     x = (use.node._saved_mat1 if hasattr(use.node, "_saved_mat1") else use.node._saved_self).detach()
-    owner = use.layout.owner.max(1).values
-    g = scaled(use.node, use.g)
-    order = owner.argsort(stable=True)
-    counts = torch.bincount(owner, minlength=use.n)
-    start = counts.cumsum(0) - counts
-    slot = torch.arange(len(owner), device=x.device) - start[owner[order]]
-    index = torch.full((use.n, max(1, int(counts.max()))), len(owner), device=x.device)
-    index[owner[order], slot] = order
+    g, index = scaled(use.node, use.g), use.layout.rows
     pad_x = torch.cat([x, x.new_zeros(1, x.shape[1])])
     pad_g = g.over(lambda t: torch.nn.functional.pad(t, (0, 0, 0, 1)))
     return Outer(Columns.of(pad_x[index][:, None]), pad_g.over(lambda t: t[..., index, :].unsqueeze(-3)), a_first=True)

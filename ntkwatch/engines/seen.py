@@ -1,0 +1,82 @@
+"""What a real pass tells of blocks of probes, where their shapes alone do not say what a kernel takes.
+
+A model whose shapes depend on values (tokens dropped or routed to experts, lengths, distinct words), or whose examples
+lie where only gradients tell, is passed through once for its two largest blocks, one after the other: forward, and as
+many backward passes as tell whose each row is. A rehearsal without memory then repeats these very blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ntkwatch.engines.capture import Capture
+from ntkwatch.engines.graph import Layout
+from ntkwatch.engines.memory import Forward, limit_bytes
+from ntkwatch.engines.run import Run
+from ntkwatch.engines.separation import Separation
+from ntkwatch.engines.values import Answers
+from ntkwatch.model import batch_size, inputs_of
+
+_PASSES = 4  # of gradients at the boundary, and what they are compared with, for each in double
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One block: what it asks of values, where its examples lie, and the bytes that a capture takes in passing."""
+
+    answers: Answers
+    recipe: Separation
+    more: int = 0
+
+    def without_memory(self) -> Separation:
+        """The layouts for tensors of the same shapes that have no memory."""
+        boundary = tuple(
+            (i, k, layout if isinstance(layout, Layout) else layout.without_memory())
+            for i, k, layout in self.recipe.boundary
+        )
+        return dataclasses.replace(self.recipe, boundary=boundary, sure=True)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """The order of a batch's blocks with the largest first, what was seen of these, and whether that is all it takes."""
+
+    order: Sequence[int]
+    first: Sequence[Seen]
+    exact: bool
+
+
+def look(run: Run, parts: Sequence[Any], forward: Forward) -> Sight:
+    """What must be known of the blocks, `forward` being the notes of a pass on few probes.
+
+    Nothing where shapes tell all. Where a real pass might take more than a kernel may, only what few probes ask.
+    """
+    recipe, order = run.recipe, range(len(parts))
+    assert recipe is not None
+    if recipe.sure and not forward.noted:
+        return Sight(order, (), True)
+    size = batch_size(inputs_of(parts[0]))
+    if size * (2 * recipe.saved + 2 * _PASSES * recipe.captured) > limit_bytes(run.network.device):
+        return Sight(order, [Seen(forward.noted, recipe)] * 2, False)
+    if len(parts) > 2:
+        order = sorted(order, key=[_made(run, part) for part in parts].__getitem__, reverse=True)
+    return Sight(order, [_pass(run, parts[i]) for i in order[:2]], True)
+
+
+def _made(run: Run, block: Any) -> int:
+    """Bytes of all that a forward pass makes."""
+    with torch.no_grad(), Forward() as forward:
+        run.network.outputs(block, run.state)
+    return forward.made
+
+
+def _pass(run: Run, block: Any) -> Seen:
+    with Forward() as forward:
+        one = Capture(run.network, block, run.state, summed=run.reduction == "sum", recipe=run.recipe)
+        more = forward.peak - forward.now
+    return Seen(forward.noted, one.recipe, more)
