@@ -110,9 +110,9 @@ class Scattered:
         return index
 
     def without_memory(self) -> Scattered:
-        """The same shapes, where tensors have no memory."""
+        """The same shapes, where tensors have no memory; the rows must have been asked for where they had some."""
         copy = Scattered(torch.empty_like(self.owner), self.n)
-        if self.owner.ndim == 2:
+        if "rows" in vars(self):
             vars(copy)["rows"] = torch.empty_like(self.rows)
         return copy
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ntkwatch.engines.capture import Capture
-from ntkwatch.engines.graph import Layout
+from ntkwatch.engines.graph import Scattered
 from ntkwatch.engines.memory import Forward, limit_bytes
 from ntkwatch.engines.run import Run
 from ntkwatch.engines.separation import Separation
@@ -35,10 +35,9 @@ class Seen:
 
     def without_memory(self) -> Separation:
         """The layouts for tensors of the same shapes that have no memory."""
-        boundary = tuple(
-            (i, k, layout if isinstance(layout, Layout) else layout.without_memory())
-            for i, k, layout in self.recipe.boundary
-        )
+        layouts = {id(layout): layout for _, _, layout in self.recipe.boundary}  # edges of one node share theirs
+        copies = {i: layout.without_memory() for i, layout in layouts.items() if isinstance(layout, Scattered)}
+        boundary = tuple((i, k, copies.get(id(layout), layout)) for i, k, layout in self.recipe.boundary)
         return dataclasses.replace(self.recipe, boundary=boundary, sure=True)
 
 
@@ -79,4 +78,7 @@ def _pass(run: Run, block: Any) -> Seen:
     with Forward() as forward:
         one = Capture(run.network, block, run.state, summed=run.reduction == "sum", recipe=run.recipe)
         more = forward.peak - forward.now
+    for _, _, layout in one.recipe.boundary:
+        if isinstance(layout, Scattered) and layout.owner.ndim == 2:
+            _ = layout.rows  # while there are values to find them by
     return Seen(forward.noted, one.recipe, more)
