@@ -41,10 +41,12 @@ class Answers:
     def __bool__(self) -> bool:
         return bool(self._noted)
 
-    def again(self) -> Answers:
-        """The same from the beginning."""
+    def again(self, before: Answers | None = None) -> Answers:
+        """The same from the beginning; masks that were asked for `before` stay known."""
         copy = Answers()
         copy._noted = self._noted
+        if before is not None:
+            copy._held = before._held
         return copy
 
     def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:

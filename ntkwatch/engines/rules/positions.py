@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ntkwatch.engines.factors import Dense, Factor
-from ntkwatch.engines.graph import Layout, pull
+from ntkwatch.engines.graph import Layout, Scattered, pull
 from ntkwatch.engines.outputs import PerOutput
-from ntkwatch.engines.rules.use import Use, operand_shape, rule, sum_over
+from ntkwatch.engines.rules.use import Use, operand_shape, rule, scaled, sum_over
 
 # Sums over positions: bias, scale, normalisation ----------------------------------------------------------------------
 
@@ -48,6 +48,17 @@ def _flat(t: Tensor, rank: int) -> Tensor:
 @rule(("AddmmBackward0", 0))
 def _addmm_bias(use: Use) -> Factor | None:
     return _fold(use, getattr(use.node, "_saved_beta", 1))
+
+
+@rule(("AddmmBackward0", 0), scattered=True)
+def _addmm_bias_scattered_rows(use: Use) -> Factor | None:
+    """Rows in any order and number per example: gathered by owner, padded with zeros."""
+    assert isinstance(use.layout, Scattered)
+    if use.shape != use.g.shape[1:]:
+        return None
+    index = use.layout.rows
+    padded = scaled(use.node, use.g, "_saved_beta").over(lambda t: torch.nn.functional.pad(t, (0, 0, 0, 1)))
+    return Dense(padded.over(lambda t: t[..., index, :].sum(-2)))
 
 
 @rule(("AddBackward0", 0), ("SubBackward0", 0), ("ExpandBackward0", 0))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import Node
 
 from ntkwatch.engines.factors import Dense, Factor
@@ -98,8 +99,14 @@ def masked(use: Use) -> Dense:
         grads = [None if g is None or owner is None else torch.where(owner.eq(example), g, 0) for g, owner in pairs]
         return pull(use.node, grads, use.k, use.shape).flatten()
 
+    def every(c: int) -> list[Tensor]:
+        first = one(0, c)
+        if isinstance(first, FakeTensor):  # a plan: the others are as large
+            return [first, *first.new_empty(use.n - 1, *first.shape).unbind()]
+        return [first, *(one(i, c) for i in range(1, use.n))]
+
     with torch.no_grad():
-        return Dense(PerOutput(tuple(torch.stack([one(i, c) for i in range(use.n)]) for c in range(use.outputs))))
+        return Dense(PerOutput(tuple(torch.stack(every(c)) for c in range(use.outputs))))
 
 
 def sum_over(t: Tensor, dims: Sequence[int]) -> Tensor:
