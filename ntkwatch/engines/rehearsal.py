@@ -23,7 +23,7 @@ from ntkwatch.engines.factors import Dense, Factor, Outer, Rows
 from ntkwatch.engines.machines import machine
 from ntkwatch.engines.memory import Forward, LiveStorages
 from ntkwatch.engines.run import Run
-from ntkwatch.engines.seen import Seen, look
+from ntkwatch.engines.seen import Replay, Seen, look
 from ntkwatch.engines.separation import few, leaves_at, outputs_at
 from ntkwatch.engines.shapes import shapes_only
 from ntkwatch.model import batch_size, inputs_of, leaves, take
@@ -64,14 +64,7 @@ class Rehearsal(Run):
     def _capture(self, block: Any) -> Capture:
         """With the layouts and the answers of the block's real pass, if there was one."""
         seen = self.seen.get(id(block))
-        if seen is None:
-            return super()._capture(block)
-        self.counter.answers, self.recipe = seen.answers.again(self.counter.answers), seen.without_memory()
-        one = super()._capture(block)
-        if one.recipe is not self.recipe:
-            raise LookupError("the graph is another one on tensors without memory")
-        self.counter.reserve(seen.more)
-        return one
+        return super()._capture(block) if seen is None else Replay(self, block, seen, self.counter)
 
     def contractor(self, reduction: Reduction, dtype: torch.dtype, same: bool) -> Contractor:
         """One that contracts factors of a kind once, and then only remembers how much memory that took."""

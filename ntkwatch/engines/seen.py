@@ -8,15 +8,15 @@ many backward passes as tell whose each row is. A rehearsal without memory then 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ntkwatch.engines.capture import Capture
+from ntkwatch.engines.capture import Capture, Found
 from ntkwatch.engines.graph import Scattered
-from ntkwatch.engines.memory import Forward, limit_bytes
+from ntkwatch.engines.memory import Forward, LiveStorages, limit_bytes
 from ntkwatch.engines.run import Run
 from ntkwatch.engines.separation import Separation
 from ntkwatch.engines.values import Answers
@@ -50,6 +50,32 @@ class Sight:
     exact: bool
 
 
+class Replay(Capture):
+    """A capture of the block that was seen, on tensors without memory.
+
+    Raises:
+        LookupError: the graph is another one there.
+    """
+
+    def __init__(self, run: Run, block: Any, seen: Seen, counter: LiveStorages) -> None:
+        self._counter, self._answers = counter, seen.answers.again(counter.answers)
+        counter.answers, recipe = self._answers, seen.without_memory()
+        super().__init__(run.network, block, run.state, summed=run.reduction == "sum", recipe=recipe)
+        if self.recipe is not recipe:
+            raise LookupError("the graph is another one on tensors without memory")
+        counter.reserve(seen.more)
+
+    def factors(self, outputs: slice = slice(None)) -> Iterator[Found]:
+        """As of any capture; backward passes ask too, and are told what was seen of this block."""
+        stream = super().factors(outputs)
+        while True:
+            self._counter.answers = self._answers
+            found = next(stream, None)
+            if found is None:
+                return
+            yield found
+
+
 def look(run: Run, parts: Sequence[Any], forward: Forward) -> Sight:
     """What must be known of the blocks, `forward` being the notes of a pass on few probes.
 
@@ -57,10 +83,11 @@ def look(run: Run, parts: Sequence[Any], forward: Forward) -> Sight:
     """
     recipe, order = run.recipe, range(len(parts))
     assert recipe is not None
-    if recipe.sure and not forward.noted:
+    sizes = [batch_size(inputs_of(part)) for part in parts[:2]]
+    alone = any((size == 1) != (recipe.n == 1) for size in sizes)  # one example lies otherwise than several
+    if recipe.sure and not forward.noted and not alone:
         return Sight(order, (), True)
-    size = batch_size(inputs_of(parts[0]))
-    if size * (2 * recipe.saved + 2 * _PASSES * recipe.captured) > limit_bytes(run.network.device):
+    if sizes[0] * (2 * recipe.saved + 2 * _PASSES * recipe.captured) > limit_bytes(run.network.device):
         return Sight(order, [Seen(forward.noted, recipe)] * 2, False)
     if len(parts) > 2:
         order = sorted(order, key=[_made(run, part) for part in parts].__getitem__, reverse=True)

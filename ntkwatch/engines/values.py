@@ -22,12 +22,14 @@ aten = torch.ops.aten
 _VALUES = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
 _SCALAR = aten._local_scalar_dense.default
 _MASKS = (torch.bool, torch.uint8)
+_PACK = aten._pack_padded_sequence.default  # is not marked, and what comes after it reads its whole numbers
 
 
 @lru_cache(maxsize=None)
 def _asks(func: Any) -> bool:
     """Whether a result, or its shape, depends on values; of operations that are not torch's own that is not known."""
-    return any(tag in func.tags for tag in _VALUES) or func.namespace not in ("aten", "prim", "prims")
+    marked = any(tag in func.tags for tag in _VALUES) or func is _PACK
+    return marked or func.namespace not in ("aten", "prim", "prims")
 
 
 class Answers:
@@ -55,17 +57,18 @@ class Answers:
             return
         if func is aten.index.Tensor:
             for mask in _masks(args[1]):
-                self._put(_mask_key(mask), int(mask.count_nonzero()))
+                self._count(mask, lambda key, mask=mask: self._put(key, int(mask.count_nonzero())))
         else:
-            self._put(_key(func, args, kwargs), tree_map_only(Tensor, _described, result))
+            self._put(_key(func, args, kwargs), tree_map_only(Tensor, _read if func is _PACK else _Described, result))
 
     def note_list(self, values: Any) -> None:
         """Takes down numbers that were read out of a tensor all at once."""
         for value in tree_leaves(values):
             self._put(_SCALAR, value)
 
-    def _put(self, key: Any, answer: Any) -> None:
+    def _put(self, key: Any, answer: Any) -> Any:
         self._noted.setdefault(key, []).append(answer)
+        return answer
 
     def give(self, func: Any, args: Any, kwargs: Any) -> Callable[[], Any] | None:
         """What gives the result on tensors without memory, if it was noted; they are taken in turn, over and over."""
@@ -73,7 +76,7 @@ class Answers:
             return None
         if func is aten.index.Tensor:
             masks = _masks(args[1])
-            if not masks or any(_mask_key(mask) not in self._noted for mask in masks):
+            if not masks or any(("mask", tuple(mask.shape)) not in self._noted for mask in masks):
                 return None
             return lambda: func(args[0], self._without_masks(args[1]), *args[2:])
         key = _key(func, args, kwargs)
@@ -93,15 +96,15 @@ class Answers:
             if index is None or index.dtype not in _MASKS:
                 found.append(index)
                 continue
-            found.extend([torch.empty(self._count(index), dtype=torch.long, device=index.device)] * index.ndim)
+            found.extend([torch.empty(self._count(index, self._next), dtype=torch.long, device=index.device)] * index.ndim)
         return found
 
-    def _count(self, mask: Tensor) -> int:
-        """How many it holds: as many as the last time, where it is one that has been asked for before."""
+    def _count(self, mask: Tensor, find: Callable[[Any], int]) -> int:
+        """How many it holds: as many as the last time, where it is one that was asked for before."""
         counts = self._held.setdefault(mask.untyped_storage(), {})
         view = (mask._version, mask.storage_offset(), mask.shape, mask.stride())
         if view not in counts:
-            counts[view] = self._next(_mask_key(mask))
+            counts[view] = find(("mask", tuple(mask.shape)))
         return int(counts[view])
 
 
@@ -129,8 +132,9 @@ class _Described:
         return torch.empty_strided(*self._layout, dtype=self._dtype, device=self._device)
 
 
-def _described(t: Tensor) -> _Described:
-    return _Described(t)
+def _read(t: Tensor) -> _Described | Tensor:
+    """Whole numbers with their values."""
+    return _Described(t) if t.is_floating_point() else t.clone()
 
 
 def _key(func: Any, args: Any, kwargs: Any) -> Any:
@@ -144,6 +148,3 @@ def _key(func: Any, args: Any, kwargs: Any) -> Any:
 def _masks(indices: Sequence[Tensor | None]) -> list[Tensor]:
     return [index for index in indices if index is not None and index.dtype in _MASKS]
 
-
-def _mask_key(mask: Tensor) -> Any:
-    return ("mask", tuple(mask.shape))
