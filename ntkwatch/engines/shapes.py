@@ -8,6 +8,7 @@ tensor without memory inside it, which takes a fifth of that.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,6 +30,20 @@ _VIEWS = frozenset(
 
 
 @contextlib.contextmanager
+def _as_if_real() -> Iterator[None]:
+    """transformers' models take another way through their masks where tensors are fake: here it is not told so."""
+    module: Any = sys.modules.get("transformers.utils.import_utils")
+    if not hasattr(module, "is_fake_tensor"):
+        yield
+        return
+    kept, module.is_fake_tensor = module.is_fake_tensor, lambda x: False
+    try:
+        yield
+    finally:
+        module.is_fake_tensor = kept
+
+
+@contextlib.contextmanager
 def shapes_only(
     network: Network, x: Any, state: Mapping[str, Tensor] | None
 ) -> Iterator[tuple[Any, dict[str, Tensor]]]:
@@ -37,7 +52,7 @@ def shapes_only(
     A model whose shapes depend on values raises something inside.
     """
     everything = {**dict(network.module.named_parameters()), **network.buffers, **(state or {})}
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with _as_if_real(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes: dict[str, Tensor] = {name: mode.from_tensor(t.detach()) for name, t in everything.items()}
         batch = map_leaves(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, x)
         yield batch, fakes
