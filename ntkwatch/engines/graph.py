@@ -99,7 +99,7 @@ class Scattered:
 
     @cached_property
     def rows(self) -> Tensor:
-        """Of a matrix: numbers of the rows of each example [n, most], with the number of all rows where one has fewer."""
+        """Of a matrix: numbers of the rows of each example [n, most], with that of all rows where one has fewer."""
         owner = self.owner.max(1).values
         order = owner.argsort(stable=True)
         counts = torch.bincount(owner, minlength=self.n)

@@ -13,7 +13,7 @@ from ntkwatch.engines.base import Kernel, Precision, Reduction, at_hand, noise_f
 from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.functional import quiet
 from ntkwatch.engines.memory import backing_off, limit_bytes
-from ntkwatch.engines.rehearsal import predict, try_forward
+from ntkwatch.engines.prediction import predict, try_forward
 from ntkwatch.engines.run import WHOLE, Run
 from ntkwatch.engines.separation import Separation, check_uncoupled, separate_few
 from ntkwatch.engines.signs import SignRun

@@ -16,7 +16,7 @@ from ntkwatch.engines.functional import Functional, quiet, trained_at
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.engines.machines import has_fast_double, machine, pace
 from ntkwatch.engines.memory import Forward, limit_bytes
-from ntkwatch.engines.rehearsal import predict, try_forward
+from ntkwatch.engines.prediction import predict, try_forward
 from ntkwatch.engines.run import Run
 from ntkwatch.engines.separation import few
 from ntkwatch.model import Network, batch_size, inputs_of, take

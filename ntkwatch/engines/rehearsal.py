@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,18 +13,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ntkwatch.engines.base import Reduction, Row, entries
-from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.capture import Capture, Found
 from ntkwatch.engines.contract import Contractor, alone, is_single
 from ntkwatch.engines.costs import Cost, choose
 from ntkwatch.engines.factors import Dense, Factor, Outer, Rows
 from ntkwatch.engines.machines import machine
-from ntkwatch.engines.memory import Forward, LiveStorages
+from ntkwatch.engines.memory import LiveStorages
 from ntkwatch.engines.run import Run
-from ntkwatch.engines.seen import Replay, Seen, look
-from ntkwatch.engines.separation import few, leaves_at, outputs_at
-from ntkwatch.engines.shapes import shapes_only
-from ntkwatch.model import batch_size, inputs_of, leaves, take
+from ntkwatch.engines.seen import Replay, Seen
+from ntkwatch.model import batch_size, inputs_of
 
 _KEEPING = 7  # times that a kernel of one parameter is gone through: cleared, added to the whole, finished, reduced
 
@@ -175,75 +170,6 @@ class _Remembering(Contractor):
     def _each(self, n: int) -> range:
         """The last example, which has the most others."""
         return range(n - 1, n)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Memory and costs of a kernel that has not been computed; `exact` where shapes alone decide them."""
-
-    peak: int
-    rows: list[Row]
-    outputs: int
-    exact: bool
-
-
-def predict(run: Run, x: Any, chunk: int, forward: Forward) -> Prediction:
-    """What `run.kernels` of x in blocks of `chunk` will take.
-
-    On tensors without memory; where shapes depend on values, on few probes and on twice as many, and continued.
-    """
-    n, distinct, parts = batch_size(inputs_of(x)), _distinct(x), blocks(x, chunk)
-    if run.recipe is not None:
-        with contextlib.suppress(Exception):  # whatever a model does with values that are not there
-            sight = look(run, parts, forward)
-            with shapes_only(run.network, x, run.state) as (batch, state):
-                shapes = blocks(batch, chunk)
-                done = _rehearse(run, state, [shapes[i] for i in sight.order], sight.first, distinct)
-                hidden = hidden_bytes(run, state, batch, forward) * min(n, 2 * chunk)
-            peak = math.ceil(done.counter.peak + hidden)
-            return Prediction(peak, list(done.rows.values()), done.outputs[0].shape[1], sight.exact)
-    sizes = [min(n, times * batch_size(inputs_of(few(x)))) for times in (1, 2)]
-    small, large = (_rehearse(run, run.state, blocks(take(x, slice(0, size)), chunk)) for size in sizes)
-    each = (large.counter.peak - small.counter.peak) / max(1, sizes[1] - sizes[0])
-    peak = large.counter.peak + max(0.0, each) * (max(sizes[1], min(n, 2 * chunk)) - sizes[1])
-    scale = (n / sizes[1]) ** 2
-    rows = [Row(r.name, r.rule, r.flops * scale, r.bytes * scale, r.seconds * scale) for r in large.rows.values()]
-    return Prediction(math.ceil(peak), rows, large.outputs[0].shape[1], False)
-
-
-def _rehearse(
-    run: Run, state: Mapping[str, Tensor] | None, parts: list[Any], seen: Sequence[Seen] = (), distinct: int | None = None
-) -> Rehearsal:
-    """Of a batch in parts, of which `seen` tells of the first."""
-    done = Rehearsal(run.network, state, run.reduction, run.precision, run.recipe, run.layers, distinct=distinct)
-    done.seen = {id(part): each for part, each in zip(parts, seen, strict=False)}
-    done.kernels(parts)
-    return done
-
-
-def _distinct(x: Any) -> int | None:
-    """How many different whole numbers a batch holds, and no fewer than there are positions; None without any."""
-    whole = [t for t in leaves(inputs_of(x)) if isinstance(t, Tensor) and t.dtype in (torch.int64, torch.int32)]
-    return max((max(len(t.unique()), *t.shape[1:]) for t in whole if t.ndim > 1), default=None)
-
-
-def try_forward(run: Run, x: Any) -> Forward:
-    """Notes of one forward pass on few probes."""
-    with Forward() as forward:
-        kept = outputs_at(run.network, few(x), run.state, leaves_at(run.network, run.state))
-        forward.kept = forward.now
-    del kept
-    return forward
-
-
-def hidden_bytes(run: Run, state: Mapping[str, Tensor], x: Any, forward: Forward) -> float:
-    """Per probe, workspace that operations keep and that shapes do not show (oneDNN's recurrent layers)."""
-    some = few(x)
-    with LiveStorages(forward.noted.again()) as counter:
-        kept = outputs_at(run.network, some, state, leaves_at(run.network, state))
-        shown = counter.now
-    del kept
-    return max(0.0, (forward.kept - shown) / batch_size(inputs_of(some)))
 
 
 def _kind(thing: Any) -> Any:

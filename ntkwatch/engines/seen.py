@@ -41,15 +41,6 @@ class Seen:
         return dataclasses.replace(self.recipe, boundary=boundary, sure=True)
 
 
-@dataclass(frozen=True)
-class Sight:
-    """The order of a batch's blocks with the largest first, what was seen of these, and whether that is all it takes."""
-
-    order: Sequence[int]
-    first: Sequence[Seen]
-    exact: bool
-
-
 class Replay(Capture):
     """A capture of the block that was seen, on tensors without memory.
 
@@ -76,22 +67,29 @@ class Replay(Capture):
             yield found
 
 
-def look(run: Run, parts: Sequence[Any], forward: Forward) -> Sight:
-    """What must be known of the blocks, `forward` being the notes of a pass on few probes.
-
-    Nothing where shapes tell all. Where a real pass might take more than a kernel may, only what few probes ask.
-    """
-    recipe, order = run.recipe, range(len(parts))
-    assert recipe is not None
+def shapes_tell(run: Run, parts: Sequence[Any], forward: Forward) -> bool:
+    """Whether the shapes of a batch in parts tell all, by the notes of a forward pass on few probes."""
+    assert run.recipe is not None
     sizes = [batch_size(inputs_of(part)) for part in parts[:2]]
-    alone = any((size == 1) != (recipe.n == 1) for size in sizes)  # one example lies otherwise than several
-    if recipe.sure and not forward.noted and not alone:
-        return Sight(order, (), True)
-    if sizes[0] * (2 * recipe.saved + 2 * _PASSES * recipe.captured) > limit_bytes(run.network.device):
-        return Sight(order, [Seen(forward.noted, recipe)] * 2, False)
-    if len(parts) > 2:
+    alone = any((size == 1) != (run.recipe.n == 1) for size in sizes)  # one example lies otherwise than several
+    return run.recipe.sure and not forward.noted and not alone
+
+
+def affordable(run: Run, size: int) -> bool:
+    """Whether a real pass for a block takes no more than a kernel may."""
+    assert run.recipe is not None
+    each = 2 * run.recipe.saved + 2 * _PASSES * run.recipe.captured
+    return size * each <= limit_bytes(run.network.device)
+
+
+def look(run: Run, parts: Sequence[Any], forward: Forward) -> tuple[Sequence[int], list[Seen]]:
+    """The order of blocks with the two largest first, and what was seen of these: nothing where shapes tell all."""
+    order: Sequence[int] = range(len(parts))
+    if shapes_tell(run, parts, forward):
+        return order, []
+    if len(parts) > 2 and forward.noted:
         order = sorted(order, key=[_made(run, part) for part in parts].__getitem__, reverse=True)
-    return Sight(order, [_pass(run, parts[i]) for i in order[:2]], True)
+    return order, [_pass(run, parts[i]) for i in order[:2]]
 
 
 def _made(run: Run, block: Any) -> int:

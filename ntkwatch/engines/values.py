@@ -9,7 +9,7 @@ tensor that it selects from as well, in backward passes too.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ _MASKS = (torch.bool, torch.uint8)
 _PACK = aten._pack_padded_sequence.default  # is not marked, and what comes after it reads its whole numbers
 
 
-@lru_cache(maxsize=None)
+@cache
 def _asks(func: Any) -> bool:
     """Whether a result, or its shape, depends on values; of operations that are not torch's own that is not known."""
     marked = any(tag in func.tags for tag in _VALUES) or func is _PACK
@@ -57,7 +57,7 @@ class Answers:
             return
         if func is aten.index.Tensor:
             for mask in _masks(args[1]):
-                self._count(mask, lambda key, mask=mask: self._put(key, int(mask.count_nonzero())))
+                self._count(mask, partial(self._counted, mask))
         else:
             self._put(_key(func, args, kwargs), tree_map_only(Tensor, _read if func is _PACK else _Described, result))
 
@@ -66,9 +66,13 @@ class Answers:
         for value in tree_leaves(values):
             self._put(_SCALAR, value)
 
-    def _put(self, key: Any, answer: Any) -> Any:
+    def _put(self, key: Any, answer: Any) -> None:
         self._noted.setdefault(key, []).append(answer)
-        return answer
+
+    def _counted(self, mask: Tensor, key: Any) -> int:
+        count = int(mask.count_nonzero())
+        self._put(key, count)
+        return count
 
     def give(self, func: Any, args: Any, kwargs: Any) -> Callable[[], Any] | None:
         """What gives the result on tensors without memory, if it was noted; they are taken in turn, over and over."""
@@ -96,7 +100,9 @@ class Answers:
             if index is None or index.dtype not in _MASKS:
                 found.append(index)
                 continue
-            found.extend([torch.empty(self._count(index, self._next), dtype=torch.long, device=index.device)] * index.ndim)
+            found.extend(
+                [torch.empty(self._count(index, self._next), dtype=torch.long, device=index.device)] * index.ndim
+            )
         return found
 
     def _count(self, mask: Tensor, find: Callable[[Any], int]) -> int:
@@ -147,4 +153,3 @@ def _key(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _masks(indices: Sequence[Tensor | None]) -> list[Tensor]:
     return [index for index in indices if index is not None and index.dtype in _MASKS]
-
