@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +13,15 @@ from torch import Tensor
 
 from ntkwatch.engines.base import Row
 from ntkwatch.engines.blocks import blocks
-from ntkwatch.engines.memory import Forward, LiveStorages
+from ntkwatch.engines.memory import Forward, LiveStorages, limit_bytes
 from ntkwatch.engines.rehearsal import Rehearsal
 from ntkwatch.engines.run import Run
 from ntkwatch.engines.seen import Seen, affordable, look, shapes_tell
 from ntkwatch.engines.separation import few, leaves_at, outputs_at
 from ntkwatch.engines.shapes import shapes_only
 from ntkwatch.model import batch_size, inputs_of, leaves, take
+
+_DOZEN, _FEWEST = 12, 3  # probes of a block that is rehearsed with memory
 
 
 @dataclass(frozen=True)
@@ -38,46 +39,62 @@ def predict(run: Run, x: Any, chunk: int, forward: Forward) -> Prediction:
 
     On tensors without memory. Where shapes do not tell all, with what a real pass sees of the two largest blocks; where
     that might take more than a kernel may, smaller blocks are rehearsed so, and continued. Where no rehearsal without
-    memory goes through, few probes are rehearsed with memory, and continued.
+    memory goes through, a few probes are rehearsed with memory, and continued.
     """
-    size = min(chunk, batch_size(inputs_of(x)))
+    chunk = min(chunk, batch_size(inputs_of(x)))
     if run.recipe is not None:
         with contextlib.suppress(Exception):  # whatever a model does with values that are not there
-            if shapes_tell(run, blocks(x, chunk), forward) or affordable(run, size):
+            tell = shapes_tell(run, blocks(x, chunk), forward)
+            size = chunk if tell else affordable(run, x, chunk)
+            if size == chunk:
                 return _rehearsed(run, x, chunk, forward)
-            while size > 1 and not affordable(run, size):
-                size = -(-size // 2)
-            sizes = (-(-size // 2), size)
-            return _continued([_rehearsed(run, x, each, forward) for each in sizes], sizes, chunk)
-    return _from_few(run, x, chunk)
+            return _continued(run, x, chunk, size, lambda part, size: _rehearsed(run, part, size, forward, x))
+    return _continued(run, x, chunk, _few(run, chunk), lambda part, size: _with_memory(run, part, size, x))
 
 
-def _rehearsed(run: Run, x: Any, chunk: int, forward: Forward) -> Prediction:
+def _rehearsed(run: Run, x: Any, chunk: int, forward: Forward, whole: Any = None) -> Prediction:
+    """Of x in blocks of `chunk`, without memory; x may be part of a `whole`."""
     n, distinct, parts = batch_size(inputs_of(x)), _distinct(x), blocks(x, chunk)
     order, seen = look(run, parts, forward)
     with shapes_only(run.network, x, run.state) as (batch, state):
         shapes = blocks(batch, chunk)
-        done = _rehearse(run, state, [shapes[i] for i in order], seen, distinct)
-        hidden = hidden_bytes(run, state, batch, forward) * min(n, 2 * chunk)
+        done = _rehearse(run, state, [shapes[i] for i in order], seen, distinct, whole)
+    with shapes_only(run.network, few(x if whole is None else whole), run.state) as (some, state):
+        hidden = hidden_bytes(run, state, some, forward) * min(n, 2 * chunk)
     return Prediction(math.ceil(done.counter.peak + hidden), list(done.rows.values()), done.outputs[0].shape[1], True)
 
 
-def _continued(found: Sequence[Prediction], sizes: Sequence[int], chunk: int) -> Prediction:
-    """From two sizes of blocks to a larger one; the costs of the larger stand."""
-    one, two = found
-    each = max(0.0, (two.peak - one.peak) / max(1, sizes[1] - sizes[0]))
-    return dataclasses.replace(two, peak=math.ceil(two.peak + each * (chunk - sizes[1])), exact=False)
+def _with_memory(run: Run, x: Any, chunk: int, whole: Any) -> Prediction:
+    done = _rehearse(run, run.state, blocks(x, chunk), whole=whole)
+    return Prediction(done.counter.peak, list(done.rows.values()), done.outputs[0].shape[1], False)
 
 
-def _from_few(run: Run, x: Any, chunk: int) -> Prediction:
+def _few(run: Run, chunk: int) -> int:
+    """Probes of a block that can be rehearsed with memory: a dozen, or as many as a kernel may take, but a few."""
+    size = min(chunk, _DOZEN)
+    while size > _FEWEST and run.bound(2 * size) > limit_bytes(run.network.device):
+        size = -(-size // 2)
+    return size
+
+
+def _continued(run: Run, x: Any, chunk: int, top: int, rehearse: Callable[[Any, int], Prediction]) -> Prediction:
+    """From blocks of up to `top` probes to larger ones, as many as are there at once: a parabola, below the bound."""
     n = batch_size(inputs_of(x))
-    sizes = [min(n, times * batch_size(inputs_of(few(x)))) for times in (1, 2)]
-    small, large = (_rehearse(run, run.state, blocks(take(x, slice(0, size)), chunk)) for size in sizes)
-    each = (large.counter.peak - small.counter.peak) / max(1, sizes[1] - sizes[0])
-    peak = large.counter.peak + max(0.0, each) * (max(sizes[1], min(n, 2 * chunk)) - sizes[1])
-    scale = (n / sizes[1]) ** 2
-    rows = [Row(r.name, r.rule, r.flops * scale, r.bytes * scale, r.seconds * scale) for r in large.rows.values()]
-    return Prediction(math.ceil(peak), rows, large.outputs[0].shape[1], False)
+    held = 1 if chunk >= n else 2
+    sizes = sorted({max(1, top // part) for part in (4, 2, 1)})
+    found = [rehearse(take(x, slice(0, held * size)), size) for size in sizes]
+    peak = _parabola(sizes, [each.peak for each in found], chunk)
+    scale = (n / min(n, held * sizes[-1])) ** 2
+    rows = [Row(r.name, r.rule, r.flops * scale, r.bytes * scale, r.seconds * scale) for r in found[-1].rows]
+    peak = max(found[-1].peak, min(peak, run.bound(min(n, held * chunk))))
+    return Prediction(math.ceil(peak), rows, found[-1].outputs, False)
+
+
+def _parabola(x: Sequence[int], y: Sequence[float], at: int) -> float:
+    """Through the last points, at a place behind them; it never falls, nor bends down."""
+    slopes = [max(0.0, (y[i + 1] - y[i]) / (x[i + 1] - x[i])) for i in range(len(x) - 1)]
+    bend = max(0.0, slopes[-1] - slopes[-2]) / (x[-1] - x[-3]) if len(slopes) > 1 else 0.0
+    return y[-1] + (at - x[-1]) * ((slopes or [y[-1] / x[-1]])[-1] + bend * (at - x[-2] if len(slopes) > 1 else 0))
 
 
 def _rehearse(
@@ -86,10 +103,12 @@ def _rehearse(
     parts: list[Any],
     seen: Sequence[Seen] = (),
     distinct: int | None = None,
+    whole: Any = None,
 ) -> Rehearsal:
-    """Of a batch in parts, of which `seen` tells of the first."""
+    """Of a batch in parts, of which `seen` tells of the first; they may be part of a `whole`."""
     done = Rehearsal(run.network, state, run.reduction, run.precision, run.recipe, run.layers, distinct=distinct)
     done.seen = {id(part): each for part, each in zip(parts, seen, strict=False)}
+    done.probes = 0 if whole is None or len(parts) < 2 else batch_size(inputs_of(whole))
     done.kernels(parts)
     return done
 
@@ -110,10 +129,9 @@ def try_forward(run: Run, x: Any) -> Forward:
 
 
 def hidden_bytes(run: Run, state: Mapping[str, Tensor], x: Any, forward: Forward) -> float:
-    """Per probe, workspace that operations keep and that shapes do not show (oneDNN's recurrent layers)."""
-    some = few(x)
+    """Per probe of the few in x, workspace that operations keep and shapes do not show (oneDNN's recurrent layers)."""
     with LiveStorages(forward.noted.again()) as counter:
-        kept = outputs_at(run.network, some, state, leaves_at(run.network, state))
+        kept = outputs_at(run.network, x, state, leaves_at(run.network, state))
         shown = counter.now
     del kept
-    return max(0.0, (forward.kept - shown) / batch_size(inputs_of(some)))
+    return max(0.0, (forward.kept - shown) / batch_size(inputs_of(x)))

@@ -35,12 +35,14 @@ class Rehearsal(Run):
         rows: costs by parameter name, of all outputs and blocks.
         distinct: rows of a table that are looked up, where tensors without memory do not tell.
         seen: what a real pass told of a block, by the block's identity.
+        probes: how many there are in all, where more than are handed in.
     """
 
     counter: LiveStorages = field(default_factory=LiveStorages)
     rows: dict[str, Row] = field(default_factory=dict)
     distinct: int | None = None
     seen: dict[int, Seen] = field(default_factory=dict)
+    probes: int = 0
     _before: _Shared | None = None
     _groups: float = 1.0
     _cells: float = 1.0
@@ -52,6 +54,7 @@ class Rehearsal(Run):
         with self.counter:
             found = super().kernels(blocks1[:2], None)
         part, whole = (sum(batch_size(inputs_of(b)) for b in some) for some in (blocks1[:2], blocks1))
+        whole = max(whole, self.probes)
         sizes = sum(k.untyped_storage().nbytes() for k in found.values())
         self.counter.peak += int(sizes * ((whole / part) ** 2 - 1))
         return found

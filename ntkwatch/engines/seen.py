@@ -18,20 +18,21 @@ from ntkwatch.engines.capture import Capture, Found
 from ntkwatch.engines.graph import Scattered
 from ntkwatch.engines.memory import Forward, LiveStorages, limit_bytes
 from ntkwatch.engines.run import Run
-from ntkwatch.engines.separation import Separation
+from ntkwatch.engines.separation import Separation, few
 from ntkwatch.engines.values import Answers
 from ntkwatch.model import batch_size, inputs_of
 
-_PASSES = 4  # of gradients at the boundary, and what they are compared with, for each in double
+_SURE = 1.5  # times what few probes take: rows of others may be longer, and from 16 on a third pass tells them apart
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One block: what it asks of values, where its examples lie, and the bytes that a capture takes in passing."""
+    """One block: what it asks of values, where its examples lie, bytes at a capture's worst, and in passing alone."""
 
     answers: Answers
     recipe: Separation
-    more: int = 0
+    peak: int
+    more: int
 
     def without_memory(self) -> Separation:
         """The layouts for tensors of the same shapes that have no memory."""
@@ -75,11 +76,10 @@ def shapes_tell(run: Run, parts: Sequence[Any], forward: Forward) -> bool:
     return run.recipe.sure and not forward.noted and not alone
 
 
-def affordable(run: Run, size: int) -> bool:
-    """Whether a real pass for a block takes no more than a kernel may."""
-    assert run.recipe is not None
-    each = 2 * run.recipe.saved + 2 * _PASSES * run.recipe.captured
-    return size * each <= limit_bytes(run.network.device)
+def affordable(run: Run, x: Any, size: int) -> int:
+    """Probes in a block, `size` or fewer, of which a real pass takes no more than a kernel may; by a pass of a few."""
+    each = _SURE * _pass(run, few(x)).peak / batch_size(inputs_of(few(x)))
+    return max(1, min(size, int(limit_bytes(run.network.device) / max(each, 1))))
 
 
 def look(run: Run, parts: Sequence[Any], forward: Forward) -> tuple[Sequence[int], list[Seen]]:
@@ -106,4 +106,4 @@ def _pass(run: Run, block: Any) -> Seen:
     for _, _, layout in one.recipe.boundary:
         if isinstance(layout, Scattered) and layout.owner.ndim == 2:
             _ = layout.rows  # while there are values to find them by
-    return Seen(forward.noted, one.recipe, more)
+    return Seen(forward.noted, one.recipe, forward.peak, more)
