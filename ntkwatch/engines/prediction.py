@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntkwatch.engines.base import Row
+from ntkwatch.engines.base import Row, entries
 from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.memory import Forward, LiveStorages, limit_bytes
 from ntkwatch.engines.rehearsal import Rehearsal
@@ -22,6 +22,7 @@ from ntkwatch.engines.shapes import shapes_only
 from ntkwatch.model import batch_size, inputs_of, leaves, take
 
 _DOZEN, _FEWEST = 12, 3  # probes of a block that is rehearsed with memory
+_KERNELS = 4  # of all parameters together, and of one: no more grows with the square of the probes
 
 
 @dataclass(frozen=True)
@@ -78,23 +79,27 @@ def _few(run: Run, chunk: int) -> int:
 
 
 def _continued(run: Run, x: Any, chunk: int, top: int, rehearse: Callable[[Any, int], Prediction]) -> Prediction:
-    """From blocks of up to `top` probes to larger ones, as many as are there at once: a parabola, below the bound."""
+    """From blocks of up to `top` probes to larger ones, as many as are there at once."""
     n = batch_size(inputs_of(x))
     held = 1 if chunk >= n else 2
     sizes = sorted({max(1, top // part) for part in (4, 2, 1)})
     found = [rehearse(take(x, slice(0, held * size)), size) for size in sizes]
-    peak = _parabola(sizes, [each.peak for each in found], chunk)
+    last = found[-1]
+    kept = 0 if run.layers is None else len(run.network.parameters) * entries(run.layers, last.outputs)
+    most = 8.0 * (kept + _KERNELS * entries(run.reduction, last.outputs))
+    peak = _parabola(sizes, [each.peak for each in found], chunk, most)
     scale = (n / min(n, held * sizes[-1])) ** 2
-    rows = [Row(r.name, r.rule, r.flops * scale, r.bytes * scale, r.seconds * scale) for r in found[-1].rows]
-    peak = max(found[-1].peak, min(peak, run.bound(min(n, held * chunk))))
-    return Prediction(math.ceil(peak), rows, found[-1].outputs, False)
+    rows = [Row(r.name, r.rule, r.flops * scale, r.bytes * scale, r.seconds * scale) for r in last.rows]
+    return Prediction(math.ceil(peak), rows, last.outputs, False)
 
 
-def _parabola(x: Sequence[int], y: Sequence[float], at: int) -> float:
-    """Through the last points, at a place behind them; it never falls, nor bends down."""
+def _parabola(x: Sequence[int], y: Sequence[float], at: int, most: float) -> float:
+    """Through the last points, at a place behind them: it never falls, and bends up by no more than `most`."""
+    if len(x) == 1:
+        return y[0] * at / x[0]
     slopes = [max(0.0, (y[i + 1] - y[i]) / (x[i + 1] - x[i])) for i in range(len(x) - 1)]
-    bend = max(0.0, slopes[-1] - slopes[-2]) / (x[-1] - x[-3]) if len(slopes) > 1 else 0.0
-    return y[-1] + (at - x[-1]) * ((slopes or [y[-1] / x[-1]])[-1] + bend * (at - x[-2] if len(slopes) > 1 else 0))
+    bend = min(most, max(0.0, (slopes[-1] - slopes[0]) / (x[-1] - x[0])))
+    return y[-1] + (at - x[-1]) * (slopes[-1] + bend * (at - x[-2]))
 
 
 def _rehearse(
