@@ -13,7 +13,7 @@ from torch import Tensor
 from ntkwatch.engines.base import Reduction, entries
 from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.functional import Functional, quiet
-from ntkwatch.engines.memory import LiveStorages
+from ntkwatch.engines.memory import LiveStorages, Repeats
 from ntkwatch.engines.shapes import shapes_only
 from ntkwatch.engines.values import Answers
 from ntkwatch.model import Network, batch_size, inputs_of, take
@@ -27,21 +27,14 @@ class _Brief(Functional):
     stretches = 2
 
     def __init__(self, counter: LiveStorages) -> None:
-        self._counter = counter
-        # By probes: shapes and types, and what making them takes.
-        self._seen: dict[int, tuple[dict[str, Any], int]] = {}
+        self._repeats = Repeats(counter)
 
     def _jacobian(
         self, network: Network, block: Any, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor] | None
     ) -> dict[str, Tensor]:
+        make = super()._jacobian
         n = batch_size(inputs_of(block))
-        if n not in self._seen:
-            found, rise = self._counter.rise(lambda: super(_Brief, self)._jacobian(network, block, parameters, state))
-            self._seen[n] = {name: (j.shape, j.dtype) for name, j in found.items()}, rise
-            return found
-        made, rise = self._seen[n]
-        self._counter.reserve(rise)
-        return {name: torch.empty(shape, dtype=dtype, device=network.device) for name, (shape, dtype) in made.items()}
+        return dict(self._repeats.once(n, lambda: make(network, block, parameters, state)))
 
 
 @dataclass(frozen=True)

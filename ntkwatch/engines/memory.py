@@ -6,16 +6,17 @@ import contextlib
 import os
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from ntkwatch.engines.shapes import quickly
-from ntkwatch.engines.values import Answers, Lists
+from ntkwatch.engines.values import Answers, Described, Lists
 
 T = TypeVar("T")
 SHARE = 0.25  # of what is free: a guest in somebody's training run takes no more
@@ -83,6 +84,24 @@ class LiveStorages(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+@dataclass
+class Repeats:
+    """What is done once, and then only remembered: how much memory it took in passing, and what it gave."""
+
+    counter: LiveStorages
+    seen: dict[Any, tuple[int, Any]] = field(default_factory=dict)
+
+    def once(self, key: Any, run: Callable[[], Any]) -> Any:
+        """What `run` gives; where something of this key was run before, tensors of the same shapes."""
+        if key not in self.seen:
+            result, rise = self.counter.rise(run)
+            self.seen[key] = rise, tree_map_only(Tensor, Described, result)
+            return result
+        rise, made = self.seen[key]
+        self.counter.reserve(rise)
+        return tree_map_only(Described, Described.made, made)
 
 
 class Forward(LiveStorages):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from ntkwatch.engines.base import Reduction, Row, entries
 from ntkwatch.engines.capture import Capture, Found
@@ -18,7 +17,7 @@ from ntkwatch.engines.contract import Contractor, alone, is_single
 from ntkwatch.engines.costs import Cost, choose
 from ntkwatch.engines.factors import Dense, Factor, Outer, Rows
 from ntkwatch.engines.machines import machine
-from ntkwatch.engines.memory import LiveStorages
+from ntkwatch.engines.memory import LiveStorages, Repeats
 from ntkwatch.engines.run import Run
 from ntkwatch.engines.seen import Replay, Seen
 from ntkwatch.model import batch_size, inputs_of
@@ -66,7 +65,8 @@ class Rehearsal(Run):
 
     def contractor(self, reduction: Reduction, dtype: torch.dtype, same: bool) -> Contractor:
         """One that contracts factors of a kind once, and then only remembers how much memory that took."""
-        return _Remembering(reduction, dtype, same, self.in_blocks, counter=self.counter, distinct=self.distinct)
+        repeats = Repeats(self.counter)
+        return _Remembering(reduction, dtype, same, self.in_blocks, repeats=repeats, distinct=self.distinct)
 
     def groups(self, one: Capture) -> list[slice]:
         """The first."""
@@ -122,31 +122,21 @@ def _gradients(one: Factor) -> tuple[int, ...]:
 class _Remembering(Contractor):
     """Does everything once, and then only remembers how much memory it took and what shape it gave."""
 
-    counter: LiveStorages = field(default_factory=LiveStorages)
+    repeats: Repeats = field(default_factory=lambda: Repeats(LiveStorages()))
     distinct: int | None = None
-    seen: dict[Any, tuple[int, Any]] = field(default_factory=dict)
-
-    def _once(self, key: Any, run: Callable[[], Any]) -> Any:
-        if key not in self.seen:
-            result, rise = self.counter.rise(run)
-            self.seen[key] = rise, tree_map_only(Tensor, lambda t: (tuple(t.shape), t.dtype, t.device), result)
-            return result
-        rise, made = self.seen[key]
-        self.counter.reserve(rise)
-        shaped = lambda like: torch.empty(like[0], dtype=like[1], device=like[2])  # noqa: E731
-        return [shaped(like) for like in made] if isinstance(made, list) else made and shaped(made)
 
     def add(self, out: Tensor, one: Factor, two: Factor) -> None:
         if self.distinct is not None and isinstance(one, Rows) and isinstance(two, Rows):
             same, table = one is two, min(one.table, self.distinct)
             one = dataclasses.replace(one, table=table)
             two = one if same else dataclasses.replace(two, table=table)
-        key, before = ("add", _kind((out, one, two)), one is two), self.counter.now
-        new = key not in self.seen
-        self._once(key, lambda: super(_Remembering, self).add(out, one, two))
+        counter, seen = self.repeats.counter, self.repeats.seen
+        key, before = ("add", _kind((out, one, two)), one is two), counter.now
+        new = key not in seen
+        self.repeats.once(key, lambda: super(_Remembering, self).add(out, one, two))
         if new:  # buffers that stay are there the next time
-            rise, made = self.seen[key]
-            self.seen[key] = rise - max(0, self.counter.now - before), made
+            rise, made = seen[key]
+            seen[key] = rise - max(0, counter.now - before), made
 
     def _blocks(self, n: int, size: int) -> Iterator[slice]:
         """The first three: with the third all that is held at once has been held, and the last is no larger."""
@@ -154,21 +144,21 @@ class _Remembering(Contractor):
 
     def _positions(self, one: Any, rows: slice) -> Any:
         key = ("positions", _kind(one), rows.stop - rows.start)
-        return self._once(key, lambda: super(_Remembering, self)._positions(one, rows))
+        return self.repeats.once(key, lambda: super(_Remembering, self)._positions(one, rows))
 
     def _input_products(self, one: Any, a: Tensor, b: Tensor) -> Any:
         key = ("inputs", type(one), _kind((a, b)))
-        return self._once(key, lambda: super(_Remembering, self)._input_products(one, a, b))
+        return self.repeats.once(key, lambda: super(_Remembering, self)._input_products(one, a, b))
 
     def _block(self, inputs: Tensor, ga: Any, gb: Any, s: int, t: int) -> Any:
         key = ("block", _kind((inputs, ga, gb)), s, t)
-        return self._once(key, lambda: super(_Remembering, self)._block(inputs, ga, gb, s, t))
+        return self.repeats.once(key, lambda: super(_Remembering, self)._block(inputs, ga, gb, s, t))
 
     def _products(self, out: Tensor, x: Tensor, y: Tensor) -> None:
         """In place: takes no memory, but where a product is made at once."""
         if not machine(out.device).near:
             key = ("products", _kind((out, x, y)))
-            self._once(key, lambda: super(_Remembering, self)._products(out, x, y))
+            self.repeats.once(key, lambda: super(_Remembering, self)._products(out, x, y))
 
     def _each(self, n: int) -> range:
         """The last example, which has the most others."""

@@ -59,7 +59,7 @@ class Answers:
             for mask in _masks(args[1]):
                 self._count(mask, partial(self._counted, mask))
         else:
-            self._put(_key(func, args, kwargs), tree_map_only(Tensor, _read if func is _PACK else _Described, result))
+            self._put(_key(func, args, kwargs), tree_map_only(Tensor, _read if func is _PACK else Described, result))
 
     def note_list(self, values: Any) -> None:
         """Takes down numbers that were read out of a tensor all at once."""
@@ -86,7 +86,7 @@ class Answers:
         key = _key(func, args, kwargs)
         if key not in self._noted:
             return None
-        return lambda: tree_map_only(_Described, _Described.made, self._next(key))
+        return lambda: tree_map_only(Described, Described.made, self._next(key))
 
     def _next(self, key: Any) -> Any:
         noted, place = self._noted[key], self._given.get(key, 0)
@@ -128,8 +128,8 @@ class Lists(TorchFunctionMode):
         return result
 
 
-class _Described:
-    """A tensor's shape, strides, type and device."""
+class Described:
+    """A tensor's shape, strides, type and device, and another tensor of these."""
 
     def __init__(self, t: Tensor) -> None:
         self._layout, self._dtype, self._device = (tuple(t.shape), t.stride()), t.dtype, t.device
@@ -138,9 +138,9 @@ class _Described:
         return torch.empty_strided(*self._layout, dtype=self._dtype, device=self._device)
 
 
-def _read(t: Tensor) -> _Described | Tensor:
+def _read(t: Tensor) -> Described | Tensor:
     """Whole numbers with their values."""
-    return _Described(t) if t.is_floating_point() else t.clone()
+    return Described(t) if t.is_floating_point() else t.clone()
 
 
 def _key(func: Any, args: Any, kwargs: Any) -> Any:
