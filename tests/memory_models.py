@@ -143,6 +143,18 @@ class Ragged(nn.Module):
         return self.head(torch.stack([h.amax(0) for h in each]))
 
 
+class Packed(nn.Module):
+    """A recurrent network over sequences of many lengths, packed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(48, 96, batch_first=True), nn.Linear(96, 10)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        return self.head(self.rnn(packed)[1][0])
+
+
 class Distinct(nn.Module):
     """Makes features of every word that occurs once, and looks them up."""
 
@@ -156,8 +168,8 @@ class Distinct(nn.Module):
         return self.b(self.a(self.net(self.words(words))[places]).relu().mean(1))
 
 
-def _ragged() -> Made:
-    return Ragged(), {"x": torch.randn(48, 40, 64), "lengths": torch.randint(4, 41, (48,))}
+def _ragged(module: nn.Module, n: int, longest: int, size: int) -> Made:
+    return module, {"x": torch.randn(n, longest, size), "lengths": torch.randint(4, longest + 1, (n,))}
 
 
 def _bert() -> Made:
@@ -233,10 +245,12 @@ MODELS: dict[str, Callable[[], Made]] = {
     "pruned": lambda: (Switched(pruned=True), torch.randn(64, 256)),
     "token dropping": lambda: (Dropping(), torch.randn(16, 24, 64)),
     "experts": lambda: (Experts(), torch.randn(16, 24, 32)),
-    "ragged": _ragged,
+    "ragged": lambda: _ragged(Ragged(), 48, 40, 64),
+    "packed": lambda: _ragged(Packed(), 16, 20, 48),
     "distinct words": lambda: (Distinct(), torch.randint(0, 500, (12, 20))),
     "wide output": lambda: (mlp(512, 2, 100), torch.randn(24, 784)),
 }
+BY_VALUES = ("pruned", "token dropping", "experts", "ragged", "packed", "distinct words")  # their shapes depend on them
 REDUCTIONS = ("trace", "full")
 
 
@@ -247,18 +261,27 @@ def build(name: str) -> Made:
     return placed(module.eval(), x)
 
 
-def predicted_and_counted(name: str, reduction: Any, layers: Any = None) -> dict[str, int]:
-    """Bytes that `plan` foretells and that tensors really take, with a kernel per parameter kept in `layers`."""
+def predicted_and_counted(
+    name: str, reduction: Any, layers: Any = None, n: int | None = None, **how: Any
+) -> dict[str, int]:
+    """Bytes that `plan` foretells and that tensors really take, of the first n probes.
+
+    Args:
+        layers: the reduction of a kernel per parameter that is kept.
+        how: chunk_size, precision.
+    """
     module, x = build(name)
+    x, asked = take(x, slice(0, n)), {"reduction": reduction, "layers": layers, **how}
     network, engine = Network(module), Layerwise()
-    found = plan(module, x, reduction=reduction, layers=layers)
+    found = plan(module, x, **asked)
     with leave_no_trace(module):
         engine.recipe(network, x, None)
-        run = lambda: engine.kernel(network, x, reduction=reduction, layers=layers)  # noqa: E731
-        return {"predicted": found.peak_bytes, "counted": memory.peak_bytes(run)}
+        return {"predicted": found.peak_bytes, "counted": memory.peak_bytes(lambda: engine.kernel(network, x, **asked))}
 
 
-TO_TORCH_FUNC = {name: 8 for name in MODELS if name not in ("GRU", "RNN", "BERT")}  # probes; the others it cannot do
+TO_TORCH_FUNC = {
+    name: 8 for name in MODELS if name not in ("GRU", "RNN", "BERT", *BY_VALUES[1:])
+}  # probes; the others it cannot do
 TO_TORCH_FUNC |= {"ResNet-18": 3, "embedding": 4, "LayerNorm MLP": 4, "MLP": 4, "wide output": 3, "weight-tied": 32}
 
 

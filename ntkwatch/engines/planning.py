@@ -23,8 +23,8 @@ from ntkwatch.model import Network, batch_size, inputs_of, take
 
 PASSES = "forward and backward"
 CONTINUED = (
-    "shapes depend on values here, so that memory is continued from a few probes: it may be off several times over, "
-    "either way"
+    "these blocks cannot be rehearsed without memory, so that their peak is continued from smaller ones: it may be off "
+    "by half, or be foretold more than twice as high"
 )
 
 
