@@ -147,7 +147,7 @@ def test_memory_that_is_continued_from_a_few_probes_is_said_to_be() -> None:
     """What cannot be rehearsed without values is no exact number, and is not given as one."""
     module, x = placed(Unseen().eval(), torch.randn(48, 64))
     found = plan(module, x, reduction="full")
-    assert "continued from" in " ".join(found.notes), found.notes
+    assert "is continued from" in " ".join(found.notes), found.notes
     counted = memory.peak_bytes(lambda: Layerwise(uncoupled=True).kernel(Network(module), x, reduction="full"))
     assert found.peak_bytes == pytest.approx(counted, rel=0.5)
 
@@ -162,7 +162,7 @@ def test_memory_of_blocks_that_may_not_be_tried_is_continued_from_smaller_ones(
     module.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
     found = plan(module, x, engine="layerwise", reduction="trace", chunk_size=16)
     real = [size for size in sizes[sizes.index(16) + 1 :] if size > 3] if 16 in sizes else sizes
-    assert "continued from" in " ".join(found.notes), found.notes
+    assert "is continued from" in " ".join(found.notes), found.notes
     assert max(real) < 16, sizes
 
 

@@ -23,8 +23,8 @@ from ntkwatch.model import Network, batch_size, inputs_of, take
 
 PASSES = "forward and backward"
 CONTINUED = (
-    "these blocks cannot be rehearsed without memory, so that their peak is continued from smaller ones: it may be off "
-    "by half, or be foretold more than twice as high"
+    "this cannot be rehearsed without memory, so that the peak is continued from smaller blocks: mostly close, but it "
+    "may be a third of what is taken, or four times as much"
 )
 
 
@@ -39,7 +39,10 @@ class Wanted:
 
 
 def make_plan(choice: Choice, network: Network, x: Any, wanted: Wanted) -> Plan:
-    """The plan of `choice.engine.kernel(network, x)`; nothing of size n is computed."""
+    """The plan of `choice.engine.kernel(network, x)`.
+
+    Nothing of size n is computed, but where shapes depend on values: a pass over two blocks of the layerwise engine.
+    """
     if isinstance(choice.engine, Layerwise):
         return _layerwise(choice, choice.engine, network, x, wanted)
     return _functional(choice, network, x, wanted)
