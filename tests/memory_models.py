@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from device import placed
+from models_by_values import Distinct, Dropping, Experts, Packed, Ragged, ragged
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
@@ -95,83 +96,6 @@ class Tied(nn.Module):
         return self.head(F.linear(h, self.a.weight.t()).relu())
 
 
-class Dropping(nn.Module):
-    """A block sees only the tokens of a high score, and puts what it makes of them back in their places."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.score, self.head = nn.Linear(64, 128), nn.Linear(128, 1), nn.Linear(128, 10)
-        self.block = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.a(x).tanh()
-        kept = self.score(h)[..., 0] > 0
-        new = h.clone()
-        new[kept] = h[kept] + self.block(h[kept])
-        return self.head(new.mean(1))
-
-
-class Experts(nn.Module):
-    """Every token goes to one expert, which takes its tokens of the whole batch together."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.gate, self.head = nn.Linear(32, 64), nn.Linear(64, 4), nn.Linear(64, 10)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.a(x).tanh().flatten(0, 1)
-        weight, chosen = self.gate(h).softmax(-1).max(-1)
-        out = torch.zeros_like(h)
-        for i, expert in enumerate(self.experts):
-            rows = torch.where(chosen == i)[0]
-            if len(rows):
-                out = out.index_add(0, rows, expert(h.index_select(0, rows)) * weight[rows, None])
-        return self.head(out.unflatten(0, x.shape[:2]).mean(1))
-
-
-class Ragged(nn.Module):
-    """Sequences of many lengths, one after the other without padding, and each pooled by itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, self.head = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 128)), nn.Linear(128, 10)
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        held = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-        each = self.net(x[held]).split(lengths.tolist())
-        return self.head(torch.stack([h.amax(0) for h in each]))
-
-
-class Packed(nn.Module):
-    """A recurrent network over sequences of many lengths, packed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn, self.head = nn.GRU(48, 96, batch_first=True), nn.Linear(96, 10)
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-        return self.head(self.rnn(packed)[1][0])
-
-
-class Distinct(nn.Module):
-    """Makes features of every word that occurs once, and looks them up."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.net = nn.Embedding(500, 32), nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32))
-        self.a, self.b = nn.Linear(32, 256), nn.Linear(256, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        words, places = x.unique(return_inverse=True)
-        return self.b(self.a(self.net(self.words(words))[places]).relu().mean(1))
-
-
-def _ragged(module: nn.Module, n: int, longest: int, size: int) -> Made:
-    return module, {"x": torch.randn(n, longest, size), "lengths": torch.randint(4, longest + 1, (n,))}
-
-
 def _bert() -> Made:
     import transformers
 
@@ -245,8 +169,8 @@ MODELS: dict[str, Callable[[], Made]] = {
     "pruned": lambda: (Switched(pruned=True), torch.randn(64, 256)),
     "token dropping": lambda: (Dropping(), torch.randn(16, 24, 64)),
     "experts": lambda: (Experts(), torch.randn(16, 24, 32)),
-    "ragged": lambda: _ragged(Ragged(), 48, 40, 64),
-    "packed": lambda: _ragged(Packed(), 16, 20, 48),
+    "ragged": lambda: ragged(Ragged(), 48, 40, 64),
+    "packed": lambda: ragged(Packed(), 16, 20, 48),
     "distinct words": lambda: (Distinct(), torch.randint(0, 500, (12, 20))),
     "wide output": lambda: (mlp(512, 2, 100), torch.randn(24, 784)),
 }
