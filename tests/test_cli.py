@@ -187,7 +187,7 @@ BAD = {
     "unknown x": (["widths", "{sweep}", "--x", "depth"], "no hyperparameter 'depth'"),
     "unknown step": (["diff", "{sweep}/version_0", "{sweep}/version_1", "--step", "5"], "step 5 is not one"),
     "report of nothing": (["report", "{tmp}", "-o", "{tmp}/r.html"], "holds no record"),
-    "unwritable page": (["report", "{sweep}/version_0", "-o", "{tmp}"], "Is a directory"),
+    "unwritable page": (["report", "{sweep}/version_0", "-o", "/dev/null/r.html"], "/dev/null"),
     "follow and json": (["show", "{sweep}/version_0", "--follow", "--json"], "exclude each other"),
     "unknown command": (["shwo"], "No such command"),
     "unknown option": (["show", "--what"], "No such option"),

@@ -17,9 +17,11 @@ import torch
 from device import placed
 from memory_models import MODELS, REDUCTIONS, mlp
 
-from ntkwatch.engines import empirical_ntk, memory, plan, seen
+from ntkwatch.engines import empirical_ntk, layerwise, memory, plan, seen
 from ntkwatch.engines.layerwise import Layerwise
-from ntkwatch.model import Network, take
+from ntkwatch.engines.prediction import predict, try_forward
+from ntkwatch.engines.run import Run
+from ntkwatch.model import Network, batch_size, inputs_of, take
 
 HERE = Path(__file__).parent
 SLOW = ("ResNet-18", "LSTM", "GroupNorm CNN", "ConvTranspose", "weight-tied", "depthwise")
@@ -48,6 +50,19 @@ def check(rows: dict[tuple[str, str], dict[str, int]], capsys: pytest.CaptureFix
 
 def test_there_are_fifteen_models() -> None:
     assert len(MODELS) >= 15
+
+
+def test_a_kernel_that_is_not_predicted_takes_no_more_than_is_allowed() -> None:
+    """Far below the limit a kernel is begun without a prediction, by what it roughly takes."""
+    for name, make in MODELS.items():
+        torch.manual_seed(0)
+        module, x = make()
+        network, engine = Network(module.eval()), Layerwise(uncoupled=True)
+        run = Run(network, None, "full", "double", engine.recipe(network, x, None), None)
+        times = predict(run, x, batch_size(inputs_of(x)), try_forward(run, x)).peak / run.rough(
+            batch_size(inputs_of(x))
+        )
+        assert times <= layerwise.ROUGHLY, f"{name}: {times:.2f} times the rough estimate"
 
 
 def test_peak_memory_is_predicted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from ntkwatch.engines.signs import SignRun
 from ntkwatch.model import Network, batch_size, inputs_of
 
 _REHEARSED = 32 << 20  # allowed for a kernel: with less, a rehearsal itself would take too much
+ROUGHLY = 3  # times what a run roughly takes, no kernel goes beyond
 
 
 class Layerwise:
@@ -81,7 +82,7 @@ class Layerwise:
         n = max(batch_size(inputs_of(x)) for x in (x1, x2) if x is not None)
         known = self._chunks.setdefault(run.network, {})
         limit, key = limit_bytes(run.network.device), (n, run.reduction, run.layers)
-        if key not in known and run.bound(n) <= limit:
+        if key not in known and ROUGHLY * run.rough(n) <= limit:
             return n
         if key not in known:
             larger = x1 if batch_size(inputs_of(x1)) == n else x2
@@ -108,8 +109,8 @@ def _fitting(run: Run, x: Any, n: int, limit: int) -> int:
 
 
 def _peaks(run: Run, x: Any, n: int, limit: int) -> Callable[[int], float]:
-    """Bytes by probes per block: a rehearsal's, or where there is no memory for one the bound of a pair of blocks."""
+    """Bytes by probes per block: a rehearsal's; without memory for one, what a pair of blocks roughly takes."""
     if limit < _REHEARSED:
-        return lambda size: run.bound(min(n, 2 * size))
+        return lambda size: run.rough(min(n, 2 * size))
     forward = try_forward(run, x)
     return lambda size: predict(run, x, size, forward).peak

@@ -73,7 +73,7 @@ def _with_memory(run: Run, x: Any, chunk: int, whole: Any) -> Prediction:
 def _few(run: Run, chunk: int) -> int:
     """Probes of a block that can be rehearsed with memory: a dozen, or as many as a kernel may take, but a few."""
     size = min(chunk, _DOZEN)
-    while size > _FEWEST and run.bound(2 * size) > limit_bytes(run.network.device):
+    while size > _FEWEST and run.rough(2 * size) > limit_bytes(run.network.device):
         size = -(-size // 2)
     return size
 

@@ -51,8 +51,8 @@ class Run:
 
         return assemble(sizes1, sizes2, cell, lambda name: self.reduction if name == WHOLE else str(self.layers))
 
-    def bound(self, n: int) -> float:
-        """Bytes that n probes in one block stay below: the graph, all its gradients at once, copies in float64."""
+    def rough(self, n: int) -> float:
+        """Bytes that n probes in one block take, roughly: the graph, all its gradients at once, copies in float64."""
         if self.recipe is None:
             return math.inf
         outputs, entries = self.recipe.outputs, {"full": self.recipe.outputs**2, "blocks": self.recipe.outputs}
