@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ntkwatch import probes as probing
 from ntkwatch.checks import check_arguments, check_choice
+from ntkwatch.default_device import ours
 from ntkwatch.diagnostics import select
 from ntkwatch.distributed import Ranks, sharded
 from ntkwatch.failures import Failures
@@ -302,7 +303,7 @@ class NTKWatch(Callback):
         measurement: Measurement | None = None
         if self._ranks.first():
             try:
-                with self.schedule.probing(), others_warnings():
+                with self.schedule.probing(), others_warnings(), ours():
                     measurement = work()
             except Exception as caught:  # whatever a probe meets, the run that it watches goes on
                 error = caught

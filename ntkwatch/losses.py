@@ -131,7 +131,7 @@ class LossAt:
 
     def _check_separate(self, f: Tensor, gradient: Tensor, blocks: Tensor) -> None:
         """A mean over examples has no curvature between two of them: one random product tells."""
-        w = torch.randn(f.shape, dtype=f.dtype, generator=torch.Generator().manual_seed(0)).to(f.device)
+        w = torch.randn(f.shape, dtype=f.dtype, generator=torch.Generator().manual_seed(0), device="cpu").to(f.device)
         product = torch.autograd.grad((gradient * w).sum(), f, retain_graph=True)[0]
         own = torch.einsum("ncd,nc->nd", blocks, w)
         if (product - own).norm() > SEPARATE * own.norm():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ntkwatch.default_device import theirs
 from ntkwatch.plain import eager, not_reentrant, places_of, unwrap
 
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
@@ -97,11 +98,12 @@ class Network:
                 return self._checked(self._called(batch, state), batch).detach()
 
     def _called(self, batch: Any, state: Mapping[str, Tensor] | None) -> Any:
-        if not state:
-            return self._raw(batch)
-        places = places_of(self.module)
-        swapped = {f"module.{place}": value for name, value in state.items() for place in places.get(name, (name,))}
-        return torch.func.functional_call(self._wrapper, swapped, (batch,), tie_weights=False)
+        places = places_of(self.module) if state else {}
+        swapped = {f"module.{place}": t for name, t in (state or {}).items() for place in places.get(name, (name,))}
+        with theirs():
+            if not state:
+                return self._raw(batch)
+            return torch.func.functional_call(self._wrapper, swapped, (batch,), tie_weights=False)
 
     @property
     def custom_outputs(self) -> bool:

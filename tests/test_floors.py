@@ -39,6 +39,7 @@ FLOORS = {
     },
     2: {"engines"},
     1: {
+        "default_device",
         "plain",
         "model",
         "statistics",

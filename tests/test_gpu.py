@@ -179,6 +179,24 @@ def test_a_run_on_a_gpu_is_the_same_watched(precision: Any, tmp_path: Path) -> N
     assert len(steps) >= 4, f"{precision}: recorded {steps}"
 
 
+class Recurrent(nn.Module):
+    """cuDNN keeps the state of its dropout, and makes a new one once the generator has been set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.LSTM(8, 16, 2, dropout=0.2, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x.squeeze(1))[0][:, -1])
+
+
+def test_the_dropout_of_a_recurrent_layer_is_the_same_watched(tmp_path: Path) -> None:
+    alone, watched = (
+        fitted(tmp_path, [NTKWatch(probes="train", every=1, budget=None)] * times, Recurrent()) for times in (0, 1)
+    )
+    assert {k for k in alone if not torch.equal(alone[k], watched[k])} == set()
+
+
 ON_THE_CPU = """
 import torch
 from ntkwatch import Monitor, plan

@@ -989,3 +989,18 @@ def test_ordered_dicts_keep_their_order() -> None:
         net.table.move_to_end("a")
         del net.table["b"]
     assert list(net.table) == ["a", "b", "c"]
+
+
+def test_a_generator_that_did_not_move_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's must not be: cuDNN draws its dropout anew once it has been, even to the state that it was in."""
+    given: list[torch.Tensor] = []
+    put, net = torch.set_rng_state, nn.Linear(2, 2)
+    monkeypatch.setattr(torch, "set_rng_state", lambda state: (given.append(state), put(state)))
+    before = torch.get_rng_state()
+    with leave_no_trace(net):
+        pass
+    assert not given
+    with leave_no_trace(net):
+        torch.rand(3)
+    assert len(given) == 1
+    assert torch.equal(torch.get_rng_state(), before)

@@ -51,7 +51,7 @@ def complexity_random(view: View) -> Tensor:
     """
     k, floor = _scaled(view)
     y, generator = known(view.targets), torch.Generator().manual_seed(view.seed)
-    orders = [torch.randperm(len(y), generator=generator) for _ in range(SHUFFLES)]
+    orders = [torch.randperm(len(y), generator=generator, device="cpu") for _ in range(SHUFFLES)]
     return torch.stack([ask("complexity", k, y[order], floor=floor) for order in orders]).mean()
 
 
@@ -80,7 +80,7 @@ def halves(view: View, n: int | None = None) -> list[tuple[Tensor, Tensor]]:
     if n < FEWEST:
         raise Undefined(f"half of {n} probes is too few to hold out")
     generator = torch.Generator().manual_seed(view.seed)
-    orders = [torch.randperm(n, generator=generator) for _ in range(SIDES)]
+    orders = [torch.randperm(n, generator=generator, device="cpu") for _ in range(SIDES)]
     return [(order[: n // 2], order[n // 2 :]) for order in orders]
 
 

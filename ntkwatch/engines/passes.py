@@ -33,7 +33,7 @@ def at_once(start: Start, wanted: Sequence[GradientEdge], cotangents: PerOutput)
     try:
         with quiet():
             found = torch.func.vmap(one, randomness="same")(cotangents.stacked())
-    except RuntimeError as error:
+    except Exception as error:  # what an operation or a Function raises that knows of no batch
         if is_out_of_memory(error):
             raise
         return None
@@ -50,7 +50,7 @@ def can_be_batched(f: Tensor, wanted: Sequence[GradientEdge]) -> bool:
     pass in torch 2.13).
     """
     generator = torch.Generator().manual_seed(0)
-    some = torch.rand((2, *f.shape), generator=generator, dtype=torch.float64) + 0.5
+    some = torch.rand((2, *f.shape), generator=generator, dtype=torch.float64, device="cpu") + 0.5
     cotangents = PerOutput(some.to(f.device, f.dtype))
     found = at_once(f, wanted, cotangents)
     return found is not None and all(map(_agree, found, in_turn(f, wanted, cotangents)))

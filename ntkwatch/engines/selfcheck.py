@@ -46,7 +46,7 @@ def self_check(engine: Engine, network: Network, x: Any) -> tuple[float, str]:
     """
     probes, mixed = few(x), Mixed(network)
     kernel = engine.kernel(mixed, probes, reduction="full", layers="full")
-    w = torch.randn(kernel.outputs.shape, generator=torch.Generator().manual_seed(0)).to(kernel.outputs)
+    w = torch.randn(kernel.outputs.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(kernel.outputs)
     w[:, 0] = w[:, 0].abs() + 0.5  # the mixture always counts
     right = _reference(mixed, probes, w)
     whole = torch.stack(list(right.values())).sum(0)
@@ -108,8 +108,8 @@ def _real(g: Tensor | None) -> Tensor | None:
 
 def _products(rows: tuple[Tensor | None, ...]) -> Tensor:
     """Inner products [n, n] of the examples' gradients, zero where there are none."""
-    total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    there = torch.tensor([i for i, g in enumerate(rows) if g is not None])
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device="cpu")
+    there = torch.tensor([i for i, g in enumerate(rows) if g is not None], dtype=torch.long, device="cpu")
     for pieces in zip(*(g.split(_STRETCH) for g in rows if g is not None), strict=True):
         part = torch.stack(pieces)
         total[there[:, None], there] += (part @ part.T).double().cpu()

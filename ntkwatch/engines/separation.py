@@ -210,7 +210,7 @@ def _read_layouts(
     if not nodes:
         return {}
     generator = torch.Generator().manual_seed(0)
-    u = torch.rand(f.shape, generator=generator, dtype=torch.float64).to(f.device, f.dtype) + 0.5
+    u = torch.rand(f.shape, generator=generator, dtype=torch.float64, device="cpu").to(f.device, f.dtype) + 0.5
     codes = [code.to(f.device, f.dtype)[:, None] for code in digits(n, f.dtype)]
     passes = [_backward_once(f, graph, nodes, u * code) for code in (torch.ones_like(codes[0]), *codes)]
     found: dict[Node, tuple[Layout | Scattered | None, bool]] = {}

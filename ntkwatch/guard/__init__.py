@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ntkwatch.default_device import ours
 from ntkwatch.guard.modules import Modules
 from ntkwatch.guard.objects import leave_objects
 from ntkwatch.guard.process import guard_flags, guard_generators
@@ -36,7 +37,7 @@ def leave_no_trace(*modules: nn.Module) -> Iterator[None]:
             a parameter that was changed in place (its `_version` moved). A signal on its way up is never replaced.
     """
     undo: list[Undo] = []
-    with torch.inference_mode(False):
+    with ours(), torch.inference_mode(False):
         try:
             try:
                 tree = Modules(modules)

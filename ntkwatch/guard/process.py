@@ -169,8 +169,18 @@ def guard_generators(undo: list[Undo]) -> None:
     if torch.backends.mps.is_available():
         sources.append((torch.mps.get_rng_state, torch.mps.set_rng_state))
     for get, put in sources:
-        undo.append(partial(_call, put, get()))
+        undo.append(partial(_put_back, get, put, get()))
 
 
-def _call(put: Callable[[Any], object], state: Any) -> None:
-    put(state)
+def _put_back(get: Callable[[], Any], put: Callable[[Any], object], state: Any) -> None:
+    """Where it has moved: a generator of CUDA that is set, even to its own state, has cuDNN draw its dropout anew."""
+    if not _same(get(), state):
+        put(state)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(np.array_equal(a, b))

@@ -40,7 +40,7 @@ class Draws:
 def _normal(seed: int, count: int, rows: int, columns: int | None) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed % 2**63)
     shape = (1, count, rows, rows) if columns is None else (2, count, rows, columns)
-    return list(torch.randn(shape, generator=generator, dtype=torch.float64))
+    return list(torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device))
 
 
 def later(a: Draws | None, b: Draws | None, by: int = 0) -> Draws | None:

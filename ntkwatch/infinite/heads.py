@@ -134,7 +134,9 @@ def _is_size(reader: Reader, n: fx.Node, user: fx.Node) -> bool:
 def _identify(reader: Reader, node: fx.Node, projections: list[fx.Node]) -> Heads:
     generator = torch.Generator().manual_seed(0)
     widths = [_width(reader, p) for p in projections]
-    drawn = [torch.randn(ROWS, TOKENS, w, generator=generator, dtype=torch.float64) for w in widths]
+    drawn = [
+        torch.randn(ROWS, TOKENS, w, generator=generator, dtype=torch.float64, device=generator.device) for w in widths
+    ]
     known = dict(zip(projections, drawn, strict=True))
     inputs = torch.zeros(ROWS, TOKENS, _fan_in(reader, projections[0]), dtype=torch.float64)
     try:

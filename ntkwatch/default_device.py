@@ -1,0 +1,41 @@
+"""The device that new tensors go to where nobody names one: the CPU for us, and a script's own for its code.
+
+A script may say `torch.set_default_device("cuda")`. Its model and its `outputs` are called under that, while all that a
+probe makes for itself would else land there as well, beside what lies on the CPU or on the model's device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+
+_THEIRS: ContextVar[torch.device | None] = ContextVar("theirs", default=None)  # the script's, while ours is in force
+
+
+@contextlib.contextmanager
+def ours() -> Iterator[None]:
+    """The CPU, whatever a script has set. May be nested."""
+    device = torch.get_default_device()
+    if device.type == "cpu":
+        yield
+        return
+    token = _THEIRS.set(device)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        _THEIRS.reset(token)
+
+
+@contextlib.contextmanager
+def theirs() -> Iterator[None]:
+    """Inside `ours`, what the script has set: for calls of its own code."""
+    device = _THEIRS.get()
+    if device is None:
+        yield
+        return
+    with torch.device(device):
+        yield
