@@ -185,6 +185,10 @@ class Instruments:
         }
 
     # ── one step ──────────────────────────────────────────────────────────────────────────────────────────────────
+    def eps(self, outputs: Tensor) -> float:
+        """The rounding of outputs, relative."""
+        return torch.finfo(self.network.rounding(outputs.dtype)).eps
+
     def gradient_steps(self, loss: LossAt) -> Iterator[tuple[Tensor, float]]:
         """(Δf [n, C], η) of one gradient step on the probes, each at half the η before; the parameters stay.
 
@@ -197,7 +201,7 @@ class Instruments:
             raise Undefined("the gradient on the probes is zero")
         length = float(torch.stack([p.double().norm() for p in now.values()]).norm() / size)
         before = self._without_graph({})
-        lr = torch.finfo(before.dtype).eps ** (1 / 3) * length
+        lr = self.eps(before) ** (1 / 3) * length
         while True:
             after = self._without_graph({name: now[name] - lr * g[name] for name in g})
             yield (after.double() - before.double()).cpu(), lr

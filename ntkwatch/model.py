@@ -71,6 +71,11 @@ class Network:
         held = {**self.parameters, **self.buffers}
         return {name: tensor.to(held.get(name, tensor)) for name, tensor in tensors.items()}
 
+    def rounding(self, outputs: torch.dtype) -> torch.dtype:
+        """What outputs of that type are rounded to on their way: the coarsest type among it and all parameters'."""
+        types = {p.dtype for p in self.module.parameters() if p.is_floating_point() or p.is_complex()}
+        return max((outputs, *types), key=lambda dtype: torch.finfo(dtype).eps)
+
     def check_parameters(self) -> None:
         """Raises UnsupportedModel where a trained parameter is no longer the one that was there at construction."""
         now = dict(self.module.named_parameters(remove_duplicate=False))

@@ -12,7 +12,7 @@ import torch
 from device import placed
 from torch import Tensor, nn
 
-from ntkwatch import metrics
+from ntkwatch import Monitor, empirical_ntk, metrics
 from ntkwatch.engines.base import at_hand, noise_floor
 from ntkwatch.engines.functional import Functional
 from ntkwatch.engines.layerwise import Layerwise
@@ -158,3 +158,40 @@ def test_long_sums_keep_their_digits() -> None:
     for engine in (Layerwise(), Functional()):
         found = smallest(net, x, engine, "single")
         assert abs(found[1] / right[1] - 1) < found[2], f"{engine.name}: {found[1]} {right[1]}"
+
+
+class Mixed(nn.Module):
+    """A body and a head of types of their own."""
+
+    def __init__(self, body: torch.dtype, head: torch.dtype, outputs: torch.dtype) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()).to(body)
+        self.head, self.types = nn.Linear(64, 3).to(head), (body, head, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        body, head, outputs = self.types
+        return self.head(self.body(x.to(body)).to(head)).to(outputs)
+
+
+@pytest.mark.parametrize(
+    "types",
+    [
+        (torch.float32, torch.float32, torch.float64),
+        (torch.float32, torch.float64, torch.float64),
+        (torch.float64, torch.float32, torch.float64),
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float32, torch.float32),
+    ],
+    ids=str,
+)
+def test_models_of_several_types_are_judged_by_the_coarsest(types: tuple[torch.dtype, ...]) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        module, x = placed(Mixed(*types).eval(), torch.randn(64, 20))
+        coarsest = max(types, key=lambda dtype: torch.finfo(dtype).eps)
+        for engine in (Layerwise(), Functional()):
+            kernel = engine.kernel(Network(module), x)
+            assert kernel.noise_floor == noise_floor(coarsest, at_hand("double", x.device)), engine.name
+        assert empirical_ntk(module, x).isfinite().all(), "not refused for its rounding"
+        monitor = Monitor(module, (x, torch.arange(64) % 3), diagnostics="full", loss=nn.functional.cross_entropy)
+        assert monitor.measure(0).metrics["log10_lambda_max"] is not None

@@ -136,7 +136,7 @@ def _facts(network: Network, batch: Any, outputs: torch.Tensor) -> list[str]:
         f"outputs    {list(outputs.shape)} {str(outputs.dtype).removeprefix('torch.')}",
         f"targets    {f'{list(targets.shape)} {targets.dtype}' if targets is not None else NO_TARGETS}",
         f"mode       {_mode(network.module)}",
-        f"precision  {_precision(outputs)}",
+        f"precision  {_precision(network, outputs)}",
         f"limit      {_limit(network, batch)}",
     ]
 
@@ -150,9 +150,9 @@ def _limit(network: Network, batch: Any) -> str:
         return str(wide_limit(network, batch, calibrated=untracked_statistics(network.module)))
 
 
-def _precision(outputs: torch.Tensor) -> str:
+def _precision(network: Network, outputs: torch.Tensor) -> str:
     precision = at_hand("double", outputs.device)
-    floor = noise_floor(outputs.dtype, precision)
+    floor = noise_floor(network.rounding(outputs.dtype), precision)
     products = "float64" if precision == "double" else "float32"
     return f"{products} products; eigenvalues below {floor:.1e} of the largest are rounding of the factors"
 

@@ -180,7 +180,7 @@ def _step_errors(view: View) -> tuple[float, float, bool]:
         found: list[float] = []
         for df, lr in itertools.islice(model.gradient_steps(loss), HALVINGS + 1):
             error = float(ask("one_step_error", df, theta, loss.gradient, lr))
-            rounding = torch.finfo(view.outputs.dtype).eps * float(view.outputs.double().norm() / df.norm())
+            rounding = model.eps(view.outputs) * float(view.outputs.double().norm() / df.norm())
             clear = error > CLEAR * rounding
             if clear or len(found) < 2:
                 found.append(error)

@@ -93,7 +93,7 @@ def _trial(engine: Engine, network: Network, x: Any) -> tuple[float | None, str 
         if is_out_of_memory(failure):
             raise
         return None, first_line(failure)
-    tolerance = _TOLERANCE.get(next(iter(network.parameters.values())).dtype, 3e-3)
+    tolerance = _TOLERANCE.get(network.rounding(torch.float64), 3e-3)
     if error <= tolerance:
         return error, None
     return error, f"the self-check found it off by {error:.1e} against plain backward passes, most in {worst}"

@@ -73,7 +73,7 @@ class Functional:
             return self.by_parameter(network, blocks(x1, size), other, state, rich, dtype, signed)
 
         value, kept = together(backing_off(attempt, chunk, network.device), rich, reduction, layers)
-        floor = noise_floor(outputs.dtype, precision)
+        floor = noise_floor(network.rounding(outputs.dtype), precision)
         return Kernel(value, kept, outputs, reduction, self.name, precision, floor)
 
     def by_parameter(

@@ -62,7 +62,7 @@ class Layerwise:
             theta = self._backing_off(run, x1, x2, chunk_size)
         total = theta.pop(WHOLE)
         outputs = torch.cat([run.outputs[i] for i in sorted(run.outputs)])
-        floor = noise_floor(outputs.dtype, precision)
+        floor = noise_floor(network.rounding(outputs.dtype), precision)
         return Kernel(reduce(total, rich, reduction), theta, outputs, reduction, self.name, precision, floor)
 
     def recipe(self, network: Network, x: Any, state: Mapping[str, Tensor] | None) -> Separation | None:

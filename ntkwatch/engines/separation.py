@@ -122,7 +122,7 @@ def check_uncoupled(network: Network, x: Any, state: Mapping[str, Tensor] | None
     whole = outputs(slice(0, n))
     if rows < 2:
         return
-    limit = torch.finfo(whole.dtype).eps ** 0.5 * whole.abs().max()
+    limit = torch.finfo(network.rounding(whole.dtype)).eps ** 0.5 * whole.abs().max()
     alone = [_compare(outputs, whole, slice(i, i + 1), limit) for i in range(n)]
     among = _compare(outputs, whole, slice(0, min(rows, _MANY)), limit) if rows > n else None
     rest = _compare(outputs, whole, slice(1, n), limit) if all(found is None for found in alone) else None
