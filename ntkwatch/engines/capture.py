@@ -27,6 +27,7 @@ from ntkwatch.model import Network, UnsupportedModel
 _SEGMENT_BYTES = 1 << 25  # gradients captured before the pass pauses to use them
 Gradients = tuple[PerOutput | None, ...]  # of each output of a node
 _GROUP_BYTES = 1 << 28  # of one node for a group of outputs: larger groups share more, and hold more
+_PASS_BYTES = {"cpu": 1 << 25, "cuda": 1 << 27}  # of one node in a batched pass: libraries' workspaces are as large
 _BATCHED_BYTES = {"cpu": 1 << 19, "cuda": 1 << 26}  # of one node and output: above it, passes in turn are faster
 
 
@@ -117,7 +118,8 @@ class Capture:
         largest = max(node_bytes(self.graph, nodes[number]) for number in numbers)
         grads = None
         if self.recipe.batched and largest <= _BATCHED_BYTES.get(cotangents.device.type, 0):
-            grads = at_once(start, wanted, cotangents)
+            most = max(1, _PASS_BYTES.get(cotangents.device.type, 0) // max(largest, 1))
+            grads = at_once(start, wanted, cotangents, most)
         if grads is None:
             grads = in_turn(start, wanted, cotangents)
         filled: dict[int, list[PerOutput | None]] = {n: [None] * len(nodes[n]._input_metadata) for n in numbers}

@@ -21,8 +21,10 @@ def in_turn(start: Start, wanted: Sequence[GradientEdge], cotangents: PerOutput)
     return [_filled(each) for each in zip(*passes, strict=True)]
 
 
-def at_once(start: Start, wanted: Sequence[GradientEdge], cotangents: PerOutput) -> list[PerOutput | None] | None:
-    """The same from one batched pass, together; None where some operation's backward pass cannot be batched."""
+def at_once(
+    start: Start, wanted: Sequence[GradientEdge], cotangents: PerOutput, most: int | None = None
+) -> list[PerOutput | None] | None:
+    """The same from batched passes of at most `most` outputs, together; None where some operation has no batch."""
     reached: list[int] = []
 
     def one(cotangent: Tensor) -> list[Tensor]:
@@ -32,7 +34,7 @@ def at_once(start: Start, wanted: Sequence[GradientEdge], cotangents: PerOutput)
 
     try:
         with quiet():
-            found = torch.func.vmap(one, randomness="same")(cotangents.stacked())
+            found = torch.func.vmap(one, randomness="same", chunk_size=most)(cotangents.stacked())
     except Exception as error:  # what an operation or a Function raises that knows of no batch
         if is_out_of_memory(error):
             raise
