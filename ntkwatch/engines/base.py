@@ -142,10 +142,10 @@ def noise_floor(dtype: torch.dtype, precision: Precision) -> float:
     """Below this share of the largest eigenvalue, an eigenvalue is not known to 10 %.
 
     Factors of type `dtype`, the coarsest on their way (`Network.rounding`), carry the rounding of forward and backward
-    passes, and so does the kernel, whatever the type of the products; products in float32 add as much again, since no sum of theirs is long. Either error was at most one
-    eps of λ_max, in spectral norm, on thirteen architectures; ten of each is the floor. A ReLU that is within rounding
-    of zero may fall on the other side of it: that is another function, whose kernel is off by about one part in the
-    number of units, and no floor covers it.
+    passes, and so does the kernel, whatever the type of the products; products in float32 add as much again, since no
+    sum of theirs is long. Either error was at most one eps of λ_max, in spectral norm, on thirteen architectures; ten
+    of each is the floor. A ReLU that is within rounding of zero may fall on the other side of it: that is another
+    function, whose kernel is off by about one part in the number of units, and no floor covers it.
     """
     work = work_dtype(dtype, precision)
     return 10 * (torch.finfo(dtype).eps + torch.finfo(work).eps)

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from ntkwatch.engines.rules import positions, products
-from ntkwatch.engines.rules.use import Use, factor, operand_shape
+from ntkwatch.engines.rules.use import EACH, Use, factor, operand_shape
 
-__all__ = ["Use", "factor", "operand_shape", "positions", "products"]
+__all__ = ["EACH", "Use", "factor", "operand_shape", "positions", "products"]

@@ -60,6 +60,7 @@ class Use:
         return grads.over(lambda t: self.examples(t, t.ndim - grads.ndim))
 
 
+EACH = " by examples"  # ends the name of how `masked` found a factor
 Rule = Callable[[Use], Factor | None]
 _RULES: dict[tuple[str, int], Rule] = {}
 _SCATTERED_RULES: dict[tuple[str, int], Rule] = {}
@@ -82,7 +83,7 @@ def factor(use: Use) -> tuple[Factor, str]:
     result = found(use) if found is not None else None
     if found is not None and result is not None:
         return result, found.__name__.strip("_").replace("_", " ")
-    return masked(use), f"{use.node.name()} by examples"
+    return masked(use), f"{use.node.name()}{EACH}"
 
 
 def _complex(use: Use) -> bool:
