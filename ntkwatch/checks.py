@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ntkwatch.engines.base import Reduction, richest
+from ntkwatch.engines.memory import first_line, is_out_of_memory
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.misfits import misfit
 from ntkwatch.model import Network, UnsupportedModel
@@ -65,6 +66,7 @@ def count_outputs(network: Network, batch: Any, n: int, reduction: str) -> int:
     Raises:
         ValueError: the model fails on the probes, outputs that are not finite, a full kernel above 1 GB.
         UnsupportedModel: outputs that are not [n, C].
+        MemoryError: one forward pass of the probes is too much.
     """
     with leave_no_trace(network.module), torch.no_grad():
         outputs = _outputs(network, batch)
@@ -90,6 +92,10 @@ def _outputs(network: Network, batch: Any) -> Tensor:
     except UnsupportedModel:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError(
+                f"memory ran out in one forward pass of the probes ({first_line(error)}): take fewer probes"
+            ) from error
         raise ValueError(
             misfit(network.module, batch, error)
             or f"the model failed on the probes ({type(error).__name__}: {error}): "

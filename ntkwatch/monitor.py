@@ -56,6 +56,7 @@ class Monitor:
     Raises:
         ValueError: an unknown reduction, engine or diagnostic; outputs that are not finite; a kernel too large.
         UnsupportedModel: outputs that are not [n, C]; no trained parameters.
+        MemoryError: one forward pass of the probes is too much.
 
     >>> monitor = Monitor(torch.nn.Linear(3, 2), torch.eye(3))
     >>> monitor.measure(0).metrics["kernel_angle"]

@@ -121,6 +121,18 @@ def test_other_errors_stay_what_they_are() -> None:
     assert misfit(_mlp(), torch.randn(N, 12), RuntimeError("never raised")) is None
 
 
+class Large(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_memory_that_runs_out_is_no_misfit() -> None:
+    with pytest.raises(
+        MemoryError, match=r"one forward pass of the probes \(OutOfMemoryError: CUDA.*take fewer probes"
+    ):
+        count_outputs(Network(Large(12, 3)), torch.randn(N, 12), N, "trace")
+
+
 def test_whatever_fits_is_not_called_a_misfit() -> None:
     """Every module of the zoo, made to fail in its last step with the right probes."""
     for case in [c for c in CASES if not c.refused and not c.heavy][:40]:
