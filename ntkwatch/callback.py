@@ -79,7 +79,8 @@ class NTKWatch(Callback):
         super().__init__()
         check_choice("on_error", on_error, ("warn", "raise"))
         select(diagnostics)
-        check_arguments(reduction, engine, outputs, loss, hparams, seed, targets, loggers)
+        apart = {"targets": targets, "loggers": loggers, "resample": resample, "save_kernels": save_kernels}
+        check_arguments(reduction, engine, seed, outputs=outputs, loss=loss, hparams=hparams, **apart)
         wanted = probing.resolve(probes)
         if resample and wanted.data is not None:
             raise ValueError("resample=True draws fresh probes each time: pass a number, 'val' or 'train' as probes=")

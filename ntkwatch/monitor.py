@@ -78,7 +78,8 @@ class Monitor:
         hparams: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        check_arguments(reduction, engine, outputs, loss, hparams, seed)
+        given = {"model": model, "outputs": outputs, "loss": loss, "targets": targets, "record": record}
+        check_arguments(reduction, engine, seed, hparams=hparams, **given)
         self.diagnostics, self.follows = table.select(diagnostics), table.names_forecast(diagnostics)
         self.model, self.engine, self.seed = model, engine, seed
         self.reduction: Reduction = reduction  # type: ignore[assignment]  # checked above

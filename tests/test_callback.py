@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import pytorch_lightning as pl
@@ -563,8 +564,39 @@ CONSTRUCTION: dict[str, tuple[dict[str, Any], str]] = {
     "hparams": ({"hparams": 3}, "hparams=3.*a mapping"),
     "loggers": ({"loggers": CSVLogger("nowhere")}, "loggers=.*a list of Lightning loggers"),
     "seed": ({"seed": "one"}, "seed='one'.*a whole number"),
+    "a seed that no generator takes": ({"seed": 2**64}, "seed=18446744073709551616.*64 bits"),
+    "a number as targets": ({"targets": 5}, "targets=5.*a tensor.*lambda batch"),
+    "a flag as targets": ({"targets": True}, "targets=True.*a tensor"),
+    "a mapping as targets": ({"targets": {}}, "targets={}.*a tensor"),
+    "a single number as targets": ({"targets": torch.tensor(5)}, r"targets=tensor\(5\).*a tensor \[n"),
+    "no step": ({"every": []}, r"every=\[\] holds no step.*every=\[0\]"),
+    "an empty range": ({"every": range(0)}, "holds no step"),
+    "resample": ({"resample": "yes"}, "resample='yes'.*True or False"),
+    "resample is None": ({"resample": None}, "resample=None.*True or False"),
+    "save_kernels": ({"save_kernels": "no"}, "save_kernels='no'.*True or False"),
+    "a logger's name": ({"loggers": ["tb"]}, r"loggers=\['tb'\].*a list of Lightning loggers"),
+    "a logger's class": ({"loggers": [CSVLogger]}, "loggers=.*a list of Lightning loggers"),
+    "loggers by name": ({"loggers": {}}, "loggers={}.*a list of Lightning loggers"),
+    "reductions": ({"reduction": ["trace"]}, r"reduction=\['trace'\] is unknown"),
     "resampled tensors": ({"probes": torch.zeros(3, 6), "resample": True}, "resample"),
 }
+
+
+TAKEN: dict[str, dict[str, Any]] = {
+    "0-d every": {"every": torch.tensor(5)},
+    "numpy's flags": {"resample": np.bool_(True), "save_kernels": np.bool_(False)},
+    "targets in a list": {"targets": [0, 1]},
+    "targets in an array": {"targets": np.zeros(3)},
+    "no loggers": {"loggers": []},
+    "a tuple of loggers": {"loggers": (CSVLogger("nowhere"),)},
+    "no hparams": {"hparams": {}},
+    "a negative seed": {"seed": -1},
+}
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_what_can_be_read_is_taken_at_construction(case: str) -> None:
+    NTKWatch(**TAKEN[case])
 
 
 @pytest.mark.parametrize("case", CONSTRUCTION)

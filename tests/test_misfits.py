@@ -127,9 +127,7 @@ class Large(nn.Linear):
 
 
 def test_memory_that_runs_out_is_no_misfit() -> None:
-    with pytest.raises(
-        MemoryError, match=r"one forward pass of the probes \(OutOfMemoryError: CUDA.*take fewer probes"
-    ):
+    with pytest.raises(MemoryError, match=r"one forward pass of the probes \(OutOfMemoryError.*fewer probes"):
         count_outputs(Network(Large(12, 3)), torch.randn(N, 12), N, "trace")
 
 
