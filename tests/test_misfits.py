@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -146,10 +147,21 @@ def _fail(*_: Any) -> None:
     raise RuntimeError("at the end")
 
 
+@dataclass
+class Fields:
+    x: Tensor
+    y: Tensor | None = None
+
+
 # probes, the model, what is said
 OTHER_FORMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], tuple[str, ...]]] = {
     "a mapping": (_mlp, lambda: {"x": torch.randn(N, 12)}, ("do not fit", "0 (Linear)", "a dict of x", "probes['x']")),
     "a list in a list": (_mlp, lambda: [[torch.randn(N, 12)]], ("0 (Linear)", "a list of 1", "probes[0]")),
+    "a dataclass": (
+        _mlp,
+        lambda: Fields(torch.randn(N, 12)),
+        ("do not fit", "0 (Linear)", "a Fields of x, y", "pass outputs=lambda model, batch: model(batch.x)"),
+    ),
     "one example": (_mlp, lambda: torch.randn(12), ("takes a last dimension of 12, got [12]", "probes.unsqueeze(0)")),
     "no column": (lambda: nn.Linear(1, 2), lambda: torch.randn(N), ("dimension of 1, got [5]", "probes.unsqueeze(1)")),
     "no dimensions": (_mlp, lambda: torch.tensor(1.0), ("a batch must hold a tensor", "got a tensor of no dimensions")),
