@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,40 @@ def test_batches_of_every_form(form: str, tmp_path: Path) -> None:
     metrics = watched(tmp_path, model, data()).last.metrics
     assert metrics["kernel_angle"] > 0, form
     assert (metrics["centered_alignment"] is None) == (form == "bare"), form
+
+
+@dataclass
+class Fields:
+    """A batch as a dataclass: README says that `forward` gets it whole."""
+
+    x: Tensor
+    y: Tensor
+
+
+class TakesFields(Classifier):
+    """Its forward takes the batch, or (whole=False) one field of it."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.whole = whole
+
+    def forward(self, x: Any) -> Tensor:
+        return self.net(x.x if self.whole else x)
+
+    def training_step(self, batch: Fields, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch if self.whole else batch.x), batch.y)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_dataclass_goes_into_forward_whole_or_through_outputs(whole: bool, tmp_path: Path) -> None:
+    def collate(items: list[Any]) -> Fields:
+        return Fields(torch.stack([x for x, _ in items]), torch.stack([y for _, y in items]))
+
+    given = {"watch_outputs": lambda model, batch: model(batch.x)} if not whole else {}
+    data = [DataLoader(rows(48), 16, collate_fn=collate)] * 2
+    last = watched(tmp_path, TakesFields(whole), data, **given, watch_targets=lambda batch: batch.y).last
+    assert last.metrics["kernel_angle"] > 0
+    assert last.metrics["centered_alignment"] is not None
 
 
 def test_absent_targets_have_a_reason(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def _watch(manifest: Mapping[str, Any]) -> str:
     """Since when the watch is off, and why, and how many probes failed; empty where nothing went wrong."""
     off, failed = manifest.get("switched_off") or {}, manifest.get("failed_probes") or []
     why = " ".join(str(off.get("why")).split())  # torch's errors are of several lines
-    said = [f"Switched off at step {off.get('step')}; nothing was measured after it: {why}."] if off else []
+    said = [f"Switched off at step {off.get('step', 0):,}; nothing was measured after it: {why}."] if off else []
     if len(failed) == 1:
         said.append(f"One probe failed, at step {failed[0]:,}.")
     elif failed:
