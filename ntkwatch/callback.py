@@ -16,7 +16,7 @@ from ntkwatch.checks import check_arguments, check_choice
 from ntkwatch.default_device import ours
 from ntkwatch.diagnostics import select
 from ntkwatch.distributed import Ranks, sharded
-from ntkwatch.failures import Failures
+from ntkwatch.failures import Failures, told
 from ntkwatch.following import Follower, follow
 from ntkwatch.opening import Opening, Settings
 from ntkwatch.outcome import Outcome
@@ -80,7 +80,8 @@ class NTKWatch(Callback):
         super().__init__()
         check_choice("on_error", on_error, ("warn", "raise"))
         select(diagnostics)
-        check_arguments(reduction, engine, outputs, loss, hparams, seed, targets, loggers)
+        apart = {"targets": targets, "loggers": loggers, "resample": resample, "save_kernels": save_kernels}
+        check_arguments(reduction, engine, seed, outputs=outputs, loss=loss, hparams=hparams, **apart)
         wanted = probing.resolve(probes)
         if resample and wanted.data is not None:
             raise ValueError("resample=True draws fresh probes each time: pass a number, 'val' or 'train' as probes=")
@@ -98,7 +99,7 @@ class NTKWatch(Callback):
     def _forget(self) -> None:
         """A clean slate for one fit; a checkpoint's state is loaded after this."""
         self._outcome.keep(None)
-        self._failures = Failures(self._on_error, self._explicit)
+        self._failures = Failures(self._on_error, self._explicit, self._note)
         self._session: Session | None = None
         self._follower: Follower | None = None
         self._ranks = Ranks.detect()
@@ -158,7 +159,7 @@ class NTKWatch(Callback):
             return
         self._begun = True
         self._together(trainer, "settling the baseline", partial(self._begin, trainer, pl_module, batch), start=True)
-        self._continued = self._share(self._continued, False)
+        self._continued = self._failures.shared(self._ranks, self._continued, False)
         if self._failures.off is None:
             earlier = self._restored if self._continued else None
             fit = (trainer, pl_module, self._session, self._settings, earlier)
@@ -240,7 +241,7 @@ class NTKWatch(Callback):
         try:
             return self._grid.due(self._step)
         except Exception as error:
-            self._failures.probe(f"every= at step {self._step}", f"{type(error).__name__}: {error}", error, start=False)
+            self._failures.probe(f"every= at step {self._step}", told(error), error, start=False)
             return False
 
     # ── one probe ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -307,11 +308,11 @@ class NTKWatch(Callback):
                     measurement = work()
             except Exception as caught:  # whatever a probe meets, the run that it watches goes on
                 error = caught
-        said = f"{type(error).__name__}: {error}" if error is not None else None
+        failure = told(error) if error is not None else None
         values = self._session.sinks.values if self._session is not None and measurement is not None else None
-        said, values = self._share((said, values), (None, None))
-        if said is not None:
-            self._failures.probe(what, said, error, start)
+        failure, values = self._failures.shared(self._ranks, (failure, values), (None, None))
+        if failure is not None:
+            self._failures.probe(what, failure, error, start)
         elif values is not None:
             self._failures.succeeded()
             self._probed_at = self._step
@@ -320,10 +321,7 @@ class NTKWatch(Callback):
             self._values.update({tag: value for tag, value in values.items() if tag.startswith("ntk/")})
             publish(self._values, trainer.callback_metrics)
 
-    def _share(self, value: Any, otherwise: Any) -> Any:
-        """Rank 0's value; where another rank has gone missing, training goes on without probes."""
-        try:
-            return self._ranks.broadcast(value)
-        except Exception as error:
-            self._failures.switch_off(f"the ranks do not answer each other ({error})")
-            return otherwise
+    def _note(self, off: str | None) -> None:
+        """The record says that a probe failed at this step, or why the watch is off from here on."""
+        if self._session is not None:
+            self._session.note(self._step, off)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ntkwatch.engines.base import Reduction, richest
+from ntkwatch.engines.memory import first_line, is_out_of_memory
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.misfits import misfit
 from ntkwatch.model import Network, UnsupportedModel
@@ -22,41 +24,60 @@ FULL_LIMIT = 1e9  # bytes of one [nC, nC] float64 kernel
 
 def check_choice(name: str, got: str, allowed: Sequence[str]) -> None:
     """Raises ValueError naming the argument, what it got and what it takes."""
-    if got not in allowed:
+    if not isinstance(got, str) or got not in allowed:
         raise ValueError(f"{name}={got!r} is unknown: use one of {', '.join(map(repr, allowed))}")
 
 
-def check_arguments(
-    reduction: str,
-    engine: str,
-    outputs: Any,
-    loss: Any,
-    hparams: Any,
-    seed: Any,
-    targets: Any = None,
-    loggers: Any = None,
-) -> None:
-    """Raises ValueError for an argument of a value or kind that is not taken: what, what it got, what it takes."""
+def check_arguments(reduction: str, engine: str, seed: Any, **others: Any) -> None:
+    """Raises ValueError for an argument of a value or kind that is not taken: what, what it got, what it takes.
+
+    others: by name, those of `TAKES`; None is taken for all but the REQUIRED ones.
+    """
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("engine", engine, ENGINES)
-    listed = isinstance(loggers, Iterable) and not isinstance(loggers, str)
-    rows = (
-        ("outputs", outputs, callable(outputs), "a callable (model, batch) -> [n, C], or None"),
-        ("loss", loss, callable(loss), "a callable (outputs, targets) -> mean loss, or None"),
-        ("hparams", hparams, isinstance(hparams, Mapping), "a mapping, as {'width': 256}, or None"),
-        (
-            "targets",
-            targets,
-            not isinstance(targets, str),
-            "a tensor, or a callable of the batch, as lambda batch: batch['y']",
-        ),
-        ("loggers", loggers, listed, "a list of Lightning loggers, or None for the trainer's"),
-    )
-    for name, got, right, takes in rows:
-        if got is not None and not right:
+    for name, got in {**others, "seed": seed}.items():
+        right, takes = TAKES[name]
+        if (got is not None or name in REQUIRED) and not right(got):
             raise ValueError(f"{name}={got!r} is not understood: pass {takes}")
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
-        raise ValueError(f"seed={seed!r} is not understood: pass a whole number")
+
+
+def _flag(got: Any) -> bool:
+    return isinstance(got, (bool, np.bool_))
+
+
+def _seed(got: Any) -> bool:
+    """What a torch.Generator takes."""
+    return isinstance(got, int | np.integer) and not isinstance(got, bool) and -(2**63) <= int(got) < 2**64
+
+
+def _targets(got: Any) -> bool:
+    """A callable, or rows: a tensor, an array, a list."""
+    rows = hasattr(got, "__array__") or (isinstance(got, Sequence) and not isinstance(got, str | bytes))
+    return callable(got) or (rows and getattr(got, "ndim", 1) > 0)
+
+
+def _loggers(got: Any) -> bool:
+    """Told apart by what they can do, as the sinks do."""
+    listed = isinstance(got, Iterable) and not isinstance(got, str | Mapping | Iterator)
+    return listed and all(hasattr(each, "log_metrics") and not isinstance(each, type) for each in got)
+
+
+REQUIRED = ("model", "resample", "save_kernels", "seed")
+TAKES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (lambda got: isinstance(got, nn.Module), "an nn.Module, not its class or its outputs"),
+    "outputs": (callable, "a callable (model, batch) -> [n, C], or None"),
+    "loss": (callable, "a callable (outputs, targets) -> mean loss, or None"),
+    "hparams": (lambda got: isinstance(got, Mapping), "a mapping, as {'width': 256}, or None"),
+    "targets": (
+        _targets,
+        "a tensor [n, …], or a callable of the batch, as lambda batch: batch['y']",
+    ),
+    "loggers": (_loggers, "a list of Lightning loggers, or None for the trainer's"),
+    "record": (lambda got: isinstance(got, str | PathLike), "a folder's path, or None"),
+    "resample": (_flag, "True or False"),
+    "save_kernels": (_flag, "True or False"),
+    "seed": (_seed, "a whole number of 64 bits"),
+}
 
 
 def count_outputs(network: Network, batch: Any, n: int, reduction: str) -> int:
@@ -65,6 +86,7 @@ def count_outputs(network: Network, batch: Any, n: int, reduction: str) -> int:
     Raises:
         ValueError: the model fails on the probes, outputs that are not finite, a full kernel above 1 GB.
         UnsupportedModel: outputs that are not [n, C].
+        MemoryError: one forward pass of the probes is too much.
     """
     with leave_no_trace(network.module), torch.no_grad():
         outputs = _outputs(network, batch)
@@ -90,6 +112,10 @@ def _outputs(network: Network, batch: Any) -> Tensor:
     except UnsupportedModel:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError(
+                f"memory ran out in one forward pass of the probes ({first_line(error)}): take fewer probes"
+            ) from error
         raise ValueError(
             misfit(network.module, batch, error)
             or f"the model failed on the probes ({type(error).__name__}: {error}): "

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
+from ntkwatch.distributed import Ranks
+from ntkwatch.engines.memory import is_out_of_memory
 from ntkwatch.trainer import warn
 
 PATIENCE = 3  # failures in a row before probing is switched off
+MISFIT = "pass outputs=, targets= or probes= to NTKWatch (on_error='raise' shows the traceback)"
+FEWER = "pass fewer probes to NTKWatch, as probes=16, or leave it more memory (on_error='raise' shows the traceback)"
+T = TypeVar("T")
+Told = tuple[str, bool]
+
+
+def told(error: BaseException) -> Told:
+    """What every rank is told of an error: its kind and message, and whether memory ran out, if only as its cause."""
+    return f"{type(error).__name__}: {error}", any(is_out_of_memory(each) for each in _causes(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 class Failures:
@@ -15,28 +33,34 @@ class Failures:
     Args:
         on_error: "warn" or "raise".
         explicit: the user passed probes, outputs or targets: what does not fit them at the start raises.
+        note: has the record say that a probe failed (None), or why the watch is off.
 
     Attributes:
         off: why probing is switched off, None while it is on.
     """
 
-    def __init__(self, on_error: str, explicit: bool) -> None:
-        self._on_error, self._explicit = on_error, explicit
+    def __init__(self, on_error: str, explicit: bool, note: Callable[[str | None], None] = lambda off: None) -> None:
+        self._on_error, self._explicit, self._note = on_error, explicit, note
         self._in_a_row = 0
         self.off: str | None = None
 
-    def probe(self, what: str, said: str, error: Exception | None, start: bool) -> None:
-        """A probe, or (start) what comes before the first, failed on some rank; `error` where it was this one."""
-        if self._on_error == "raise" or (start and self._explicit):
+    def probe(self, what: str, failure: Told, error: Exception | None, start: bool) -> None:
+        """A probe, or (start) what comes before the first, failed on some rank; `error` where it was this one.
+
+        Memory that runs out is nothing that was passed and does not fit: it raises only where on_error says so.
+        """
+        said, memory = failure
+        if self._on_error == "raise" or (start and self._explicit and not memory):
             raise error or RuntimeError(said)
         self._in_a_row += 1
+        self._tell(None)
+        failed = f"{what} {'ran out of memory' if memory else 'failed'} ({said})"
         if start:
-            remedy = "pass outputs=, targets= or probes= to NTKWatch (on_error='raise' shows the traceback)"
-            self.switch_off(f"{what} failed ({said}): {remedy}")
+            self.switch_off(f"{failed}: {FEWER if memory else MISFIT}")
         elif self._in_a_row == PATIENCE:
-            self.switch_off(f"{what} failed ({said}), the {PATIENCE}rd time in a row")
+            self.switch_off(f"{failed}, the {PATIENCE}rd time in a row{f': {FEWER}' if memory else ''}")
         else:
-            warn(f"{what} failed ({said}); training goes on")
+            warn(f"{failed}; training goes on")
 
     def beside(self, what: str, error: Exception) -> None:
         """Something that the probes do without failed."""
@@ -59,6 +83,19 @@ class Failures:
         """No more probes in this fit."""
         self.off = why
         warn(f"switched off: {why}")
+        self._tell(why)
+
+    def _tell(self, off: str | None) -> None:
+        """Whatever the record meets, the run goes on."""
+        self.quietly("the record of a failure", lambda: self._note(off))
+
+    def shared(self, ranks: Ranks, value: T, otherwise: T) -> T:
+        """Rank 0's value; where another rank has gone missing, training goes on without probes."""
+        try:
+            return ranks.broadcast(value)
+        except Exception as error:
+            self.switch_off(f"the ranks do not answer each other ({error})")
+            return otherwise
 
     def instead_of_a_summary(self, last: int | None) -> str:
         """What to say of a fit without a record; last: the step of its newest measurement."""

@@ -227,6 +227,8 @@ def _begun(session: Session, earlier: Mapping[str, Any] | None) -> Begun | str:
         return start, Shelf(session.record / FOLDER).get(kept), kept["weights"]
     except (RecordError, KeyError, TypeError) as error:
         return str(error)
+    except (RuntimeError, MemoryError) as error:
+        return f"the checkpoint's forecast could not be read ({type(error).__name__}: {error})"
 
 
 def _made(trainer: Any, module: Any, settings: Settings, begun: Begun) -> LinearForecast | str:
@@ -236,10 +238,10 @@ def _made(trainer: Any, module: Any, settings: Settings, begun: Begun) -> Linear
     start, resumed, weights = begun
     targets = settings.targets if callable(settings.targets) else None
     network = Network(module, settings.monitor["outputs"])
-    if weights is not None and content_hash(network.parameters) != weights:
-        return OTHER_WEIGHTS
     args: Any = (network, trainer.optimizers[0], settings.monitor["loss"])
     try:
+        if weights is not None and content_hash(network.parameters) != weights:
+            return OTHER_WEIGHTS
         with true_precision(trainer):
             return LinearForecast(*args, targets=targets, start=start, resumed=resumed)
     except ValueError as error:

@@ -7,6 +7,7 @@ input are read from the error's own traceback, so that nothing is run again.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -137,6 +138,9 @@ def _no_tensor(module: nn.Module, x: Any) -> tuple[str, str, str] | None:
         )
     if isinstance(x, list | tuple):
         return "a tensor", f"a {type(x).__name__} of {len(x)}", "give the tensor alone, probes[0]"
+    if dataclasses.is_dataclass(x) and (fields := [field.name for field in dataclasses.fields(x)]):
+        got = f"a {type(x).__name__} of {', '.join(fields[:6])}"
+        return "a tensor", got, f"pass outputs=lambda model, batch: model(batch.{fields[0]})"
     return "a tensor", "None" if x is None else type(x).__name__, "give a tensor"
 
 

@@ -56,6 +56,7 @@ class Monitor:
     Raises:
         ValueError: an unknown reduction, engine or diagnostic; outputs that are not finite; a kernel too large.
         UnsupportedModel: outputs that are not [n, C]; no trained parameters.
+        MemoryError: one forward pass of the probes is too much.
 
     >>> monitor = Monitor(torch.nn.Linear(3, 2), torch.eye(3))
     >>> monitor.measure(0).metrics["kernel_angle"]
@@ -77,7 +78,8 @@ class Monitor:
         hparams: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        check_arguments(reduction, engine, outputs, loss, hparams, seed)
+        given = {"model": model, "outputs": outputs, "loss": loss, "targets": targets, "record": record}
+        check_arguments(reduction, engine, seed, hparams=hparams, **given)
         self.diagnostics, self.follows = table.select(diagnostics), table.names_forecast(diagnostics)
         self.model, self.engine, self.seed = model, engine, seed
         self.reduction: Reduction = reduction  # type: ignore[assignment]  # checked above

@@ -213,8 +213,11 @@ def _grid(every: Every) -> _Grid:
         return _Grid(lambda a, b: _ALWAYS if any(wanted(step) for step in range(a + 1, b + 1)) else None)
     if isinstance(every, Iterator):
         raise ValueError(f"every={every!r} can be read only once: use list(...) of it")
-    if isinstance(every, Iterable):
-        return _listed(sorted({_step(step, every, 0) for step in every}))
+    if isinstance(every, Iterable) and getattr(every, "ndim", 1) > 0:
+        steps = sorted({_step(step, every, 0) for step in every})
+        if not steps:
+            raise ValueError(f"every={every!r} holds no step: use every=[0] for the first and the last alone")
+        return _listed(steps)
     n = _step(every, every, 1)
     return _Grid(lambda a, b: _int_depth(a // n + 1, b // n), lambda step: max(step / n, 1.0), _ALWAYS - 1)
 

@@ -27,6 +27,7 @@ STATE_LIMIT = 512 * 1024  # bytes: a larger kernel stays out of the user's check
 SLOW_PROBE = 30.0  # seconds: what takes longer is said before it begins
 BASELINE_FILE = "baseline"
 PROBES_FILE = "probes"
+LONGEST_WHY = 1000  # characters of a failure's sentence: a compiler's error is as long as its source
 
 
 class Session:
@@ -137,6 +138,15 @@ class Session:
             writer.update_manifest(probes_sha256=save_tensors(self.folder, PROBES_FILE, named))
         self._writer = writer
 
+    def note(self, step: int, off: str | None) -> None:
+        """Say in the record that the probe at this step failed (None), or that the watch was switched off, and why."""
+        if self._writer is None:
+            return
+        entry: dict[str, Any] = {"switched_off": {"step": step, "why": (off or "")[:LONGEST_WHY]}}
+        if off is None:
+            entry = {"failed_probes": sorted({*self._writer.manifest.get("failed_probes", []), step})}
+        self._on_disk("a failure is not in the record", partial(self._writer.update_manifest, **entry))
+
     def introduction(self) -> list[str]:
         """What a person should know once: probes, engine, BatchNorm's baseline, where the record is."""
         monitor = self.monitor
@@ -188,7 +198,8 @@ class Session:
         baseline = Baseline.from_tensors(manifest["baseline_step"], tensors)
         previous = self._previous(state, folder)
         self._writer = RecordWriter.resume(folder, step)
-        self._writer.update_manifest(finished=None)
+        failed = [earlier for earlier in manifest.get("failed_probes", []) if earlier <= step]
+        self._writer.update_manifest(finished=None, switched_off=None, failed_probes=failed)
         self.monitor.restore(baseline, previous, _travelled(run, previous), _limit(run))
         self.folder = folder
         history = {earlier: run.eigenvalues(earlier) for earlier in run.steps if earlier <= step}

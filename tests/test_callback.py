@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import pytorch_lightning as pl
@@ -74,6 +76,40 @@ def test_batches_of_every_form(form: str, tmp_path: Path) -> None:
     metrics = watched(tmp_path, model, data()).last.metrics
     assert metrics["kernel_angle"] > 0, form
     assert (metrics["centered_alignment"] is None) == (form == "bare"), form
+
+
+@dataclass
+class Fields:
+    """A batch as a dataclass: README says that `forward` gets it whole."""
+
+    x: Tensor
+    y: Tensor
+
+
+class TakesFields(Classifier):
+    """Its forward takes the batch, or (whole=False) one field of it."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.whole = whole
+
+    def forward(self, x: Any) -> Tensor:
+        return self.net(x.x if self.whole else x)
+
+    def training_step(self, batch: Fields, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch if self.whole else batch.x), batch.y)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_dataclass_goes_into_forward_whole_or_through_outputs(whole: bool, tmp_path: Path) -> None:
+    def collate(items: list[Any]) -> Fields:
+        return Fields(torch.stack([x for x, _ in items]), torch.stack([y for _, y in items]))
+
+    given = {"watch_outputs": lambda model, batch: model(batch.x)} if not whole else {}
+    data = [DataLoader(rows(48), 16, collate_fn=collate)] * 2
+    last = watched(tmp_path, TakesFields(whole), data, **given, watch_targets=lambda batch: batch.y).last
+    assert last.metrics["kernel_angle"] > 0
+    assert last.metrics["centered_alignment"] is not None
 
 
 def test_absent_targets_have_a_reason(tmp_path: Path) -> None:
@@ -309,6 +345,126 @@ def test_a_probe_that_fails_in_mid_run_warns_and_training_goes_on(tmp_path: Path
     assert watch.last.step == 2
 
 
+class Flickers(Classifier):
+    """Its probes fail at steps 3 and 4, and from step 6 on."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        GATE.broken = self.trainer.global_step in (2, 3, 5, 6, 7)
+
+
+def test_the_record_says_when_the_watch_was_switched_off_and_why(tmp_path: Path) -> None:
+    from ntkwatch.report import render
+
+    GATE.broken = False
+    with pytest.warns(UserWarning, match="switched off") as caught:
+        watch = watched(tmp_path, Flickers(), watch_outputs=GATE, watch_every=1)
+    manifest = load_run(watch.record).manifest
+    warning = next(str(w.message) for w in caught if "switched off" in str(w.message))
+    assert manifest["switched_off"] == {"step": 8, "why": warning.removeprefix("NTKWatch: switched off: ")}
+    assert manifest["failed_probes"] == [3, 4, 6, 7, 8]
+    assert manifest["finished"]
+    for told in (" ".join(watch.summary().split()), " ".join(render([watch.record]).split())):
+        assert "Switched off at step 8" in told
+        assert "the gate is shut" in told
+        assert "5 probes failed, the first at step 3, the last at step 8." in told
+
+
+def test_probes_that_failed_and_recovered_are_counted_in_the_record(tmp_path: Path) -> None:
+    GATE.broken = False
+    with pytest.warns(UserWarning, match="the gate is shut"):
+        watch = watched(tmp_path, Flickers(), watch_outputs=GATE, watch_every=1, max_steps=5)
+    assert load_run(watch.record).manifest["failed_probes"] == [3, 4]
+    assert "switched_off" not in load_run(watch.record).manifest
+    assert "Watch      2 probes failed, the first at step 3, the last at step 4." in watch.summary()
+
+
+def test_a_resumed_run_that_measures_again_is_switched_on_again(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"outputs": GATE, "every": 1, "probes": 12, "budget": None}
+    GATE.broken = False
+    first, rest = NTKWatch(**settings), NTKWatch(**settings)
+    run = trainer(tmp_path, first, max_steps=8)
+    with pytest.warns(UserWarning, match="switched off"):
+        run.fit(Flickers(), *loaders())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    GATE.broken = False
+    trainer(tmp_path, rest).fit(Classifier(), *loaders(), ckpt_path=tmp_path / "a.ckpt")
+    assert rest.record == first.record
+    manifest = load_run(rest.record).manifest
+    assert (manifest["switched_off"], manifest["failed_probes"]) == (None, [3, 4, 6, 7, 8])
+    assert steps(rest) == [0, 1, 2, 5, 9, 10, 11, 12]
+    assert "Switched off" not in rest.summary()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("no more")], ids=["disk", "RAM"])
+def test_a_switch_off_that_cannot_be_written_harms_nobody(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ntkwatch.record import RecordWriter
+
+    whole = RecordWriter.update_manifest
+
+    def full(writer: RecordWriter, **changes: Any) -> None:
+        if "theta0" in changes:
+            return whole(writer, **changes)
+        raise error
+
+    monkeypatch.setattr(RecordWriter, "update_manifest", full)
+    GATE.broken = False
+    with pytest.warns(UserWarning, match="a failure") as caught:
+        watch = watched(tmp_path, Flickers(), watch_outputs=GATE, watch_every=1)
+    said = " ".join(str(w.message) for w in caught)
+    assert type(error).__name__ in said
+    assert "switched off: the probe at step 8 failed" in said
+    assert steps(watch) == [0, 1, 2, 5]
+
+
+# ── memory ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+class Starved(Classifier):
+    """In evaluation memory runs out: at the first pass over the probes, or at a later one."""
+
+    def __init__(self, error: Exception, after: int) -> None:
+        super().__init__()
+        self.error, self.left = error, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left -= not self.training
+        if self.left < 0:
+            raise self.error
+        return self.net(x)
+
+
+OUT_OF_MEMORY: dict[str, Exception] = {
+    "GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "CPU": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    "Python": MemoryError("no more"),
+}
+GIVEN: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "outputs": {"watch_outputs": lambda model, batch: model(batch[0])},
+    "targets": {"watch_targets": lambda batch: batch[1]},
+    "probes": {"watch_probes": rows(12).tensors},
+}
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+@pytest.mark.parametrize("given", GIVEN)
+def test_memory_that_runs_out_at_the_start_is_a_warning_whatever_was_passed(
+    given: str, kind: str, after: int, tmp_path: Path
+) -> None:
+    model = Starved(OUT_OF_MEMORY[kind], after)
+    wanted = r"switched off: .* ran out of memory \(.*: pass fewer probes to NTKWatch"
+    with pytest.warns(UserWarning, match=wanted):
+        watch = watched(tmp_path, model, **GIVEN[given], max_steps=3)
+    assert watch.last is None, (given, kind)
+    assert "ran out of memory" in watch.summary()
+
+
+def test_memory_that_runs_out_raises_where_that_was_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(MemoryError, match=r"one forward pass of the probes.*fewer probes"):
+        watched(tmp_path, Starved(OUT_OF_MEMORY["GPU"], 0), watch_on_error="raise")
+
+
 def test_on_error_raise_raises(tmp_path: Path) -> None:
     GATE.broken = False
     with pytest.raises(RuntimeError, match="the gate is shut"):
@@ -443,8 +599,39 @@ CONSTRUCTION: dict[str, tuple[dict[str, Any], str]] = {
     "hparams": ({"hparams": 3}, "hparams=3.*a mapping"),
     "loggers": ({"loggers": CSVLogger("nowhere")}, "loggers=.*a list of Lightning loggers"),
     "seed": ({"seed": "one"}, "seed='one'.*a whole number"),
+    "a seed that no generator takes": ({"seed": 2**64}, "seed=18446744073709551616.*64 bits"),
+    "a number as targets": ({"targets": 5}, "targets=5.*a tensor.*lambda batch"),
+    "a flag as targets": ({"targets": True}, "targets=True.*a tensor"),
+    "a mapping as targets": ({"targets": {}}, "targets={}.*a tensor"),
+    "a single number as targets": ({"targets": torch.tensor(5)}, r"targets=tensor\(5\).*a tensor \[n"),
+    "no step": ({"every": []}, r"every=\[\] holds no step.*every=\[0\]"),
+    "an empty range": ({"every": range(0)}, "holds no step"),
+    "resample": ({"resample": "yes"}, "resample='yes'.*True or False"),
+    "resample is None": ({"resample": None}, "resample=None.*True or False"),
+    "save_kernels": ({"save_kernels": "no"}, "save_kernels='no'.*True or False"),
+    "a logger's name": ({"loggers": ["tb"]}, r"loggers=\['tb'\].*a list of Lightning loggers"),
+    "a logger's class": ({"loggers": [CSVLogger]}, "loggers=.*a list of Lightning loggers"),
+    "loggers by name": ({"loggers": {}}, "loggers={}.*a list of Lightning loggers"),
+    "reductions": ({"reduction": ["trace"]}, r"reduction=\['trace'\] is unknown"),
     "resampled tensors": ({"probes": torch.zeros(3, 6), "resample": True}, "resample"),
 }
+
+
+TAKEN: dict[str, dict[str, Any]] = {
+    "0-d every": {"every": torch.tensor(5)},
+    "numpy's flags": {"resample": np.bool_(True), "save_kernels": np.bool_(False)},
+    "targets in a list": {"targets": [0, 1]},
+    "targets in an array": {"targets": np.zeros(3)},
+    "no loggers": {"loggers": []},
+    "a tuple of loggers": {"loggers": (CSVLogger("nowhere"),)},
+    "no hparams": {"hparams": {}},
+    "a negative seed": {"seed": -1},
+}
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_what_can_be_read_is_taken_at_construction(case: str) -> None:
+    NTKWatch(**TAKEN[case])
 
 
 @pytest.mark.parametrize("case", CONSTRUCTION)

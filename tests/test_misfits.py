@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -121,6 +122,16 @@ def test_other_errors_stay_what_they_are() -> None:
     assert misfit(_mlp(), torch.randn(N, 12), RuntimeError("never raised")) is None
 
 
+class Large(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_memory_that_runs_out_is_no_misfit() -> None:
+    with pytest.raises(MemoryError, match=r"one forward pass of the probes \(OutOfMemoryError.*fewer probes"):
+        count_outputs(Network(Large(12, 3)), torch.randn(N, 12), N, "trace")
+
+
 def test_whatever_fits_is_not_called_a_misfit() -> None:
     """Every module of the zoo, made to fail in its last step with the right probes."""
     for case in [c for c in CASES if not c.refused and not c.heavy][:40]:
@@ -136,10 +147,21 @@ def _fail(*_: Any) -> None:
     raise RuntimeError("at the end")
 
 
+@dataclass
+class Fields:
+    x: Tensor
+    y: Tensor | None = None
+
+
 # probes, the model, what is said
 OTHER_FORMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], tuple[str, ...]]] = {
     "a mapping": (_mlp, lambda: {"x": torch.randn(N, 12)}, ("do not fit", "0 (Linear)", "a dict of x", "probes['x']")),
     "a list in a list": (_mlp, lambda: [[torch.randn(N, 12)]], ("0 (Linear)", "a list of 1", "probes[0]")),
+    "a dataclass": (
+        _mlp,
+        lambda: Fields(torch.randn(N, 12)),
+        ("do not fit", "0 (Linear)", "a Fields of x, y", "pass outputs=lambda model, batch: model(batch.x)"),
+    ),
     "one example": (_mlp, lambda: torch.randn(12), ("takes a last dimension of 12, got [12]", "probes.unsqueeze(0)")),
     "no column": (lambda: nn.Linear(1, 2), lambda: torch.randn(N), ("dimension of 1, got [5]", "probes.unsqueeze(1)")),
     "no dimensions": (_mlp, lambda: torch.tensor(1.0), ("a batch must hold a tensor", "got a tensor of no dimensions")),

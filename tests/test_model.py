@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections import UserDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ntkwatch import empirical_ntk, layer_ntks
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import (
     Network,
@@ -197,6 +199,44 @@ def test_a_state_leaves_a_module_with_two_names_as_it_was() -> None:
         for p in net.parameters():
             p.mul_(2)
     assert torch.equal(found, network.outputs(x)), "every place has the weight of the state"
+
+
+class Halves(nn.Module):
+    """tanh, with a hook of forward's own that halves the gradient through it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(x)
+        if y.requires_grad:
+            y.register_hook(lambda gradient: gradient / 2)
+        return y
+
+
+HOOKS: dict[str, Callable[[nn.Sequential], object]] = {
+    "a parameter's": lambda net: net[0].weight.register_hook(lambda gradient: gradient * 0),
+    "a parameter's, once accumulated": lambda net: net[0].weight.register_post_accumulate_grad_hook(
+        lambda p: p.grad.zero_()
+    ),
+    "a module's": lambda net: net[1].register_full_backward_hook(lambda module, given, got: (given[0] * 0,)),
+    "a module's, before": lambda net: net[1].register_full_backward_pre_hook(lambda module, got: (got[0] * 0,)),
+}
+
+
+@pytest.mark.parametrize("engine", ["layerwise", "functional"])
+def test_gradient_hooks_are_no_part_of_the_kernel_but_those_of_forward_are(engine: str) -> None:
+    def net(middle: type[nn.Module] = nn.Tanh) -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 5), middle(), nn.Linear(5, 2))
+
+    expected = empirical_ntk(net(), X, engine=engine)
+    for case, hook in HOOKS.items():
+        hooked = net()
+        hook(hooked)
+        error = (empirical_ntk(hooked, X, engine=engine) - expected).norm() / expected.norm()
+        assert error < 1e-6, f"{case} hook moved the kernel by {error:.1e}"
+    first, last = layer_ntks(net(), X, engine=engine), layer_ntks(net(Halves), X, engine=engine)
+    for name, kernel in first.items():
+        share = 1 / 4 if name.startswith("0.") else 1
+        torch.testing.assert_close(last[name], share * kernel, rtol=1e-5, atol=1e-9, msg=name)
 
 
 def test_a_network_is_where_its_module_is_now() -> None:

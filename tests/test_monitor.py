@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,25 @@ def test_gradient_flow_of_a_scalar_chain() -> None:
     assert found["kernel_angle"] == pytest.approx(0, abs=1e-12)
     assert found["kernel_scale"] == pytest.approx(4.600685663461, abs=1e-9)
     assert found["taylor_ratio"] == pytest.approx(0.691776659228, abs=1e-9)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no model": ({"model": None}, "model=None.*an nn.Module"),
+    "a model's class": ({"model": nn.Linear}, "model=.*an nn.Module, not its class"),
+    "targets": ({"targets": 5}, "targets=5.*a tensor"),
+    "targets by name": ({"targets": "labels"}, "targets='labels'.*lambda batch"),
+    "record": ({"record": True}, "record=True.*a folder's path"),
+    "seed": ({"seed": 2**64}, "seed=.*64 bits"),
+    "outputs": ({"outputs": 3}, "outputs=3.*a callable"),
+    "hparams": ({"hparams": 3}, "hparams=3.*a mapping"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_arguments_raise_at_construction(case: str) -> None:
+    arguments, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        Monitor(**{"model": nn.Linear(3, 2), "probes": torch.eye(3), **arguments})
 
 
 @pytest.mark.parametrize(("s", "depth", "ratio"), [(0.5, 3, 5 / 19), (2.0, 3, 4 / 10), (0.5, 2, 0.25 / 1.75)])

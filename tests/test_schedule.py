@@ -158,14 +158,14 @@ def test_every_n_settles_on_what_the_budget_pays_for() -> None:
         ("log", [0, *[s for s in LOG if s <= 100]]),
         (7, list(range(0, 101, 7))),
         ([3, 50, 50, 20], [0, 3, 20, 50]),
-        ([], [0]),
+        ([0], [0]),
         (range(0, 100, 30), [0, 30, 60, 90]),
         ({5, 9}, [0, 5, 9]),
         (np.array([4, 8]), [0, 4, 8]),
         (np.int64(40), [0, 40, 80]),
         (lambda step: step % 33 == 0, [0, 33, 66, 99]),
     ],
-    ids=["log", "int", "list", "empty", "range", "set", "array", "numpy int", "function"],
+    ids=["log", "int", "list", "the first alone", "range", "set", "array", "numpy int", "function"],
 )
 def test_the_grid(every: Any, expected: list[int]) -> None:
     schedule = Schedule(every, None)
@@ -329,6 +329,7 @@ BAD = {
     "a negative step": ([1, -2], 0.02, "-2 is no step"),
     "an endless iterator": (itertools.count(), 0.02, "every=count(0) can be read only once"),
     "a dict of words": ({"a": 1}, 0.02, "'a' is no step"),
+    "no step": ([], 0.02, "every=[] holds no step"),
     "budget in per cent": ("log", 2, "budget=2"),
     "negative budget": ("log", -0.1, "budget=-0.1"),
     "budget nan": ("log", float("nan"), "budget=nan"),

@@ -226,3 +226,26 @@ def test_control_characters_of_a_model_name_do_not_reach_the_terminal() -> None:
     text = summarise(_run({"model": "\x1b]0;owned\x07\x1b[31mnet\u202e", "baseline": "a\nb\r"}))
     assert all(c.isprintable() or c == "\n" for c in text)
     assert "net" in text
+
+
+OFF = {"switched_off": {"step": 1200, "why": "the probe failed (RuntimeError: one line,\n  \x1b[31manother)"}}
+WATCH: dict[str, tuple[dict[str, Any], str]] = {
+    "nothing went wrong": ({}, ""),
+    "resumed": ({"switched_off": None, "failed_probes": []}, ""),
+    "off": (
+        OFF,
+        "Switched off at step 1,200; nothing was measured after it: "
+        "the probe failed (RuntimeError: one line, \N{REPLACEMENT CHARACTER}[31manother).",
+    ),
+    "one failed": ({"failed_probes": [7]}, "One probe failed, at step 7."),
+    "some failed": ({"failed_probes": [3, 1000]}, "2 probes failed, the first at step 3, the last at step 1,000."),
+}
+
+
+@pytest.mark.parametrize("case", WATCH)
+@pytest.mark.parametrize("measured", [True, False])
+def test_what_became_of_the_watch_is_a_line_of_its_own(case: str, measured: bool) -> None:
+    manifest, expected = WATCH[case]
+    run = _run(manifest)
+    run.metrics = run.metrics if measured else run.metrics.iloc[:0]
+    assert _line(run, "Watch") == expected, case

@@ -56,8 +56,16 @@ def summarise(run: Readable, width: int = 79) -> str:
 def summary_lines(run: Readable) -> list[tuple[str, str]]:
     """The summary as (axis, text) pairs; a text that goes on with the axis above has an empty one."""
     if len(run.metrics) == 0:
-        return [("Run", f"{_header(run.manifest)}. No probe has been recorded yet.")]
+        lines = [("Run", f"{_header(run.manifest)}. No probe has been recorded yet."), ("Watch", _watch(run.manifest))]
+    else:
+        lines = _measured(run)
+    return [(label, printable(text)) for label, text in lines if text]
+
+
+def _measured(run: Readable) -> list[tuple[str, str]]:
+    """The axes of a run with a probe or more; those of which there is nothing to tell are empty."""
     lines = [("Run", f"{_header(run.manifest)}; {_probing(run.manifest)}. {_span(run.metrics)}.")]
+    lines.append(("Watch", _watch(run.manifest)))
     seen = _finite(run)
     begin, end, newest = int(seen.metrics.index[0]), int(seen.metrics.index[-1]), int(run.metrics.index[-1])
     if end < newest:
@@ -76,7 +84,7 @@ def summary_lines(run: Readable) -> list[tuple[str, str]]:
     lines += [("Baseline", run.manifest.get("baseline") or ""), ("Limit", wide(run.metrics, run.manifest))]
     lines.append(("Regime", REGIME))
     lines.append(("Ladder", LADDER_NOTE if any("γ0" in text for _, text in lines) else ""))
-    return [(label, printable(text)) for label, text in lines if text]
+    return lines
 
 
 @dataclass(frozen=True)
@@ -165,6 +173,18 @@ def _probing(manifest: Mapping[str, Any]) -> str:
     source = f" from {probes['source']}" if probes.get("source") else ""
     kind = f"{manifest.get('reduction', '?')} kernel, {manifest.get('mode', '?')} mode"
     return f"{probes.get('n', '?')} probes{source}, {kind}"
+
+
+def _watch(manifest: Mapping[str, Any]) -> str:
+    """Since when the watch is off, and why, and how many probes failed; empty where nothing went wrong."""
+    off, failed = manifest.get("switched_off") or {}, manifest.get("failed_probes") or []
+    why = " ".join(str(off.get("why")).split())  # torch's errors are of several lines
+    said = [f"Switched off at step {off.get('step', 0):,}; nothing was measured after it: {why}."] if off else []
+    if len(failed) == 1:
+        said.append(f"One probe failed, at step {failed[0]:,}.")
+    elif failed:
+        said.append(f"{len(failed)} probes failed, the first at step {failed[0]:,}, the last at step {failed[-1]:,}.")
+    return " ".join(said)
 
 
 def _span(metrics: pd.DataFrame) -> str:
