@@ -191,10 +191,11 @@ class Recurrent(nn.Module):
 
 
 def test_the_dropout_of_a_recurrent_layer_is_the_same_watched(tmp_path: Path) -> None:
-    alone, watched = (
-        fitted(tmp_path, [NTKWatch(probes="train", every=1, budget=None)] * times, Recurrent()) for times in (0, 1)
-    )
-    assert {k for k in alone if not torch.equal(alone[k], watched[k])} == set()
+    watch = NTKWatch(probes="train", every=1, budget=None)
+    alone, again, watched = (fitted(tmp_path, callbacks, Recurrent()) for callbacks in ([], [], [watch]))
+    same = {k for k in alone if torch.equal(alone[k], again[k])}  # cuDNN's sums may differ from run to run
+    assert "cuda generator" in same
+    assert {k for k in same if not torch.equal(alone[k], watched[k])} == set()
 
 
 ON_THE_CPU = """

@@ -32,9 +32,10 @@ def at_once(
         reached[:] = [i for i, g in enumerate(grads) if g is not None]
         return [g for g in grads if g is not None]
 
+    chunk = most if most is not None and most < len(cotangents) else None  # one piece would be copied too
     try:
         with quiet():
-            found = torch.func.vmap(one, randomness="same", chunk_size=most)(cotangents.stacked())
+            found = torch.func.vmap(one, randomness="same", chunk_size=chunk)(cotangents.stacked())
     except Exception as error:  # what an operation or a Function raises that knows of no batch
         if is_out_of_memory(error):
             raise
