@@ -109,9 +109,10 @@ def test_the_zoo_is_large_enough() -> None:
     assert sum(c.refused not in coupled for c in refused) <= 1, [c.name for c in refused]
 
 
-def test_segments_and_groups_of_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segments_and_groups_of_outputs_and_batches_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "_SEGMENT_BYTES", 1)
     monkeypatch.setattr(capture, "_GROUP_BYTES", 1)
+    monkeypatch.setattr(capture, "_PASS_BYTES", {})
     for case in [c for c in CASES if not c.refused and not c.name.startswith("hf_")]:
         module, batch = build(case)
         theta = naive_ntk(module, batch)

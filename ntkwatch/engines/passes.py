@@ -63,8 +63,7 @@ def _agree(one: PerOutput | None, two: PerOutput | None) -> bool:
     if one is None or two is None:
         return one is two
     a, b = one.stacked(), two.stacked()
-    eps = max(torch.finfo(b.dtype).eps, torch.finfo(torch.float32).eps)  # it may have come through coarser ones
-    limit = eps**0.5 * b.abs().max() if b.numel() else 0.0
+    limit = torch.finfo(b.dtype).eps ** 0.5 * b.abs().max() if b.numel() else 0.0
     return bool(((a - b).abs() <= limit).all())
 
 
