@@ -24,8 +24,8 @@ from ntkwatch.engines.separation import Separation, leaves_at, outputs_at, separ
 from ntkwatch.engines.sums import add, densify
 from ntkwatch.model import Network, UnsupportedModel
 
-_SEGMENT_BYTES = 1 << 25  # gradients captured before the pass pauses to use them
 Gradients = tuple[PerOutput | None, ...]  # of each output of a node
+_SEGMENT_BYTES = 1 << 25  # gradients captured before the pass pauses to use them
 _GROUP_BYTES = 1 << 28  # of one node for a group of outputs: larger groups share more, and hold more
 _PASS_BYTES = {"cpu": 1 << 25, "cuda": 1 << 27}  # of one node in a batched pass: libraries' workspaces are as large
 _BATCHED_BYTES = {"cpu": 1 << 19, "cuda": 1 << 26}  # of one node and output: above it, passes in turn are faster

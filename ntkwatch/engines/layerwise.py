@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ntkwatch.engines.base import Kernel, Precision, Reduction, at_hand, noise_f
 from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.functional import quiet
 from ntkwatch.engines.memory import backing_off, limit_bytes
-from ntkwatch.engines.prediction import predict, try_forward
+from ntkwatch.engines.prediction import Prediction, predict, try_forward
 from ntkwatch.engines.run import WHOLE, Run
 from ntkwatch.engines.separation import Separation, check_uncoupled, separate_few
 from ntkwatch.engines.signs import SignRun
@@ -77,17 +77,21 @@ class Layerwise:
             self._recipes[network] = separate_few(network, x, state)
         return self._recipes[network]
 
-    def chunk(self, run: Run, x1: Any, x2: Any = None) -> int:
-        """Probes per block: all, or as many as are predicted to fit in the limit, or as memory turned out to hold."""
+    def chunk(self, run: Run, x1: Any, x2: Any = None) -> tuple[int, Prediction | None]:
+        """Probes per block: all, or as many as are predicted to fit in the limit, or as memory turned out to hold.
+
+        With the prediction, where one was made for it now.
+        """
         n = max(batch_size(inputs_of(x)) for x in (x1, x2) if x is not None)
         known = self._chunks.setdefault(run.network, {})
         limit, key = limit_bytes(run.network.device), (n, run.reduction, run.layers)
         if key not in known and ROUGHLY * run.rough(n) <= limit:
-            return n
+            return n, None
+        found = None
         if key not in known:
             larger = x1 if batch_size(inputs_of(x1)) == n else x2
-            known[key] = _fitting(run, larger, n, limit)
-        return known[key]
+            known[key], found = _fitting(run, larger, n, limit)
+        return known[key], found
 
     def _backing_off(self, run: Run, x1: Any, x2: Any, chunk_size: int | None) -> dict[str, Tensor]:
         """Halves the blocks as often as memory runs out, and remembers the size that went through."""
@@ -97,20 +101,16 @@ class Layerwise:
         def attempt(size: int) -> dict[str, Tensor]:
             return run.kernels(blocks(x1, size), None if x2 is None else blocks(x2, size))
 
-        chunk = min(n, chunk_size or self.chunk(run, x1, x2))
+        chunk = min(n, chunk_size or self.chunk(run, x1, x2)[0])
         return backing_off(attempt, chunk, run.network.device, lambda size: known.__setitem__(key, size))
 
 
-def _fitting(run: Run, x: Any, n: int, limit: int) -> int:
-    peak_at, chunk = _peaks(run, x, n, limit), n
-    while chunk > 1 and peak_at(chunk) > limit:
+def _fitting(run: Run, x: Any, n: int, limit: int) -> tuple[int, Prediction | None]:
+    """Halves the blocks until a rehearsal fits; without memory for one, what a pair of blocks roughly takes."""
+    chunk, found = n, None
+    forward = try_forward(run, x) if limit >= _REHEARSED else None
+    while True:
+        found = predict(run, x, chunk, forward) if forward is not None else None
+        if chunk == 1 or (found.peak if found is not None else run.rough(min(n, 2 * chunk))) <= limit:
+            return chunk, found
         chunk = -(-chunk // 2)
-    return chunk
-
-
-def _peaks(run: Run, x: Any, n: int, limit: int) -> Callable[[int], float]:
-    """Bytes by probes per block: a rehearsal's; without memory for one, what a pair of blocks roughly takes."""
-    if limit < _REHEARSED:
-        return lambda size: run.rough(min(n, 2 * size))
-    forward = try_forward(run, x)
-    return lambda size: predict(run, x, size, forward).peak

@@ -54,8 +54,9 @@ def _layerwise(choice: Choice, engine: Layerwise, network: Network, x: Any, want
     run = Run(network, None, wanted.reduction, precision, recipe, wanted.layers)
     with quiet():
         forward = try_forward(run, x)
-        chunk = min(n, wanted.chunk_size or engine.chunk(run, x))
-        found = predict(run, x, chunk, forward)
+        chunk, found = (wanted.chunk_size, None) if wanted.chunk_size else engine.chunk(run, x)
+        chunk = min(n, chunk)
+        found = found or predict(run, x, chunk, forward)
     rounds = (-(-n // chunk) + 1) / 2  # how often a block is passed through again for the others
     passes = _passes(forward, x, network.device, found.outputs, recipe.saved * n if recipe else 0.0, rounds)
     rows = {row.name: row for row in found.rows}
