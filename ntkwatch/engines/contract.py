@@ -140,16 +140,18 @@ class Contractor(Accumulator):
                     out[:, others, :, i] += part[: others.stop - others.start].permute(2, 0, 1)
 
     def _gram_full_together(self, out: Tensor, one: Outer | Rows, inputs1: Tensor, inputs2: Tensor, g: Tensor) -> None:
-        """The same in few calls: some examples with all others, both halves of a symmetric kernel."""
-        (c, _, _, q), m, s = g.shape, len(inputs2), one.positions
-        y = g.unflatten(2, (m, -1)).permute(1, 2, 0, 3, 4).flatten(3).flatten(0, 1)  # [G·m, C, t·q]
-        for rows in self._blocks(one.n, max(1, full_rows(one) // m)):
-            a = self._input_products(one, inputs1[rows], inputs2).unflatten(1, (-1, s)).transpose(2, 3)
+        """The same in few calls: some examples with some others, both halves of a symmetric kernel."""
+        (c, _, _, q), m, s, size = g.shape, len(inputs2), one.positions, full_rows(one)
+        others = g.unflatten(2, (m, -1)).permute(1, 2, 0, 3, 4).flatten(3)  # [G, m, C, t·q]
+        for rows in self._blocks(one.n, max(1, size // m)):
             mine = self._lined_up(one, rows).stacked().unflatten(2, (-1, s)).permute(1, 2, 3, 0, 4)  # [G, b, s, C, q]
-            sums = (a @ mine.flatten(3)).unflatten(3, (c, q)).unflatten(2, (m, -1))  # [G, b, m, t, C, q]
-            x = sums.permute(0, 2, 1, 4, 3, 5).flatten(4).flatten(2, 3).flatten(0, 1)
-            part = at_once(x, y).unflatten(1, (-1, c)).unflatten(0, (-1, m)).sum(0)  # [m, b, C, C]
-            out[:, rows] += part.permute(2, 1, 3, 0)
+            for columns in self._blocks(m, size):
+                y = others[:, columns]
+                a = self._input_products(one, inputs1[rows], inputs2[columns]).unflatten(1, (-1, s)).transpose(2, 3)
+                sums = (a @ mine.flatten(3)).unflatten(3, (c, q)).unflatten(2, (y.shape[1], -1))  # [G, b, m, t, C, q]
+                x = sums.permute(0, 2, 1, 4, 3, 5).flatten(4).flatten(2, 3).flatten(0, 1)
+                part = at_once(x, y.flatten(0, 1)).unflatten(1, (-1, c)).unflatten(0, (-1, y.shape[1])).sum(0)
+                out[:, rows, :, columns] += part.permute(2, 1, 3, 0)  # of [m, b, C, C]
 
     def _each(self, n: int) -> Iterable[int]:
         """All examples."""
