@@ -34,13 +34,15 @@ class Accumulator:
         shape = {"full": (c, n, c, m), "blocks": (c, n, m)}.get(self.reduction, (n, m))
         return torch.zeros(shape, dtype=self.dtype, device=device)
 
+    @staticmethod
+    def _by_example(out: Tensor) -> Tensor:
+        """An empty "full" kernel [C, n, C, m] that lies in memory as [n, C, m, C]."""
+        c, n, _, m = out.shape
+        return out.new_zeros(n, c, m, c).permute(1, 0, 3, 2)
+
     def finish(self, out: Tensor, outputs: int) -> Tensor:
         """Mirrored, averaged over outputs where the reduction says so; "full" as [n, C, m, C]."""
-        if self.same:
-            for matrix in self._matrices(out):
-                for rows in blocks(len(matrix), strip_rows(matrix, self.same)):
-                    above = slice(0, rows.start)
-                    matrix[above, rows] = matrix[rows, above].T
+        self._mirror(out)
         if self.reduction in ("trace", "sum"):
             return out.div_(outputs)
         return out.permute(1, 0, 3, 2) if self.reduction == "full" else out
@@ -51,37 +53,34 @@ class Accumulator:
 
     # ── the parts of a kernel ─────────────────────────────────────────────────────────────────────────────────────
     def _matrices(self, out: Tensor) -> Tensor:
-        """The kernel as a stack of matrices [B, rows, columns]."""
+        """The kernel as a stack of matrices [B, rows, columns]; of "full" in the order in which it lies in memory."""
         if self.reduction == "full":
-            return out.flatten(2).flatten(0, 1)[None]
+            return (out if out.is_contiguous() else out.permute(1, 0, 3, 2)).flatten(2).flatten(0, 1)[None]
         return out if self.reduction == "blocks" else out[None]
+
+    def _mirror(self, out: Tensor) -> None:
+        """Fills the strips above the diagonal, where they were left out."""
+        if not self.same:
+            return
+        for matrix in self._matrices(out):
+            for rows in blocks(len(matrix), strip_rows(matrix, self.same)):
+                above = slice(0, rows.start)
+                matrix[above, rows] = matrix[rows, above].T
 
     def _products(self, out: Tensor, x: Tensor, y: Tensor) -> None:
         """out += Σ_q of products of slabs [C, n, q] and [C, m, q], a stretch at a time, in `dtype`."""
-        if not machine(out.device).near:
-            self._few_products(out, x, y)
-            return
         matrices = self._matrices(out)
         if self.reduction == "full":
-            x, y = x.flatten(0, 1)[None], y.flatten(0, 1)[None]
+            x, y = ((t if out.is_contiguous() else t.transpose(0, 1)).flatten(0, 1)[None] for t in (x, y))
+        y = self._right(y)
+        if not machine(out.device).near:  # in few calls
+            found = x @ y.transpose(1, 2) if self.dtype == torch.float64 else at_once(x, y)  # float64 has no long sums
+            matrices += found if len(found) == len(matrices) else found.sum(0, keepdim=True)
+            return
         if self.reduction in ("trace", "sum"):
             matrices = matrices.expand(len(x), -1, -1)
-        for matrix, a, b in zip(matrices, x, self._right(y), strict=True):
+        for matrix, a, b in zip(matrices, x, y, strict=True):
             add_product(matrix, a, b, self.same)
-
-    def _few_products(self, out: Tensor, x: Tensor, y: Tensor) -> None:
-        """As `_products`, in few calls and without a copy of slabs that lie by example."""
-        (c, n, _), m, full = x.shape, y.shape[1], self.reduction == "full"
-        turned = full and not x.is_contiguous()
-        if full:
-            x, y = ((t.transpose(0, 1) if turned else t).flatten(0, 1)[None] for t in (x, y))
-        y = self._right(y)
-        found = x @ y.transpose(1, 2) if self.dtype == torch.float64 else at_once(x, y)  # float64 has no long sums
-        if turned:
-            out += found.view(n, c, m, c).permute(1, 0, 3, 2)
-            return
-        matrices = self._matrices(out)
-        matrices += found if len(found) == len(matrices) else found.sum(0, keepdim=True)
 
     def _cast(self, t: Tensor, key: int) -> Tensor:
         """In `dtype`; in a buffer of our own where that needs memory."""

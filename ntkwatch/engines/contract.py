@@ -49,29 +49,42 @@ class Contractor(Accumulator):
     def _by_jacobian(self, out: Tensor, one: Factor, two: Factor) -> None:
         """Slabs of J, each multiplied with the other's (or its own) as soon as it is made."""
         one, two = aligned(one, two)
-        first = self._opened(one, 0)
-        second = first if one is two else self._opened(two, 1)
-        at = machine(one.device)
-        held = 1 if at.near and self.reduction != "full" else one.outputs
+        at, full = machine(one.device), self.reduction == "full"
+        together = (full or not at.near) and all(isinstance(f, Outer) and f.in_one_product for f in (one, two))
+        first = self._opened(one, 0, together)
+        second = first if one is two else self._opened(two, 1, together)
+        held = 1 if at.near and not full else one.outputs
         row = max(one.n, two.n) * one.trailing * held
         slab = _SMALL_SLAB if self.short else at.slab
-        step = min(one.leading, max(1, slab // row, min(_SLAB_ROWS, _SLAB_MOST // row)))
-        total = torch.zeros_like(out)  # a sum of its own: float32 products of many parameters in one would lose digits
+        least = 1 if at.near and together else min(_SLAB_ROWS, _SLAB_MOST // row)
+        step = min(one.leading, max(1, slab // row, least))
+        # a sum of its own: float32 products of many parameters in one would lose digits
+        total = self._by_example(out) if full and together else torch.zeros_like(out)
         for rows in blocks(one.leading, step):
             for start in range(0, one.outputs, held):
                 outputs = range(start, start + held)
                 a = first(outputs, rows)
                 b = a if one is two else second(outputs, rows)
                 self._products(total[start : start + held] if self.reduction == "blocks" else total, a, b)
+        if total.stride() != out.stride():
+            self._mirror(total)  # its strips are others than those of `out`
         out += total
 
-    def _opened(self, one: Factor, key: int) -> Callable[[range, slice], Tensor]:
-        """What gives slabs of J, [outputs, n, rows·trailing] in `dtype`."""
-        together = one.together() if isinstance(one, Outer) and not machine(one.device).near else None
-        if together is not None:  # the outputs are all there are
-            return lambda outputs, rows: self._cast(together(rows.start, rows.stop), key).transpose(0, 1)
+    def _opened(self, one: Factor, key: int, together: bool) -> Callable[[range, slice], Tensor]:
+        """What gives slabs of J, [outputs, n, rows·trailing] in `dtype`; `together`, of all outputs, by example."""
+        if together and isinstance(one, Outer):
+            whole = one.together()
+            return lambda outputs, rows: self._slab_together(whole, one, rows, key)
         slab = one.open()
         return lambda outputs, rows: self._slab(slab, one, outputs, rows, key)
+
+    def _slab_together(self, slab: Callable[..., object], one: Outer, rows: slice, key: int) -> Tensor:
+        """All outputs' slabs from one product, in a buffer that is used again."""
+        shape = (one.n, one.outputs, rows.stop - rows.start, one.trailing)
+        made = self._buffer(key, math.prod(shape), one.dtype, one.device).view(shape)
+        held = self._buffer(3, math.prod(shape[:3]) * one.positions, one.dtype, one.device)
+        slab(rows.start, rows.stop, held, made)
+        return self._cast(made.flatten(2), key).transpose(0, 1)
 
     def _slab(self, slab: Slab, one: Factor, outputs: range, rows: slice, key: int) -> Tensor:
         """One output's slab after the other, in a buffer that is used again."""

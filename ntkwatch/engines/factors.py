@@ -142,18 +142,25 @@ class Outer:
             return lambda c, i, j, out: torch.matmul(a[:, i:j], g[c][:, 0].to(dtype), out=out)
         return lambda c, i, j, out: _outer(a, g[c][:, 0, :, i:j].to(dtype), False, out)
 
-    def together(self) -> Callable[[int, int], Tensor] | None:
-        """As `open`, but (first, last) gives all outputs from one product, [n, C, rows·trailing].
+    @property
+    def in_one_product(self) -> bool:
+        """Whether `together` can be asked."""
+        return self.groups == 1 and not self.a_first
 
-        None where the entries lie otherwise. The gradients are copied: worth it where calls cost more than memory.
+    def together(self) -> Callable[[int, int, Tensor, Tensor], object]:
+        """As `open`, but (first, last, held, out) puts all outputs into `out` [n, C, rows, trailing] by one product.
+
+        The gradients are copied into `held` [n·C·rows·S]; with C times the rows, a slab of few of a parameter's rows
+        is made as fast.
         """
-        if self.groups > 1 or self.a_first:
-            return None
-        a = self.inputs()[:, 0]
+        a, across = self.inputs()[:, 0], self.g.over(lambda t: t[..., 0, :, :].transpose(-1, -2))
+        rows_first = across.strides[-1] == 1
 
-        def slab(i: int, j: int) -> Tensor:
-            g = self.g.over(lambda t: t[..., 0, :, i:j].to(self.dtype)).stacked().permute(1, 0, 3, 2)
-            return (g.flatten(1, 2) @ a).unflatten(1, (self.outputs, j - i)).flatten(2)
+        def slab(i: int, j: int, held: Tensor, out: Tensor) -> None:
+            shape = (self.n, self.outputs * (j - i), self.positions)
+            g = held.view(shape) if rows_first else held.view(shape[0], shape[2], shape[1]).transpose(1, 2)
+            across.over(lambda t: t[..., i:j, :]).copy_to(g.unflatten(1, (self.outputs, j - i)).transpose(0, 1))
+            torch.bmm(g, a, out=out.flatten(1, 2))
 
         return slab
 

@@ -38,6 +38,11 @@ class PerOutput:
         return len(self.shape)
 
     @property
+    def strides(self) -> tuple[int, ...]:
+        """Of each."""
+        return self.parts.stride()[1:] if isinstance(self.parts, Tensor) else self.parts[0].stride()
+
+    @property
     def dtype(self) -> torch.dtype:
         return self._any.dtype
 
@@ -61,6 +66,14 @@ class PerOutput:
     def over(self, fn: Callable[[Tensor], Tensor]) -> PerOutput:
         """`fn` of each. It counts dimensions from the right, so that it does for all what it does for one."""
         return PerOutput(fn(self.parts) if isinstance(self.parts, Tensor) else tuple(map(fn, self.parts)))
+
+    def copy_to(self, out: Tensor) -> None:
+        """Into [C, *shape]."""
+        if isinstance(self.parts, Tensor):
+            out.copy_(self.parts)
+            return
+        for part, to in zip(self.parts, out, strict=True):
+            to.copy_(part)
 
     def stacked(self) -> Tensor:
         """[C, *shape]: a copy where they are apart."""
