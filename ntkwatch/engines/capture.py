@@ -155,7 +155,7 @@ def _cuts(graph: Graph, wanted: set[int]) -> list[int]:
 
 
 def _segment(graph: Graph, wanted: Sequence[int], cuts: Sequence[int], outputs: int) -> tuple[list[int], int | None]:
-    """The next wanted nodes up to the first cut at which enough gradients have been captured, and that cut."""
+    """The next wanted nodes up to the first cut at which enough gradients have been captured, and the smallest cut there."""
     held, taken = 0, []
     for i, number in enumerate(wanted):
         taken.append(number)
@@ -165,7 +165,7 @@ def _segment(graph: Graph, wanted: Sequence[int], cuts: Sequence[int], outputs: 
             break
         between = [cut for cut in cuts if number <= cut < after]
         if held >= _SEGMENT_BYTES and between:
-            return taken, between[-1]
+            return taken, min(reversed(between), key=lambda cut: node_bytes(graph, graph.nodes[cut]))
     return taken, None
 
 
