@@ -17,7 +17,7 @@ from device import DEVICE, placed
 from oracles import naive_layers, naive_ntk, reduced
 from torch import Tensor
 
-from ntkwatch.engines import UnsupportedModel, capture, contract, empirical_ntk, layer_ntks, machines, strips
+from ntkwatch.engines import UnsupportedModel, capture, contract, empirical_ntk, layer_ntks, machines, strips, written
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.model import Network, take
 
@@ -130,6 +130,20 @@ def test_passes_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         found = Layerwise().kernel(Network(module), batch, reduction="full", layers=None).value
         off = error(found, reduced(naive_ntk(module, batch), "full"))
         assert off < (1e-7 if case.float32_inside else 1e-10), f"{case}: in turn, {off:.1e}"
+
+
+@pytest.mark.parametrize("segment", [1, 1 << 25], ids=["in segments", "whole"])
+def test_jacobians_written_out_pass_by_pass(segment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of early convolutions are: here of every layer of every model."""
+    monkeypatch.setattr(capture, "_BATCHED_BYTES", {})
+    monkeypatch.setattr(capture, "_SEGMENT_BYTES", segment)
+    monkeypatch.setattr(written, "_LARGE", 0)
+    monkeypatch.setattr(written, "_MUCH", 0)
+    for case in [c for c in CASES if not c.refused]:
+        module, batch = build(case)
+        found = Layerwise().kernel(Network(module), batch, reduction="full", layers=None).value
+        off = error(found, reduced(naive_ntk(module, batch), "full"))
+        assert off < (1e-7 if case.float32_inside else 1e-10), f"{case}: written out, {off:.1e}"
 
 
 def test_the_portions_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

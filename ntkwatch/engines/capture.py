@@ -6,9 +6,10 @@ parameter's factor is handed on as soon as it is complete: no more than a segmen
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,12 +20,12 @@ from ntkwatch.engines.factors import Factor
 from ntkwatch.engines.graph import Graph, node_bytes, reaches, walk
 from ntkwatch.engines.outputs import PerOutput
 from ntkwatch.engines.passes import Start, at_once, in_turn
-from ntkwatch.engines.rules import Use, factor, operand_shape
 from ntkwatch.engines.separation import Separation, leaves_at, outputs_at, separate, transfers
 from ntkwatch.engines.sums import add, densify
+from ntkwatch.engines.written import Gradients, Written, factor_of, written_bytes
 from ntkwatch.model import Network, UnsupportedModel
 
-Gradients = tuple[PerOutput | None, ...]  # of each output of a node
+G = TypeVar("G")
 _SEGMENT_BYTES = 1 << 25  # gradients captured before the pass pauses to use them
 _GROUP_BYTES = 1 << 28  # of one node for a group of outputs: larger groups share more, and hold more
 _PASS_BYTES = {"cpu": 1 << 25, "cuda": 1 << 27}  # of one node in a batched pass: libraries' workspaces are as large
@@ -75,8 +76,7 @@ class Capture:
 
     def groups(self) -> list[slice]:
         """Outputs in groups of which the largest node's gradients fit in a moderate amount of memory."""
-        numbers = {number for number, _, _ in self.recipe.boundary}
-        largest = max(node_bytes(self.graph, self.graph.nodes[number]) for number in numbers)
+        largest = max(map(self._kept_bytes, self.recipe.edges))
         outputs = len(self.cotangents)
         size = min(outputs, max(1, _GROUP_BYTES // max(largest, 1)))
         size = -(-outputs // -(-outputs // size))  # of equal size, nearly
@@ -91,27 +91,45 @@ class Capture:
             yield from collector.complete()
         yield from collector.rest()
 
-    def _segments(self, cotangents: PerOutput) -> Iterator[dict[int, Gradients]]:
-        """Output gradients of the boundary nodes, a segment of the graph at a time."""
-        graph, wanted = self.graph, sorted({number for number, _, _ in self.recipe.boundary})
+    def _segments(self, cotangents: PerOutput) -> Iterator[dict[int, Gradients | Written]]:
+        """What passes give at the boundary nodes, a segment of the graph at a time."""
+        graph, wanted = self.graph, sorted(self.recipe.edges)
         start: Start = self._edge
         cuts = _cuts(graph, set(wanted))
         while wanted:
-            taken, cut = _segment(graph, wanted, cuts, len(cotangents))
+            taken, cut = self._segment(wanted, cuts, len(cotangents))
             wanted = wanted[len(taken) :]
             asked = taken if cut is None or cut in taken else [*taken, cut]
-            grads = self._backward(start, cotangents, asked)
+            grads = self._backward(start, cotangents, asked, cut)
             if cut is not None and wanted:
                 node = graph.nodes[cut]
                 used = graph.outputs_used[node][0]
-                reached = grads[cut][used]
+                whole = grads[cut]
+                assert not isinstance(whole, Written)
+                reached = whole[used]
                 if reached is None:
                     return
                 start, cotangents = GradientEdge(node, used), reached
             yield {number: grads[number] for number in taken}
 
-    def _backward(self, start: Start, cotangents: PerOutput, numbers: Sequence[int]) -> dict[int, Gradients]:
-        """Gradients of the numbered nodes' outputs: for all of C at once where they are small, else in turn."""
+    def _segment(self, wanted: Sequence[int], cuts: Sequence[int], outputs: int) -> tuple[list[int], int | None]:
+        """The next wanted nodes up to the first cut at which enough gradients are kept, and the smallest cut there."""
+        held, taken = 0, []
+        for i, number in enumerate(wanted):
+            taken.append(number)
+            held += outputs * self._kept_bytes(number)
+            after = wanted[i + 1] if i + 1 < len(wanted) else None
+            if after is None:
+                break
+            between = [cut for cut in cuts if number <= cut < after]
+            if held >= _SEGMENT_BYTES and between:
+                return taken, min(reversed(between), key=lambda cut: node_bytes(self.graph, self.graph.nodes[cut]))
+        return taken, None
+
+    def _backward(
+        self, start: Start, cotangents: PerOutput, numbers: Sequence[int], cut: int | None
+    ) -> dict[int, Gradients | Written]:
+        """What passes give at the numbered nodes: for all of C at once where they are small, else in turn."""
         nodes = self.graph.nodes
         pairs = [(number, used) for number in numbers for used in self.graph.outputs_used[nodes[number]]]
         wanted = [GradientEdge(nodes[number], used) for number, used in pairs]
@@ -120,12 +138,35 @@ class Capture:
         if self.recipe.batched and largest <= _BATCHED_BYTES.get(cotangents.device.type, 0):
             most = max(1, _PASS_BYTES.get(cotangents.device.type, 0) // max(largest, 1))
             grads = at_once(start, wanted, cotangents, most)
+        written: dict[int, Written] = {}
         if grads is None:
-            grads = in_turn(start, wanted, cotangents)
-        filled: dict[int, list[PerOutput | None]] = {n: [None] * len(nodes[n]._input_metadata) for n in numbers}
-        for (number, used), g in zip(pairs, grads, strict=True):
-            filled[number][used] = g
-        return {number: tuple(found) for number, found in filled.items()}
+            small = [i for i in numbers if i != cut and self._written_bytes(i) is not None]
+            written = {i: Written(nodes[i], self.recipe.edges[i], self.n) for i in small}
+
+            def keep(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+                for number, by_output in self._by_node(pairs, grads).items():
+                    if number in written:
+                        written[number].add(by_output)
+                return tuple(None if number in written else g for (number, _), g in zip(pairs, grads, strict=True))
+
+            grads = in_turn(start, wanted, cotangents, keep)
+        return {**self._by_node(pairs, grads), **written}
+
+    def _by_node(self, pairs: Sequence[tuple[int, int]], grads: Sequence[G | None]) -> dict[int, tuple[G | None, ...]]:
+        """Gradients of some nodes' outputs → of all outputs of each node, None where there are none."""
+        given = dict(zip(pairs, grads, strict=True))
+        sizes = {number: len(self.graph.nodes[number]._input_metadata) for number, _ in pairs}
+        return {number: tuple(given.get((number, used)) for used in range(size)) for number, size in sizes.items()}
+
+    def _written_bytes(self, number: int) -> int | None:
+        """Of one output, where a node's Jacobians are written out pass by pass."""
+        inputs = [k for k, _ in self.recipe.edges.get(number, ())]
+        return written_bytes(self.graph, self.graph.nodes[number], inputs, self.n) if inputs else None
+
+    def _kept_bytes(self, number: int) -> int:
+        """Of one output, what is kept of a node's passes."""
+        written = self._written_bytes(number)
+        return node_bytes(self.graph, self.graph.nodes[number]) if written is None else written
 
 
 def _cotangents(f: Tensor, summed: bool) -> PerOutput:
@@ -154,21 +195,6 @@ def _cuts(graph: Graph, wanted: set[int]) -> list[int]:
     return cuts
 
 
-def _segment(graph: Graph, wanted: Sequence[int], cuts: Sequence[int], outputs: int) -> tuple[list[int], int | None]:
-    """The next wanted nodes up to the first cut at which enough gradients have been captured, and the smallest cut there."""
-    held, taken = 0, []
-    for i, number in enumerate(wanted):
-        taken.append(number)
-        held += outputs * node_bytes(graph, graph.nodes[number])
-        after = wanted[i + 1] if i + 1 < len(wanted) else None
-        if after is None:
-            break
-        between = [cut for cut in cuts if number <= cut < after]
-        if held >= _SEGMENT_BYTES and between:
-            return taken, min(reversed(between), key=lambda cut: node_bytes(graph, graph.nodes[cut]))
-    return taken, None
-
-
 class _Collector:
     """Gathers factors until a parameter has all of its uses."""
 
@@ -178,13 +204,8 @@ class _Collector:
         self.parts: dict[str, list[Factor]] = {}
         self.rules: dict[str, list[str]] = {}
         self.arrived: dict[tuple[Node, int], Tensor] = {}
-        self.edges: dict[int, list[tuple[int, Any, tuple[str, ...]]]] = {}
-        self.left: dict[str, int] = {}
-        for number, k, layout in recipe.boundary:
-            names = self._owners(number, k)
-            self.edges.setdefault(number, []).append((k, layout, names))
-            for name in names:
-                self.left[name] = self.left.get(name, 0) + 1
+        self.edges = {i: [(k, layout, self._owners(i, k)) for k, layout in each] for i, each in recipe.edges.items()}
+        self.left = Counter(name for each in self.edges.values() for _, _, names in each for name in names)
         self.pulled: set[str] = set()  # parameters that are complete only when all shared nodes are
 
     def _owners(self, number: int, k: int) -> tuple[str, ...]:
@@ -196,15 +217,16 @@ class _Collector:
             return (self.names[leaf],)
         return tuple(name for leaf, name in self.names.items() if reaches(child, leaf))
 
-    def take(self, number: int, grads: Gradients) -> None:
-        """The factors of a boundary node's edges, from its output gradients."""
+    def take(self, number: int, grads: Gradients | Written) -> None:
+        """The factors of a boundary node's edges, from its output gradients or written out already."""
         node: Any = self.graph.nodes[number]
         for k, layout, names in self.edges[number]:
             for name in names:
                 self.left[name] -= 1
-            if all(g is None for g in grads):
+            got = grads.factor(k) if isinstance(grads, Written) else factor_of(node, k, grads, layout, self.n)
+            if got is None:
                 continue
-            found, how = factor(Use(node, k, operand_shape(node, k), grads, layout, self.n))
+            found, how = got
             child, used = node.next_functions[k]
             carried = carry(child, found) if leaf_below(child) is not None else None
             if carried is None:

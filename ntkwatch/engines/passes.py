@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,14 @@ from ntkwatch.engines.functional import is_out_of_memory, quiet
 from ntkwatch.engines.outputs import PerOutput
 
 Start = Tensor | GradientEdge
+Keep = Callable[[tuple[Tensor | None, ...]], tuple[Tensor | None, ...]]
 
 
-def in_turn(start: Start, wanted: Sequence[GradientEdge], cotangents: PerOutput) -> list[PerOutput | None]:
-    """The gradients at the wanted edges under each cotangent; None where there are none."""
-    passes = [_grad(start, wanted, cotangent) for cotangent in cotangents]
+def in_turn(
+    start: Start, wanted: Sequence[GradientEdge], cotangents: PerOutput, keep: Keep = lambda grads: grads
+) -> list[PerOutput | None]:
+    """The gradients at the wanted edges under each cotangent, what is kept of them; None where there are none."""
+    passes = [keep(_grad(start, wanted, cotangent)) for cotangent in cotangents]
     return [_filled(each) for each in zip(*passes, strict=True)]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,14 @@ class Separation:
     captured: float = 0.0  # bytes per example and output of the gradients at the boundary
     outputs: int = 1
     batched: bool = True  # whether backward passes for all outputs at once are as right as in turn
+
+    @functools.cached_property
+    def edges(self) -> dict[int, list[tuple[int, Layout | Scattered]]]:
+        """The boundary by node: its inputs there, and how examples lie in its output's gradients."""
+        found: dict[int, list[tuple[int, Layout | Scattered]]] = {}
+        for number, k, layout in self.boundary:
+            found.setdefault(number, []).append((k, layout))
+        return found
 
 
 def leaves_at(network: Network, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -1,0 +1,81 @@
+"""Jacobians written out as each backward pass ends, where the gradients that they are read from are much larger.
+
+Early convolutions have few weights and many positions: the gradients of all outputs at their positions would take more
+memory than all the rest, and pages that are new cost as much time as the arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ntkwatch.engines.factors import Columns, Dense, Factor, Outer
+from ntkwatch.engines.graph import Graph, Layout, Scattered, node_bytes
+from ntkwatch.engines.outputs import PerOutput
+from ntkwatch.engines.rules import Use, factor, operand_shape
+from ntkwatch.engines.sums import densify
+
+_LARGE = 1 << 22  # bytes of gradients per output: smaller ones are better kept …
+_MUCH = 8  # … and so are those of fewer than this many entries for one of the parameters'
+
+Gradients = tuple[PerOutput | None, ...]  # of each output of a node
+
+
+def factor_of(node: Any, k: int, grads: Gradients, layout: Layout | Scattered, n: int) -> tuple[Factor, str] | None:
+    """The factor of an input of a node and the rule that gave it; None where no output depends on the node."""
+    if all(g is None for g in grads):
+        return None
+    return factor(Use(node, k, operand_shape(node, k), grads, layout, n))
+
+
+def written_bytes(graph: Graph, node: Any, inputs: Sequence[int], n: int) -> int | None:
+    """Of one output's Jacobians of a node's inputs, where they are to be written out; None where they are not."""
+    gradients = node_bytes(graph, node)
+    itemsize = max(int(meta.dtype.itemsize) for meta in node._input_metadata)
+    size = n * itemsize * sum(math.prod(operand_shape(node, k)) for k in inputs)
+    return size if gradients >= _LARGE and _MUCH * size <= gradients else None
+
+
+@dataclass
+class Written:
+    """The Jacobians of a node's inputs, from the gradients of one output after the other."""
+
+    node: Any
+    edges: Sequence[tuple[int, Layout | Scattered]]
+    n: int
+    _parts: dict[int, list[Tensor | None]] = field(default_factory=dict)
+    _inputs: dict[int, Columns] = field(default_factory=dict)
+    _rules: dict[int, str] = field(default_factory=dict)
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        """Those of the next output, by the node's outputs; None where it does not depend on them."""
+        given = tuple(None if g is None else PerOutput((g.detach(),)) for g in grads)
+        for k, layout in self.edges:
+            found = factor_of(self.node, k, given, layout, self.n)
+            if found is not None:
+                self._rules[k] = found[1]
+            part = None if found is None else densify(self._sharing(k, found[0])).j[0]
+            self._parts.setdefault(k, []).append(part)
+
+    def _sharing(self, k: int, found: Factor) -> Factor:
+        """With the inputs unfolded once for all outputs."""
+        if not isinstance(found, Outer):
+            return found
+        if k not in self._inputs:
+            self._inputs[k] = Columns.of(found.a.make())
+        return replace(found, a=self._inputs[k])
+
+    def factor(self, k: int) -> tuple[Factor, str] | None:
+        """As `rules.factor`, of all outputs; None where none depends on the node."""
+        self._inputs.clear()
+        parts = self._parts.pop(k)
+        known = next((part for part in parts if part is not None), None)
+        if known is None:
+            return None
+        filled = tuple(torch.zeros_like(known) if part is None else part for part in parts)
+        return Dense(PerOutput(filled)), self._rules[k]
