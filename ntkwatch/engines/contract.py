@@ -59,14 +59,15 @@ class Contractor(Accumulator):
         least = 1 if at.near and together else min(_SLAB_ROWS, _SLAB_MOST // row)
         step = min(one.leading, max(1, slab // row, least))
         # a sum of its own: float32 products of many parameters in one would lose digits
-        total = self._by_example(out) if full and together else torch.zeros_like(out)
+        turned = full and together
+        total = self._by_example(out) if turned else torch.zeros_like(out)
         for rows in blocks(one.leading, step):
             for start in range(0, one.outputs, held):
                 outputs = range(start, start + held)
                 a = first(outputs, rows)
                 b = a if one is two else second(outputs, rows)
                 self._products(total[start : start + held] if self.reduction == "blocks" else total, a, b)
-        if total.stride() != out.stride():
+        if turned:
             self._mirror(total)  # its strips are others than those of `out`
         out += total
 

@@ -36,9 +36,11 @@ def factor_of(node: Any, k: int, grads: Gradients, layout: Layout | Scattered, n
 def written_bytes(graph: Graph, node: Any, inputs: Sequence[int], n: int) -> int | None:
     """Of one output's Jacobians of a node's inputs, where they are to be written out; None where they are not."""
     gradients = node_bytes(graph, node)
+    if gradients < _LARGE:
+        return None
     itemsize = max(int(meta.dtype.itemsize) for meta in node._input_metadata)
     size = n * itemsize * sum(math.prod(operand_shape(node, k)) for k in inputs)
-    return size if gradients >= _LARGE and _MUCH * size <= gradients else None
+    return size if _MUCH * size <= gradients else None
 
 
 @dataclass
