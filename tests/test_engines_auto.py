@@ -349,34 +349,6 @@ def test_probes_of_other_sizes_after_the_first() -> None:
             assert torch.allclose(found, theta[rows][:, :, rows], rtol=1e-10), rows
 
 
-COUPLINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relative to row 0": lambda h: h - h[:1],
-    "over the largest": lambda h: h / h.abs().max(),
-    "over the largest, held fixed": lambda h: h / h.detach().abs().max(),
-    "times the maximum": lambda h: h * h.max(),
-    "less the median": lambda h: h - h.median(),
-}
-
-
-class Coupled(nn.Module):
-    def __init__(self, couple: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.a, self.b, self.couple = nn.Linear(6, 16), nn.Linear(16, 3), couple
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.couple(torch.tanh(self.a(x))))
-
-
-@pytest.mark.parametrize("n", [2, 5, 20, 70])
-@pytest.mark.parametrize("name", COUPLINGS)
-def test_coupled_examples_are_refused_wherever_the_coupling_sits(name: str, n: int) -> None:
-    for seed in range(5):
-        torch.manual_seed(seed)
-        model, x = Coupled(COUPLINGS[name]).double(), torch.randn(n, 6).double()
-        with pytest.raises(UnsupportedModel, match="other examples"):
-            empirical_ntk(model, x)
-
-
 class Nested(nn.Module):
     def __init__(self) -> None:
         super().__init__()

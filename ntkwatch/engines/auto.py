@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from ntkwatch.engines.base import Engine
+from ntkwatch.engines.coupling import check_uncoupled
 from ntkwatch.engines.functional import USE_ANOTHER, Functional, math_attention
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.engines.memory import check_free, first_line, is_out_of_memory, ran_out
 from ntkwatch.engines.selfcheck import self_check
-from ntkwatch.engines.separation import check_uncoupled
 from ntkwatch.model import Network, UnsupportedModel
 
 # Relative to the kernel. Two correct float32 paths differ by 1e-6 to 1e-4 (a ReLU at 0 may fall either way); a

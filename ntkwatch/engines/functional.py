@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntkwatch.engines.base import Kernel, Precision, Reduction, at_hand, noise_floor, reduce, richest, work_dtype
 from ntkwatch.engines.blocks import assemble, blocks
+from ntkwatch.engines.coupling import check_uncoupled
 from ntkwatch.engines.memory import backing_off, is_out_of_memory, limit_bytes
 from ntkwatch.model import (
     Network,
@@ -57,7 +58,7 @@ class Functional:
         """See `Engine.kernel`.
 
         Raises:
-            UnsupportedModel: torch.func cannot transform the model.
+            UnsupportedModel: torch.func cannot transform the model, or examples of x2 are coupled.
             MemoryError: one probe at a time is too much.
         """
         parameters, precision = trained_at(network, state), at_hand(precision, network.device)
@@ -65,6 +66,8 @@ class Functional:
         with torch.no_grad():
             outputs = network.outputs(x1, state).detach()
         n = max(batch_size(inputs_of(x)) for x in (x1, x2) if x is not None)
+        if x2 is not None and batch_size(inputs_of(x2)) != batch_size(inputs_of(x1)):
+            check_uncoupled(network, x2, state)
         chunk = min(n, chunk_size or self.chunk(parameters, outputs.shape[1], limit_bytes(network.device)))
         rich = richest(reduction, layers)
 

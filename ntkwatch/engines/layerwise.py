@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ntkwatch.engines.base import Kernel, Precision, Reduction, at_hand, noise_floor, reduce, richest
 from ntkwatch.engines.blocks import blocks
+from ntkwatch.engines.coupling import Sizes, check_uncoupled
 from ntkwatch.engines.functional import quiet
 from ntkwatch.engines.memory import backing_off, limit_bytes
 from ntkwatch.engines.prediction import Prediction, predict, try_forward
 from ntkwatch.engines.run import WHOLE, Run
-from ntkwatch.engines.separation import Separation, check_uncoupled, separate_few
+from ntkwatch.engines.separation import Separation, separate_few
 from ntkwatch.engines.signs import SignRun
 from ntkwatch.model import Network, batch_size, inputs_of
 
@@ -26,13 +27,13 @@ ROUGHLY = 3  # times what a run roughly takes, no kernel goes beyond
 class Layerwise:
     """Exact: one forward and C backward passes to the activations, then the cheapest contraction per parameter.
 
-    uncoupled: whoever asks has made sure that no example's output depends on the others of its batch.
+    uncoupled: whoever asks has passed the probes of the first kernel to `check_uncoupled`.
     """
 
     name = "layerwise"
 
     def __init__(self, uncoupled: bool = False) -> None:
-        self._uncoupled = uncoupled
+        self._uncoupled, self._sizes = uncoupled, Sizes()
         self._recipes: weakref.WeakKeyDictionary[Network, Separation | None] = weakref.WeakKeyDictionary()
         self._chunks: weakref.WeakKeyDictionary[Network, dict[Any, int]] = weakref.WeakKeyDictionary()
 
@@ -74,6 +75,7 @@ class Layerwise:
         if network not in self._recipes:
             if not self._uncoupled:
                 check_uncoupled(network, x, state)
+            self._sizes.add(network, x)
             self._recipes[network] = separate_few(network, x, state)
         return self._recipes[network]
 
@@ -99,7 +101,9 @@ class Layerwise:
         known, key = self._chunks.setdefault(run.network, {}), (n, run.reduction, run.layers)
 
         def attempt(size: int) -> dict[str, Tensor]:
-            return run.kernels(blocks(x1, size), None if x2 is None else blocks(x2, size))
+            parts, others = blocks(x1, size), None if x2 is None else blocks(x2, size)
+            self._sizes.check(run.network, [*parts, *(others or [])], run.state)
+            return run.kernels(parts, others)
 
         chunk = min(n, chunk_size or self.chunk(run, x1, x2)[0])
         return backing_off(attempt, chunk, run.network.device, lambda size: known.__setitem__(key, size))

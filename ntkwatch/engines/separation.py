@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,9 @@ from ntkwatch.engines.graph import (
     walk,
 )
 from ntkwatch.engines.passes import can_be_batched
-from ntkwatch.engines.suspects import nested, suspect
-from ntkwatch.model import Network, UnsupportedModel, batch_size, inputs_of, take
+from ntkwatch.engines.suspects import nested
+from ntkwatch.model import Network, UnsupportedModel, take
 
-_MANY = 64  # the most examples that are run together in search of what couples them
 _FEW = 3  # the fewest probes that tell [n, T] from [T, n] and from T = n by their values
 
 
@@ -101,7 +100,7 @@ def few(x: Any) -> Any:
 def separate_few(network: Network, x: Any, state: Mapping[str, Tensor] | None = None) -> Separation | None:
     """The layouts read from a few probes; None where the outputs depend on no trained parameter.
 
-    Examples must not be coupled: see `check_uncoupled`.
+    Examples must not be coupled: see `coupling.check_uncoupled`.
     """
     leaves = leaves_at(network, state)
     f = outputs_at(network, few(x), state, leaves)
@@ -113,56 +112,6 @@ def separate_few(network: Network, x: Any, state: Mapping[str, Tensor] | None = 
         raise UnsupportedModel(nested(network, lambda: outputs_at(network, few(x), state, leaves))) from None
     found = separate(graph, f, f.shape[0])
     return dataclasses.replace(found, sure=found.sure and not graph.routes)
-
-
-def check_uncoupled(network: Network, x: Any, state: Mapping[str, Tensor] | None = None) -> None:
-    """Raises UnsupportedModel where an example's output depends on which others are in its batch, or on chance.
-
-    A few examples are run together, each alone, and among more of the others: a maximum or a median over the batch may
-    sit in any of them. Where the model does not take one example, all but the first are run instead.
-    """
-    rows = batch_size(inputs_of(x))
-    n = min(_FEW, rows)
-
-    def outputs(part: slice) -> Tensor:
-        with torch.no_grad():
-            return network.outputs(take(x, part), state)
-
-    whole = outputs(slice(0, n))
-    if rows < 2:
-        return
-    limit = torch.finfo(network.rounding(whole.dtype)).eps ** 0.5 * whole.abs().max()
-    alone = [_compare(outputs, whole, slice(i, i + 1), limit) for i in range(n)]
-    among = _compare(outputs, whole, slice(0, min(rows, _MANY)), limit) if rows > n else None
-    rest = _compare(outputs, whole, slice(1, n), limit) if all(found is None for found in alone) else None
-    found = [each for each in (*alone, among, rest) if each is not None]
-    if found and not any(found):
-        return
-    if bool(((whole - outputs(slice(0, n))).abs() > limit).any()):  # asked only now: chance shows in the others too
-        raise UnsupportedModel(
-            "two forward passes on the same probes differ: the model draws random numbers in eval mode"
-        )
-    for why in filter(None, found):
-        raise UnsupportedModel(f"{why}{suspect(network)}: the per-example kernel does not exist")
-
-
-def _compare(outputs: Callable[[slice], Tensor], whole: Tensor, part: slice, limit: Tensor) -> str | None:
-    """How the outputs of part of the batch differ from those in the whole, "" for not at all; None where it fails.
-
-    It may be a number of examples that the model does not take, or that there is no memory for.
-    """
-    one = whole[part]
-    try:
-        other = outputs(part)[: len(one)]
-    except (RuntimeError, ValueError, MemoryError):
-        return None
-    if one.shape[1] != other.shape[1]:
-        return (
-            f"{len(whole)} examples have {one.shape[1]} outputs each, another number of them {other.shape[1]}: an "
-            "example's output depends on the other examples of its batch"
-        )
-    coupled = bool(((one - other).abs() > limit).any())
-    return "an example's output depends on the other examples of its batch" if coupled else ""
 
 
 def separate(graph: Graph, f: Tensor, n: int) -> Separation:

@@ -1,0 +1,90 @@
+"""Whether examples are coupled: whether an example's output depends on which others are in its batch.
+
+A model may couple them in batches of some sizes alone (a normalisation from ten rows on), so that every size in which
+examples are run together is looked at.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ntkwatch.engines.suspects import suspect
+from ntkwatch.model import Network, UnsupportedModel, batch_size, inputs_of, take
+
+MANY = 64  # the most examples that are run together in search of what couples them, where none has to be
+_SOME = 3  # examples that are run alone
+
+
+class Sizes:
+    """The sizes of batch in which a network's examples were found not to be coupled."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakKeyDictionary[Network, set[int]] = weakref.WeakKeyDictionary()
+
+    def add(self, network: Network, x: Any) -> None:
+        """Somebody has passed x to `check_uncoupled`."""
+        self._known.setdefault(network, {1}).add(min(MANY, batch_size(inputs_of(x))))
+
+    def check(self, network: Network, parts: Iterable[Any], state: Mapping[str, Tensor] | None) -> None:
+        """Raises UnsupportedModel where examples are coupled in a part of a size that is not known yet."""
+        known = self._known.setdefault(network, {1})
+        for part in parts:
+            size = batch_size(inputs_of(part))
+            if size not in known:
+                check_uncoupled(network, part, state, size)
+                known.add(size)
+
+
+def check_uncoupled(network: Network, x: Any, state: Mapping[str, Tensor] | None = None, most: int = MANY) -> None:
+    """Raises UnsupportedModel where an example's output depends on which others are in its batch, or on chance.
+
+    A few examples are run together, each alone, and among up to `most` of the others: a maximum or a median over the
+    batch may sit in any of them. Where the model does not take one example, all but the first are run instead.
+    """
+    rows = batch_size(inputs_of(x))
+    n = min(_SOME, rows)
+
+    def outputs(part: slice) -> Tensor:
+        with torch.no_grad():
+            return network.outputs(take(x, part), state)
+
+    whole = outputs(slice(0, n))
+    if rows < 2:
+        return
+    limit = torch.finfo(network.rounding(whole.dtype)).eps ** 0.5 * whole.abs().max()
+    alone = [_compare(outputs, whole, slice(i, i + 1), limit) for i in range(n)]
+    among = _compare(outputs, whole, slice(0, min(rows, most)), limit) if rows > n else None
+    rest = _compare(outputs, whole, slice(1, n), limit) if all(found is None for found in alone) else None
+    found = [each for each in (*alone, among, rest) if each is not None]
+    if found and not any(found):
+        return
+    if bool(((whole - outputs(slice(0, n))).abs() > limit).any()):  # asked only now: chance shows in the others too
+        raise UnsupportedModel(
+            "two forward passes on the same probes differ: the model draws random numbers in eval mode"
+        )
+    for why in filter(None, found):
+        raise UnsupportedModel(f"{why}{suspect(network)}: the per-example kernel does not exist")
+
+
+def _compare(outputs: Callable[[slice], Tensor], whole: Tensor, part: slice, limit: Tensor) -> str | None:
+    """How the outputs of part of the batch differ from those in the whole, "" for not at all; None where it fails.
+
+    It may be a number of examples that the model does not take, or that there is no memory for.
+    """
+    one = whole[part]
+    try:
+        other = outputs(part)[: len(one)]
+    except (RuntimeError, ValueError, MemoryError):
+        return None
+    if one.shape[1] != other.shape[1]:
+        return (
+            f"{len(whole)} examples have {one.shape[1]} outputs each, another number of them {other.shape[1]}: an "
+            "example's output depends on the other examples of its batch"
+        )
+    coupled = bool(((one - other).abs() > limit).any())
+    return "an example's output depends on the other examples of its batch" if coupled else ""
