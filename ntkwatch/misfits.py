@@ -20,7 +20,6 @@ from ntkwatch.plain import unwrap
 
 GIVE = "give probes in the form that the model's own loader gives, or outputs=lambda model, batch: … that converts them"
 TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-WITH_ROWS = (torch.strided, torch.jagged)  # layouts of which rows can be taken
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -35,7 +34,7 @@ def check_batch(x: Any) -> None:
 
 
 def check_form(x: Any) -> None:
-    """Raises ValueError for a batch that is none: a loader, a dataset, no tensor, on the meta device, sparse."""
+    """Raises ValueError for a batch that is none: a loader, a dataset, no tensor, meta, sparse, nested."""
     if not leaves(x):
         raise ValueError(EMPTY)
     inputs = [leaf for leaf in leaves(inputs_of(x)) if isinstance(leaf, Tensor)]
@@ -44,9 +43,14 @@ def check_form(x: Any) -> None:
         raise ValueError(f"a batch must hold a tensor [n, ...], got {got} ({kind}): take a batch of it, {how}")
     if any(leaf.is_meta for leaf in inputs):
         raise ValueError("the probes are on the meta device, which holds no numbers: give them on the model's own")
+    if any(leaf.is_nested for leaf in inputs):
+        raise ValueError(
+            "the probes are a nested tensor, whose examples cannot be taken in blocks: pad them, "
+            "torch.nested.to_padded_tensor(probes, 0.0), and give the model their lengths or a mask beside them"
+        )
     n = batch_size(inputs_of(x))
     for leaf in inputs:
-        if leaf.layout not in WITH_ROWS and is_per_example(leaf, n):
+        if leaf.layout is not torch.strided and is_per_example(leaf, n):
             raise ValueError(
                 f"the probes must be dense, since examples are taken one by one, got {_shape(leaf)} in the layout "
                 f"{_name(leaf.layout)}: give probes.to_dense(); where the model itself takes sparse inputs, have "

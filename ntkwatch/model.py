@@ -44,7 +44,8 @@ class Network:
         params: names or globs among the trained parameters; None takes all of them.
 
     Raises:
-        UnsupportedModel: no trained parameter, or one that is not initialised yet (lazy modules).
+        UnsupportedModel: no trained parameter, one that is not initialised yet (lazy modules), trained parameters on
+            several devices, or numbers on the meta device.
         ValueError: a name or glob in `params` that matches no trained parameter.
     """
 
@@ -55,6 +56,7 @@ class Network:
         self._outputs = outputs
         self._wrapper = _Forward(self.module, self._raw)
         self.parameters: dict[str, Tensor] = _trained(self.module, params)
+        _check_devices(self.module, self.parameters)
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -140,10 +142,6 @@ def _trained(module: nn.Module, params: str | Sequence[str] | None) -> dict[str,
     for name, p in trained.items():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise UnsupportedModel(f"parameter {name} is not initialised yet; run one batch through the model first")
-        if p.is_meta:
-            raise UnsupportedModel(
-                f"parameter {name} is on the meta device, without numbers: to_empty and load it first"
-            )
     if not trained:
         raise UnsupportedModel(
             "the model has no trained parameter: every one has requires_grad=False, or there is none"
@@ -159,6 +157,25 @@ def _trained(module: nn.Module, params: str | Sequence[str] | None) -> dict[str,
                 f"params: {glob!r} matches no trained parameter; there are {', '.join(list(trained)[:8])}…"
             )
     return {name: p for name, p in trained.items() if any(fnmatch.fnmatchcase(name, g) for g in globs)}
+
+
+def _check_devices(module: nn.Module, trained: Mapping[str, Tensor]) -> None:
+    """Raises UnsupportedModel where part of the model is on the meta device, or trained parameters on several."""
+    for kind, tensors in (("parameter", module.named_parameters()), ("buffer", module.named_buffers())):
+        for name, t in tensors:
+            if t.is_meta:
+                raise UnsupportedModel(
+                    f"{kind} {name} is on the meta device, without numbers: to_empty and load it first"
+                )
+    places: dict[torch.device, str] = {}
+    for name, p in trained.items():
+        places.setdefault(p.device, name)
+    if len(places) > 1:
+        found = ", ".join(f"{name} on {device}" for device, name in places.items())
+        raise UnsupportedModel(
+            f"the trained parameters are on {len(places)} devices ({found}): "
+            f"put the model on one, as model.to({str(next(iter(places)))!r})"
+        )
 
 
 def call_module(module: nn.Module, batch: Any) -> Any:

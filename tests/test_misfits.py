@@ -201,7 +201,13 @@ def _pairs() -> TensorDataset:
     return TensorDataset(torch.randn(N, 12), torch.zeros(N))
 
 
+def _nested(layout: torch.layout) -> Tensor:
+    """N examples of unlike lengths."""
+    return torch.nested.nested_tensor([torch.randn(1 + i, 12) for i in range(N)], layout=layout)
+
+
 TAKE_A_BATCH = "take a batch of it, next("
+NESTED = ("the probes are a nested tensor", "torch.nested.to_padded_tensor(probes, 0.0)", "mask")
 DENSE = ("must be dense", "give probes.to_dense()", "outputs=lambda model, batch: …")
 NO_BATCHES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {  # what is given for a batch, what is said
     "a loader": (lambda: DataLoader(_pairs(), 2), ("got DataLoader (loader)", f"{TAKE_A_BATCH}iter(loader))")),
@@ -225,6 +231,10 @@ NO_BATCHES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {  # what is 
             ("_mkldnn", Tensor.to_mkldnn),
         )
     },
+    "nested, jagged": (lambda: _nested(torch.jagged), NESTED),
+    "nested, strided": (lambda: _nested(torch.strided), NESTED),
+    "nested beside targets": (lambda: (_nested(torch.jagged), torch.zeros(N)), NESTED),
+    "nested under a name": (lambda: {"x": _nested(torch.jagged), "y": torch.zeros(N)}, NESTED),
     "sparse beside targets": (lambda: (torch.eye(12)[:N].to_sparse(), torch.zeros(N)), DENSE),
     "sparse under a name": (lambda: {"x": torch.eye(12)[:N].to_sparse(), "y": torch.zeros(N)}, DENSE),
 }

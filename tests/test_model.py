@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ntkwatch import empirical_ntk, layer_ntks
+from ntkwatch import Monitor, empirical_ntk, layer_ntks, plan
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import (
     Network,
@@ -251,3 +251,62 @@ def test_a_network_is_where_its_module_is_now() -> None:
     network.parameters = dict(module.named_parameters())
     assert network.device.type == "meta"
     assert {t.device.type for t in [*network.buffers.values(), *network.placed(kept).values()]} == {"meta"}
+
+
+class Elsewhere(Tensor):
+    """Says that it is on a GPU, with or without one: all that a parameter is asked for before a model runs."""
+
+    @staticmethod
+    def __new__(cls, like: Tensor) -> Tensor:
+        return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device="cuda:0", requires_grad=True)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"{func}: there are no numbers here")
+
+
+def _net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+
+
+def _with_weight(where: str, value: Callable[[Tensor], Tensor]) -> nn.Module:
+    net = _net()
+    module = net.get_submodule(where)
+    module.weight = nn.Parameter(value(module.weight.detach()))
+    return net
+
+
+def _frozen_on_meta() -> nn.Module:
+    net = _with_weight("2", lambda w: w.to("meta"))
+    net[2].weight.requires_grad_(False)
+    return net
+
+
+def _buffer_on_meta() -> nn.Module:
+    net = _net()
+    net[1].running_mean = torch.empty(5, device="meta")
+    return net
+
+
+PLACES: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
+    "all on meta": (lambda: _net().to("meta"), ("parameter 0.weight is on the meta device", "to_empty")),
+    "one on meta": (lambda: _with_weight("2", lambda w: w.to("meta")), ("parameter 2.weight is on the meta device",)),
+    "a frozen one on meta": (_frozen_on_meta, ("parameter 2.weight is on the meta device", "load it first")),
+    "a buffer on meta": (_buffer_on_meta, ("buffer 1.running_mean is on the meta device", "load it first")),
+    "two devices": (
+        lambda: _with_weight("2", Elsewhere),
+        ("on 2 devices (0.weight on cpu, 2.weight on cuda:0)", "put the model on one, as model.to('cpu')"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+@pytest.mark.parametrize("ask", [empirical_ntk, layer_ntks, plan, Monitor], ids=lambda ask: ask.__name__)
+def test_a_model_that_is_not_on_one_device_is_refused(case: str, ask: Callable[..., Any]) -> None:
+    make, parts = PLACES[case]
+    with pytest.raises(UnsupportedModel) as caught:
+        ask(make(), X)
+    for part in parts:
+        assert part in str(caught.value), f"{case}: no {part!r} in {str(caught.value)!r}"
