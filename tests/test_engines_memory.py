@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,11 @@ import pytest
 import torch
 from device import placed
 from memory_models import MODELS, REDUCTIONS, mlp
+from torch import Tensor, nn
 
-from ntkwatch.engines import empirical_ntk, layerwise, memory, plan, seen
+import ntkwatch
+from ntkwatch import Monitor
+from ntkwatch.engines import empirical_ntk, layer_ntks, layerwise, memory, plan, seen, sign_ntk
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.engines.prediction import predict, try_forward
 from ntkwatch.engines.run import Run
@@ -165,6 +171,40 @@ def test_memory_that_is_continued_from_a_few_probes_is_said_to_be() -> None:
     assert "is continued from" in " ".join(found.notes), found.notes
     counted = memory.peak_bytes(lambda: Layerwise(uncoupled=True).kernel(Network(module), x, reduction="full"))
     assert found.peak_bytes == pytest.approx(counted, rel=0.5)
+
+
+class Starved(nn.Module):
+    """Memory runs out wherever there is a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.a(x)
+
+
+ASKED: dict[str, tuple[Callable[[nn.Module, Tensor], Any], bool]] = {  # whether it takes params=
+    "empirical_ntk": (empirical_ntk, True),
+    "layer_ntks": (layer_ntks, True),
+    "sign_ntk": (sign_ntk, True),
+    "plan": (plan, True),
+    "Monitor": (lambda model, x: Monitor(model, x).measure(0), False),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_who_runs_out_of_memory_is_told_of_the_arguments_that_there_are(name: str) -> None:
+    ask, takes_params = ASKED[name]
+    with pytest.raises(MemoryError) as caught:
+        ask(Starved(), torch.randn(5, 4))
+    said, arguments = str(caught.value), set(inspect.signature(getattr(ntkwatch, name, sign_ntk)).parameters)
+    assert "raise the memory limit" in said, said
+    assert ("params=" in said) == takes_params, said
+    named = set(re.findall(r"(\w+)=", said))
+    assert named <= arguments, f"{name} takes no {named - arguments}: {said}"
 
 
 def test_memory_of_blocks_that_may_not_be_tried_is_continued_from_smaller_ones(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from ntkwatch.engines.base import (
     richest,
     work_dtype,
 )
+from ntkwatch.engines.memory import OutOfMemory
 from ntkwatch.engines.planning import Wanted, make_plan
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.misfits import check_batch, explained
@@ -137,7 +139,7 @@ def plan(
     network = Network(model, outputs, params)
     check_batch(x)
     wanted = Wanted(richest(reduction, layers), layers, precision, chunk_size)
-    with leave_no_trace(network.module), explained(network.module, x):
+    with leave_no_trace(network.module), explained(network.module, x), _or_of_fewer_parameters():
         return make_plan(choose(network, x, engine), network, x, wanted)
 
 
@@ -161,7 +163,7 @@ def _kernel(
         check_batch(x)
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be a whole number of probes ≥ 1, got {chunk_size!r}")
-    with leave_no_trace(network.module):
+    with leave_no_trace(network.module), _or_of_fewer_parameters():
         with explained(network.module, x1):
             chosen = choose(network, x1, engine).engine
         with explained(network.module, x1 if x2 is None else x2):
@@ -169,3 +171,12 @@ def _kernel(
                 network, x1, x2,
                 reduction=reduction, layers=layers, chunk_size=chunk_size, precision=precision, signed=signed,
             )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _or_of_fewer_parameters() -> Iterator[None]:
+    """Where memory runs out inside, what callers of these functions can do besides: a monitor has no params=."""
+    try:
+        yield
+    except OutOfMemory as error:
+        raise OutOfMemory(f"{error}, or part of the parameters with params=") from error

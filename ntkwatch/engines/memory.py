@@ -198,11 +198,15 @@ def check_free(device: torch.device) -> None:
         )
 
 
-def ran_out(what: str, device: torch.device, error: str) -> MemoryError:
+class OutOfMemory(MemoryError):
+    """Memory ran out, where, and what to do that every caller can do."""
+
+
+def ran_out(what: str, device: torch.device, error: str) -> OutOfMemory:
     """The error that says that memory ran out, and what to do."""
-    return MemoryError(
+    return OutOfMemory(
         f"memory ran out {what} ({free_bytes(device) / MIB:.0f} MiB are free on {device} now; {error}): raise the "
-        "memory limit, or take fewer outputs, a smaller reduction, or part of the parameters with params="
+        "memory limit, or take a smaller reduction= or, through outputs=, fewer outputs"
     )
 
 
