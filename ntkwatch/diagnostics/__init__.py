@@ -75,12 +75,17 @@ DERIVED_FROM = ("any", "blocks", "full")  # each holds what the ones before it d
 def select(diagnostics: str | Sequence[str]) -> tuple[str, ...]:
     """Names of the preset "default" or "full", or of the list given (which may hold presets), in the table's order.
 
-    Raises ValueError naming what is unknown.
+    Raises ValueError naming what is unknown, and for an empty list, which would record nothing.
     """
     if not isinstance(diagnostics, Iterable) or not all(isinstance(name, str) for name in diagnostics):
         raise ValueError(f"diagnostics={diagnostics!r} is not understood: use 'default', 'full', or a list of names")
+    if not (listed := _listed(diagnostics)):
+        raise ValueError(
+            f"diagnostics={diagnostics!r} would record no number: name at least one, as ['kernel_angle'], or leave it "
+            "out for the default ones"
+        )
     wanted: set[str] = set()
-    for name in _listed(diagnostics):
+    for name in listed:
         wanted |= PRESETS[name]() if name in PRESETS else {name}
     unknown = sorted(wanted - set(DIAGNOSTICS))
     if unknown:
