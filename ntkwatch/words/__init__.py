@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ntkwatch.words.axes import layers_at, path, speed
 from ntkwatch.words.ladder import LADDER, LADDER_ANGLE, LADDER_RHO, place, rung
-from ntkwatch.words.summary import optimizer_name, summarise, summary_lines, unmoved
+from ntkwatch.words.summary import optimizer_name, summarise, summary_lines, switched_off, unmoved
 from ntkwatch.words.text import printable, sparkline
 from ntkwatch.words.undefined import never_defined, undefined
 
@@ -23,6 +23,7 @@ __all__ = [
     "speed",
     "summarise",
     "summary_lines",
+    "switched_off",
     "undefined",
     "unmoved",
 ]
