@@ -52,6 +52,26 @@ def test_the_history_is_every_value_of_every_step(sweep: Path) -> None:
     assert one["value"].item() == load_run(sweep / "version_7").metrics["kernel_angle"][64]
 
 
+SHUT = "switched off at step 8; nothing was measured after it: the gate is shut (\N{REPLACEMENT CHARACTER}[31m)."
+ENDS: dict[str, tuple[dict[str, int | None], list[str]]] = {  # the step at which each run's watch was switched off
+    "none": ({"a": None, "b": None}, []),
+    "one": ({"a": None, "b": 8}, [f"b: {SHUT}"]),
+    "two, for one reason": ({"a": 8, "b": 8}, [f"a, b: {SHUT}"]),
+    "two, at other steps": ({"a": 2, "b": 8}, [f"a: {SHUT.replace('8', '2')}", f"b: {SHUT}"]),
+    "five": (dict.fromkeys("abcde", 8), [f"a, b and 3 others: {SHUT}"]),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_runs_that_were_switched_off_are_noted(case: str, tmp_path: Path) -> None:
+    ends, wanted = ENDS[case]
+    for i, (name, step) in enumerate(ends.items()):
+        off = None if step is None else {"step": step, "why": "the gate\nis shut (\x1b[31m)"}
+        write_run(tmp_path / name, width=32 * 2**i, switched_off=off)
+    found = [note for note in compare_runs(tmp_path).notes if "switched off" in note]
+    assert found == wanted, case
+
+
 def test_the_last_common_step_is_used(tmp_path: Path) -> None:
     write_run(tmp_path / "a", width=32, steps=(0, 1, 2, 4, 8))
     write_run(tmp_path / "b", width=64, steps=(0, 2, 4, 16))

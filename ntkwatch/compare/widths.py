@@ -29,7 +29,7 @@ from ntkwatch.compare.runs import (
 )
 from ntkwatch.record import RecordError, Run, find_runs, load_run
 from ntkwatch.slopes import LEVEL, Slope, bent, fit_slope, read_slope, reference_lines
-from ntkwatch.words import optimizer_name
+from ntkwatch.words import optimizer_name, printable, switched_off
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,7 +142,7 @@ def compare_runs(
     step = last_common_step(runs)
     table = _table(runs, xs, x, step)
     slopes, notes = _slopes(table, x, runs)
-    notes += _cautions(table, x, step)
+    notes += _cautions(table, x, step) + _ended(runs)
     if x == "width" and any(bent(name, slope) for name, slope in slopes.items()):
         notes.append(
             f"small widths bend a slope away from its line: try --min-width {sorted(set(xs))[1]:g} and wider runs"
@@ -218,6 +218,15 @@ def _cautions(table: pd.DataFrame, x: str, step: int) -> list[str]:
     if len(set(table["optimizer"])) > 1:
         notes.append("the runs differ in their optimizer")
     return notes
+
+
+def _ended(runs: Sequence[Run]) -> list[str]:
+    """Which runs' watches were switched off: the last step in common may be far from the end. One reason, told once."""
+    by_reason: dict[str, list[str]] = {}
+    for run, name in zip(runs, names_of(runs), strict=True):
+        if why := switched_off(run.manifest):
+            by_reason.setdefault(printable(why), []).append(name)
+    return [f"{some(names)}: {why[0].lower()}{why[1:]}" for why, names in by_reason.items()]
 
 
 def _seed_spread(runs: Sequence[Run], xs: Iterable[float]) -> pd.DataFrame:
