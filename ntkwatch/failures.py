@@ -45,7 +45,7 @@ class Failures:
 
     def __init__(self, on_error: str, explicit: bool, note: Note = lambda off, memory: None) -> None:
         self._on_error, self._explicit, self._note = on_error, explicit, note
-        self.succeeded()
+        self._in_a_row = self._short_in_a_row = self._passed_over = 0
         self.off: str | None = None
 
     def probe(self, what: str, failure: Told, error: Exception | None, start: bool) -> None:
