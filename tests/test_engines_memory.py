@@ -90,6 +90,22 @@ def test_peak_memory_is_predicted_with_a_kernel_per_parameter(capsys: pytest.Cap
     check_kept(KEPT, capsys)
 
 
+# Linear layers, whose biases leave products to their weights: the model, reduction, that of kernels per parameter, how.
+SHARED: list[tuple[str, str, str | None, dict[str, Any]]] = [
+    ("MLP", "sum", None, {}), ("MLP", "sum", "sum", {}), ("MLP", "trace", None, {"n": 32}),
+    ("MLP", "full", "trace", {"n": 6, "chunk_size": 2}), ("wide output", "sum", None, {}),
+    ("wide output", "blocks", None, {"n": 8, "chunk_size": 3}), ("MLP", "trace", None, {"n": 4, "chunk_size": 1}),
+    ("LayerNorm MLP", "sum", None, {"n": 64}),
+]  # fmt: skip
+
+
+def test_peak_memory_of_linear_layers_is_predicted_within_one_per_cent() -> None:
+    for name, reduction, layers, how in SHARED:
+        found = memory_models.predicted_and_counted(name, reduction, layers, **how)
+        off = found["predicted"] / found["counted"] - 1
+        assert abs(off) <= 0.01, f"{name}, {reduction}, layers {layers}, {how}: {off:+.1%}"
+
+
 @pytest.mark.soak
 def test_peak_memory_is_predicted_of_every_model_with_kernels_per_parameter(
     capsys: pytest.CaptureFixture[str],

@@ -18,6 +18,7 @@ from ntkwatch.engines.costs import Cost, choose
 from ntkwatch.engines.factors import Dense, Factor, Outer, Rows
 from ntkwatch.engines.machines import machine
 from ntkwatch.engines.memory import LiveStorages, Repeats
+from ntkwatch.engines.outputs import PerOutput
 from ntkwatch.engines.rules import EACH
 from ntkwatch.engines.run import Run
 from ntkwatch.engines.seen import Replay, Seen
@@ -136,12 +137,26 @@ class _Remembering(Contractor):
             one = dataclasses.replace(one, table=table)
             two = one if same else dataclasses.replace(two, table=table)
         counter, seen = self.repeats.counter, self.repeats.seen
-        key, before = ("add", _kind((out, one, two)), one is two), counter.now
+        gradients = self._shareable(one, two)
+        shared = gradients is not None and _places(*gradients) in self.shared
+        key, before = ("add", _kind((out, one, two)), one is two, shared), counter.now
         new = key not in seen
         self.repeats.once(key, lambda: super(_Remembering, self).add(out, one, two))
         if new:  # buffers that stay are there the next time
             rise, made = seen[key]
             seen[key] = rise - max(0, counter.now - before), made
+        elif gradients is not None and not shared:
+            a, b = gradients
+            self.shared = {_places(a, b): (a, b, self.zeros(len(a), a.shape[0], b.shape[0], a.device))}
+
+    def _shareable(self, one: Factor, two: Factor) -> tuple[PerOutput, PerOutput] | None:
+        """The gradients whose products this contraction takes and leaves to the next; None where it takes none."""
+        if isinstance(one, Dense) and isinstance(two, Dense):
+            return one.j, two.j
+        if isinstance(one, Outer) and isinstance(two, Outer) and is_single(one, two) and self._by_gram(one, two):
+            g = alone(one)
+            return g, g if self.same else alone(two)
+        return None
 
     def _blocks(self, n: int, size: int) -> Iterator[slice]:
         """The first three: with the third all that is held at once has been held, and the last is no larger."""
@@ -168,6 +183,11 @@ class _Remembering(Contractor):
     def _each(self, n: int) -> range:
         """The last example, which has the most others."""
         return range(n - 1, n)
+
+
+def _places(a: PerOutput, b: PerOutput) -> tuple[int, ...]:
+    """By which a contraction knows products of gradients."""
+    return (*a.place, *b.place)
 
 
 def _kind(thing: Any) -> Any:
