@@ -31,7 +31,10 @@ _VIEWS = frozenset(
 
 @contextlib.contextmanager
 def _as_if_real() -> Iterator[None]:
-    """transformers' models take another way through their masks where tensors are fake: here it is not told so."""
+    """transformers' models take another way through their masks where tensors are fake: here it is not told so.
+
+    It asks isinstance(x, FakeTensor) and has no switch (5.23): the function is replaced meanwhile.
+    """
     module: Any = sys.modules.get("transformers.utils.import_utils")
     if not hasattr(module, "is_fake_tensor"):
         yield
