@@ -186,7 +186,7 @@ class NTKWatch(Callback):
             return  # gradients are being accumulated
         self._global_step = trainer.global_step
         self._step += 1
-        if self._failures.off is None and not self._trial and self._candidate() and not self._failures.passes_over():
+        if self._failures.off is None and not self._trial and self._candidate():
             self._probe(trainer, last=False)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -321,7 +321,7 @@ class NTKWatch(Callback):
             self._values.update({tag: value for tag, value in values.items() if tag.startswith("ntk/")})
             publish(self._values, trainer.callback_metrics)
 
-    def _note(self, off: str | None, memory: bool) -> None:
+    def _note(self, off: str | None) -> None:
         """The record says that a probe failed at this step, or why the watch is off from here on."""
         if self._session is not None:
-            self._session.note(self._step, off, memory)
+            self._session.note(self._step, off)

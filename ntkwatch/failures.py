@@ -9,12 +9,11 @@ from ntkwatch.distributed import Ranks
 from ntkwatch.engines.memory import is_out_of_memory
 from ntkwatch.trainer import warn
 
-PATIENCE = 3  # failures in a row before probing is switched off, or tried more rarely where memory ran out
+PATIENCE = 3  # failures in a row before probing is switched off
 MISFIT = "pass outputs=, targets= or probes= to NTKWatch (on_error='raise' shows the traceback)"
 FEWER = "pass fewer probes to NTKWatch, as probes=16, or leave it more memory (on_error='raise' shows the traceback)"
 T = TypeVar("T")
 Told = tuple[str, bool]
-Note = Callable[[str | None, bool], None]
 
 
 def told(error: BaseException) -> Told:
@@ -31,21 +30,18 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 class Failures:
     """One fit's failures.
 
-    What fails three times in a row ends the watch; but for memory, which the run may give back: from then on one probe
-    is left out before it is asked for again, then 3, 7, … until one goes through.
-
     Args:
         on_error: "warn" or "raise".
         explicit: the user passed probes, outputs or targets: what does not fit them at the start raises.
-        note: has the record say that a probe failed (None), or why the watch is off; and whether memory had run out.
+        note: has the record say that a probe failed (None), or why the watch is off.
 
     Attributes:
         off: why probing is switched off, None while it is on.
     """
 
-    def __init__(self, on_error: str, explicit: bool, note: Note = lambda off, memory: None) -> None:
+    def __init__(self, on_error: str, explicit: bool, note: Callable[[str | None], None] = lambda off: None) -> None:
         self._on_error, self._explicit, self._note = on_error, explicit, note
-        self._in_a_row = self._short_in_a_row = self._passed_over = 0
+        self._in_a_row = 0
         self.off: str | None = None
 
     def probe(self, what: str, failure: Told, error: Exception | None, start: bool) -> None:
@@ -56,33 +52,15 @@ class Failures:
         said, memory = failure
         if self._on_error == "raise" or (start and self._explicit and not memory):
             raise error or RuntimeError(said)
-        self._tell(None, memory)
+        self._in_a_row += 1
+        self._tell(None)
         failed = f"{what} {'ran out of memory' if memory else 'failed'} ({said})"
         if start:
             self.switch_off(f"{failed}: {FEWER if memory else MISFIT}")
-        elif memory:
-            warn(f"{failed}; training goes on{self._short()}")
+        elif self._in_a_row == PATIENCE:
+            self.switch_off(f"{failed}, the {PATIENCE}rd time in a row{f': {FEWER}' if memory else ''}")
         else:
-            self._in_a_row += 1
-            if self._in_a_row == PATIENCE:
-                self.switch_off(f"{failed}, the {PATIENCE}rd time in a row")
-            else:
-                warn(f"{failed}; training goes on")
-
-    def _short(self) -> str:
-        """Memory has run out once more: how long it is not asked for again, and what to do about it."""
-        self._short_in_a_row += 1
-        beyond = self._short_in_a_row - PATIENCE
-        if beyond < 0:
-            return ""
-        self._passed_over = 2 ** (beyond + 1) - 1
-        steps = "the next probe is" if self._passed_over == 1 else f"the next {self._passed_over} probes are"
-        return f", and {steps} left out until memory is asked for again: {FEWER}"
-
-    def passes_over(self) -> bool:
-        """Whether the probe that is due now is left out. Asked once a probe, on every rank: they count alike."""
-        self._passed_over, left = max(0, self._passed_over - 1), self._passed_over
-        return left > 0
+            warn(f"{failed}; training goes on")
 
     def beside(self, what: str, error: Exception) -> None:
         """Something that the probes do without failed."""
@@ -99,7 +77,7 @@ class Failures:
 
     def succeeded(self) -> None:
         """A probe went well."""
-        self._in_a_row = self._short_in_a_row = self._passed_over = 0
+        self._in_a_row = 0
 
     def switch_off(self, why: str) -> None:
         """No more probes in this fit."""
@@ -107,9 +85,9 @@ class Failures:
         warn(f"switched off: {why}")
         self._tell(why)
 
-    def _tell(self, off: str | None, memory: bool = False) -> None:
+    def _tell(self, off: str | None) -> None:
         """Whatever the record meets, the run goes on."""
-        self.quietly("the record of a failure", lambda: self._note(off, memory))
+        self.quietly("the record of a failure", lambda: self._note(off))
 
     def shared(self, ranks: Ranks, value: T, otherwise: T) -> T:
         """Rank 0's value; where another rank has gone missing, training goes on without probes."""

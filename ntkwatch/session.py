@@ -138,17 +138,13 @@ class Session:
             writer.update_manifest(probes_sha256=save_tensors(self.folder, PROBES_FILE, named))
         self._writer = writer
 
-    def note(self, step: int, off: str | None, memory: bool = False) -> None:
-        """Say in the record that the probe at this step failed (None), or that the watch was switched off, and why.
-
-        memory: it ran out.
-        """
+    def note(self, step: int, off: str | None) -> None:
+        """Say in the record that the probe at this step failed (None), or that the watch was switched off, and why."""
         if self._writer is None:
             return
         entry: dict[str, Any] = {"switched_off": {"step": step, "why": (off or "")[:LONGEST_WHY]}}
         if off is None:
-            lists = ("failed_probes", "out_of_memory") if memory else ("failed_probes",)
-            entry = {name: sorted({*self._writer.manifest.get(name, []), step}) for name in lists}
+            entry = {"failed_probes": sorted({*self._writer.manifest.get("failed_probes", []), step})}
         self._on_disk("a failure is not in the record", partial(self._writer.update_manifest, **entry))
 
     def introduction(self) -> list[str]:
@@ -202,9 +198,8 @@ class Session:
         baseline = Baseline.from_tensors(manifest["baseline_step"], tensors)
         previous = self._previous(state, folder)
         self._writer = RecordWriter.resume(folder, step)
-        lists = {name: manifest.get(name, []) for name in ("failed_probes", "out_of_memory")}
-        failed = {name: [earlier for earlier in steps if earlier <= step] for name, steps in lists.items()}
-        self._writer.update_manifest(finished=None, switched_off=None, **failed)
+        failed = [earlier for earlier in manifest.get("failed_probes", []) if earlier <= step]
+        self._writer.update_manifest(finished=None, switched_off=None, failed_probes=failed)
         self.monitor.restore(baseline, previous, _travelled(run, previous), _limit(run))
         self.folder = folder
         history = {earlier: run.eigenvalues(earlier) for earlier in run.steps if earlier <= step}

@@ -460,54 +460,6 @@ def test_memory_that_runs_out_at_the_start_is_a_warning_whatever_was_passed(
     assert "ran out of memory" in watch.summary()
 
 
-class Short(Classifier):
-    """Memory is short from step `since` on, until `until`; other things fail at the steps in `others`."""
-
-    def __init__(self, since: int, until: int, others: tuple[int, ...] = ()) -> None:
-        super().__init__()
-        self.short, self.others = range(since, until), others
-
-    def forward(self, x: Tensor) -> Tensor:
-        step = self.trainer.global_step
-        if not self.training and step in self.short:
-            raise OUT_OF_MEMORY["CPU"]
-        if not self.training and step in self.others:
-            raise RuntimeError("something else")
-        return self.net(x)
-
-
-# since, until, other failures at, last step: the steps that failed, those measured
-SHORTAGES: dict[str, tuple[int, int, tuple[int, ...], int, list[int], list[int]]] = {
-    "two probes": (3, 5, (), 8, [3, 4], [0, 1, 2, 5, 6, 7, 8]),
-    "three": (3, 6, (), 9, [3, 4, 5], [0, 1, 2, 7, 8, 9]),
-    "four": (3, 8, (), 14, [3, 4, 5, 7], [0, 1, 2, 11, 12, 13, 14]),
-    "to the end": (3, 99, (), 22, [3, 4, 5, 7, 11, 19, 22], [0, 1, 2]),
-    "again": (3, 6, (9,), 10, [3, 4, 5, 9], [0, 1, 2, 7, 8, 10]),
-    "among other failures": (4, 7, (3, 8), 10, [3, 4, 5, 6, 8], [0, 1, 2, 9, 10]),
-}
-
-
-@pytest.mark.parametrize("case", SHORTAGES)
-def test_memory_that_stays_short_is_asked_for_more_and_more_rarely(case: str, tmp_path: Path) -> None:
-    since, until, others, end, failed, measured = SHORTAGES[case]
-    with pytest.warns(UserWarning, match="ran out of memory"):
-        watch = watched(tmp_path, Short(since, until, others), watch_every=1, max_steps=end)
-    manifest = load_run(watch.record).manifest
-    assert steps(watch) == measured, case
-    assert manifest["failed_probes"] == failed, case
-    assert manifest["out_of_memory"] == [step for step in failed if step not in others], case
-    assert "switched_off" not in manifest, case
-    assert "for want of memory" in watch.summary(), case
-
-
-def test_a_lasting_shortage_of_memory_says_what_to_do(tmp_path: Path) -> None:
-    wanted = r"ran out of memory .*training goes on, and the next probe is left out.*: pass fewer probes to NTKWatch"
-    with pytest.warns(UserWarning, match=wanted) as caught:
-        watched(tmp_path, Short(3, 99), watch_every=1, max_steps=12)
-    said = [str(w.message) for w in caught if "left out" in str(w.message)]
-    assert ["the next probe is" in said[0], "the next 3 probes are" in said[1]] == [True, True], said
-
-
 def test_memory_that_runs_out_raises_where_that_was_asked_for(tmp_path: Path) -> None:
     with pytest.raises(MemoryError, match=r"one forward pass of the probes.*fewer probes"):
         watched(tmp_path, Starved(OUT_OF_MEMORY["GPU"], 0), watch_on_error="raise")

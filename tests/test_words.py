@@ -239,18 +239,6 @@ WATCH: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "one failed": ({"failed_probes": [7]}, "One probe failed, at step 7."),
     "some failed": ({"failed_probes": [3, 1000]}, "2 probes failed, the first at step 3, the last at step 1,000."),
-    "one of memory": (
-        {"failed_probes": [7], "out_of_memory": [7]},
-        "One probe failed for want of memory, at step 7.",
-    ),
-    "all of memory": (
-        {"failed_probes": [3, 5], "out_of_memory": [3, 5]},
-        "2 probes failed, the first at step 3, the last at step 5, all of them for want of memory.",
-    ),
-    "some of memory": (
-        {"failed_probes": [3, 4, 5], "out_of_memory": [4]},
-        "3 probes failed, the first at step 3, the last at step 5, 1 of them for want of memory.",
-    ),
 }
 
 

@@ -7,7 +7,7 @@ far it leaves the linear regime; it calibrates the words, it is no threshold.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -178,18 +178,12 @@ def _probing(manifest: Mapping[str, Any]) -> str:
 def _watch(manifest: Mapping[str, Any]) -> str:
     """Since when the watch is off, and why, and how many probes failed; empty where nothing went wrong."""
     failed = manifest.get("failed_probes") or []
-    said = (switched_off(manifest), _failures(failed, manifest.get("out_of_memory") or []) if failed else "")
+    said = [switched_off(manifest)]
+    if len(failed) == 1:
+        said.append(f"One probe failed, at step {failed[0]:,}.")
+    elif failed:
+        said.append(f"{len(failed)} probes failed, the first at step {failed[0]:,}, the last at step {failed[-1]:,}.")
     return " ".join(filter(None, said))
-
-
-def _failures(steps: Sequence[int], short: Sequence[int]) -> str:
-    """Of the probes that failed at `steps`, some of them `short` of memory."""
-    if len(steps) == 1:
-        return f"One probe failed{' for want of memory' if short else ''}, at step {steps[0]:,}."
-    told = f"{len(steps)} probes failed, the first at step {steps[0]:,}, the last at step {steps[-1]:,}"
-    if not short:
-        return f"{told}."
-    return f"{told}, {'all' if len(short) == len(steps) else len(short)} of them for want of memory."
 
 
 def switched_off(manifest: Mapping[str, Any]) -> str:
