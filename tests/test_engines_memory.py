@@ -128,6 +128,7 @@ VALUES: list[tuple[str, str, str | None, dict[str, Any]]] = [
     ("token dropping", "trace", "trace", {"n": 11, "chunk_size": 5}), ("experts", "trace", None, {"n": 9}),
     ("experts", "full", "full", {"n": 10, "chunk_size": 4}), ("ragged", "trace", "trace", {"n": 40, "chunk_size": 9}),
     ("packed", "full", None, {"n": 7}), ("distinct words", "blocks", None, {"chunk_size": 4}),
+    ("packed", "full", None, {"n": 3, "chunk_size": 1}), ("ragged", "full", None, {"n": 7, "chunk_size": 1}),
     ("ragged", "full", None, {"n": 1}), ("experts", "sum", "sum", {"n": 7, "chunk_size": 1}),
 ]  # fmt: skip
 

@@ -83,12 +83,16 @@ def affordable(run: Run, x: Any, size: int) -> int:
 
 
 def look(run: Run, parts: Sequence[Any], forward: Forward) -> tuple[Sequence[int], list[Seen]]:
-    """The order of blocks with the two largest first, and what was seen of these: nothing where shapes tell all."""
+    """The blocks' order, the two largest first (the earlier one first), what was seen of these; shapes may tell all."""
     order: Sequence[int] = range(len(parts))
     if shapes_tell(run, parts, forward):
         return order, []
     if len(parts) > 2 and forward.noted:
         order = sorted(order, key=[_made(run, part) for part in parts].__getitem__, reverse=True)
+        order = [
+            *sorted(order[:2]),
+            *order[2:],
+        ]  # as they meet in a kernel: the later one decides how they are contracted
     return order, [_pass(run, parts[i]) for i in order[:2]]
 
 
