@@ -16,9 +16,10 @@ from ntkwatch.engines.functional import Functional, quiet, trained_at
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.engines.machines import has_fast_double, machine, pace
 from ntkwatch.engines.memory import Forward, limit_bytes
-from ntkwatch.engines.prediction import predict, try_forward
+from ntkwatch.engines.prediction import predict, probes_at_hand, try_forward
 from ntkwatch.engines.run import Run
 from ntkwatch.engines.separation import few
+from ntkwatch.engines.trial import seconds_of_passes
 from ntkwatch.model import Network, batch_size, inputs_of, take
 
 PASSES = "forward and backward"
@@ -41,7 +42,8 @@ class Wanted:
 def make_plan(choice: Choice, network: Network, x: Any, wanted: Wanted) -> Plan:
     """The plan of `choice.engine.kernel(network, x)`.
 
-    Nothing of size n is computed, but where shapes depend on values: a pass over two blocks of the layerwise engine.
+    Nothing of size n is computed, but where shapes depend on values: a pass over two blocks of the layerwise engine. The
+    seconds of its passes are timed on a few probes (`trial`), and nothing else rests on them.
     """
     if isinstance(choice.engine, Layerwise):
         return _layerwise(choice, choice.engine, network, x, wanted)
@@ -63,6 +65,8 @@ def _layerwise(choice: Choice, engine: Layerwise, network: Network, x: Any, want
     ordered = [rows.get(name, Row(name, "unused", 0.0, 0.0, 0.0)) for name in network.parameters]
     notes = _notes(network.device, wanted.precision) + (() if found.exact else (CONTINUED,))
     table = _in_wall_time([passes, *ordered], network.device)
+    if recipe is not None:
+        table = (_timed(table[0], run, x, chunk, rounds), *table[1:])
     return Plan(engine.name, choice.reason, found.peak, chunk, table, notes)
 
 
@@ -77,6 +81,14 @@ def _passes(forward: Forward, x: Any, device: torch.device, outputs: int, saved:
     at = machine(device)
     calls = forward.calls * (1 + (outputs if at.near else 1)) * rounds
     return Row(PASSES, "autograd", flops, moved, flops / at.single + moved / at.bandwidth + calls * at.call)
+
+
+def _timed(passes: Row, run: Run, x: Any, chunk: int, rounds: float) -> Row:
+    """With the seconds of a trial; where a few probes leave most of a device idle, no less than arithmetic takes."""
+    with quiet():
+        each = seconds_of_passes(run, x, chunk, probes_at_hand(run, chunk)) / chunk
+    seconds = each * batch_size(inputs_of(x)) * rounds
+    return replace(passes, seconds=seconds if machine(run.network.device).near else max(seconds, passes.seconds))
 
 
 def _in_wall_time(rows: Iterable[Row], device: torch.device) -> tuple[Row, ...]:
