@@ -43,7 +43,7 @@ def full_rows(two: Outer | Rows) -> int:
 
 
 def products(at: Machine, dtype: torch.dtype, count: float, rows: float, terms: float, columns: float) -> float:
-    """Seconds of `count` products of [rows, terms] with [terms, columns]; small ones are as if each side were longer."""
+    """Seconds of `count` products of [rows, terms] with [terms, columns]; small ones as if each side were longer."""
     return 2 * count * (rows + at.pad) * (terms + at.pad) * (columns + at.pad) / (at.many * at.flops(dtype))
 
 

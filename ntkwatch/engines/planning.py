@@ -19,7 +19,7 @@ from ntkwatch.engines.memory import Forward, limit_bytes
 from ntkwatch.engines.prediction import predict, probes_at_hand, try_forward
 from ntkwatch.engines.run import Run
 from ntkwatch.engines.separation import few
-from ntkwatch.engines.trial import seconds_of_passes
+from ntkwatch.engines.trial import seconds_of_kernel
 from ntkwatch.model import Network, batch_size, inputs_of, take
 
 PASSES = "forward and backward"
@@ -42,8 +42,8 @@ class Wanted:
 def make_plan(choice: Choice, network: Network, x: Any, wanted: Wanted) -> Plan:
     """The plan of `choice.engine.kernel(network, x)`.
 
-    Nothing of size n is computed, but where shapes depend on values: a pass over two blocks of the layerwise engine. The
-    seconds of its passes are timed on a few probes (`trial`), and nothing else rests on them.
+    Nothing of size n is computed, but where shapes depend on values: a pass over two blocks of the layerwise engine.
+    Its passes are timed on a few probes (`trial`); only their seconds rest on that.
     """
     if isinstance(choice.engine, Layerwise):
         return _layerwise(choice, choice.engine, network, x, wanted)
@@ -86,8 +86,7 @@ def _passes(forward: Forward, x: Any, device: torch.device, outputs: int, saved:
 def _timed(passes: Row, run: Run, x: Any, chunk: int, rounds: float) -> Row:
     """With the seconds of a trial; where a few probes leave most of a device idle, no less than arithmetic takes."""
     with quiet():
-        each = seconds_of_passes(run, x, chunk, probes_at_hand(run, chunk)) / chunk
-    seconds = each * batch_size(inputs_of(x)) * rounds
+        seconds = seconds_of_kernel(run, x, chunk, rounds, probes_at_hand(run, chunk))
     return replace(passes, seconds=seconds if machine(run.network.device).near else max(seconds, passes.seconds))
 
 

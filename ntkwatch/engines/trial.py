@@ -1,8 +1,8 @@
 """How long passes take: they are made for a few probes and timed, because no count of operations tells.
 
 A decomposition's backward pass takes many times its forward pass, a depthwise convolution a small share of what its
-arithmetic would allow, and a small model what the interpreter takes. Only a plan's seconds rest on these times: whatever
-is decided rests on counts, and is the same from run to run.
+arithmetic would allow, and a small model what the interpreter takes. Only a plan's seconds rest on these times: what is
+decided rests on counts, and is the same from run to run.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ntkwatch.model import batch_size, inputs_of, take
 _OUTPUTS = 32  # that are passed through: more take as long each
 _PATIENCE = 0.25  # seconds, within which passes are made again, or for more probes
 _ROUNDS = 3
+_AROUND = 1e-3  # seconds that a kernel takes however small it is, its code being cold
 
 
 def seconds_of_passes(run: Run, x: Any, chunk: int, most: int) -> float:
@@ -39,6 +40,11 @@ def seconds_of_passes(run: Run, x: Any, chunk: int, most: int) -> float:
         return first * chunk / size
     second = _timed(run, take(x, slice(0, larger)))
     return second + max(0.0, (second - first) / (larger - size)) * (chunk - larger)
+
+
+def seconds_of_kernel(run: Run, x: Any, chunk: int, rounds: float, most: int) -> float:
+    """Of a kernel but for its contractions: every block of x passed through, `rounds` times."""
+    return _AROUND + seconds_of_passes(run, x, chunk, most) / chunk * batch_size(inputs_of(x)) * rounds
 
 
 def _timed(run: Run, block: Any) -> float:
