@@ -45,6 +45,9 @@ def plan(
 ) -> Plan:
     """What `empirical_ntk` would do: engine and reason, rule and cost per parameter, peak memory, probes per block.
 
+    Seconds are those of an idle machine, on the threads that the process has. The passes are timed on a few probes, so
+    that they differ a little from call to call; all else is counted, and nothing is decided by a time.
+
     layers: the reduction of a kernel kept for each parameter, as `layer_ntks` keeps them in its own; None for none.
     diagnostics: "default", "full" or a list of names: then of a probe of a Monitor with these, on the probes `x`. The
         kernel is the richest that they need, `layers` is "trace" as there, and rows named "+ …" say what they add;

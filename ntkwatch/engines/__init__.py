@@ -128,6 +128,9 @@ def plan(
 ) -> Plan:
     """What `empirical_ntk` would do: engine and reason, rule and cost per parameter, peak memory, probes per block.
 
+    Seconds are those of an idle machine, on the threads that the process has. The passes are timed on a few probes, so
+    that they differ a little from call to call; all else is counted, and nothing is decided by a time.
+
     layers: the reduction of a kernel kept for each parameter, as `layer_ntks` keeps them in its own; None for none.
 
     Raises:

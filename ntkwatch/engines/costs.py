@@ -8,10 +8,13 @@ import torch
 
 from ntkwatch.engines.base import Reduction
 from ntkwatch.engines.factors import Dense, Factor, Outer, Rows
-from ntkwatch.engines.machines import machine
-from ntkwatch.engines.strips import strip_count
+from ntkwatch.engines.machines import Machine, machine
+from ntkwatch.engines.strips import STRETCH, strip_count
 
 FEW = 0.3  # of the full rate: the share that many products of C × C of long rows reach
+_CALLS_OF_PAIR = 8  # operations of a pair of blocks of examples, besides those of an output …
+_CALLS_OF_EXAMPLE = 12  # … of an example with all others, in a full kernel …
+_CALLS_OF_SLAB = 8  # … and of a slab of J
 
 
 @dataclass(frozen=True)
@@ -39,23 +42,33 @@ def full_rows(two: Outer | Rows) -> int:
     return max(1, machine(two.device).pairs // (two.outputs * two.groups * two.positions * two.q))
 
 
+def products(at: Machine, dtype: torch.dtype, count: float, rows: float, terms: float, columns: float) -> float:
+    """Seconds of `count` products of [rows, terms] with [terms, columns]; small ones as if each side were longer."""
+    return 2 * count * (rows + at.pad) * (terms + at.pad) * (columns + at.pad) / (at.many * at.flops(dtype))
+
+
 def gram_cost(one: Outer | Rows, n: int, m: int, reduction: Reduction, dtype: torch.dtype, same: bool = True) -> Cost:
     """Products of inputs times products of output gradients, for n × m examples and all pairs of positions."""
-    s, c, groups = one.positions, one.outputs, one.groups
-    p, q = one.p, one.q
+    s, c, groups, p, q, at = one.positions, one.outputs, one.groups, one.p, one.q, machine(one.device)
     if reduction == "full" and s * groups > 1:
         return _full_cost(one, n, m, dtype, same)
     grams = {"trace": 1, "sum": 1, "blocks": c, "full": c * c}[reduction]
-    half = _in_strips(n * (c if reduction == "full" else 1), same, one)
-    if s > 1:
-        half = (1 + gram_rows(one, n, s * s * groups, same) / n) / 2 if same else 1.0
+    size = gram_rows(one, n, s * s * groups, same) if s > 1 else n
+    count = -(-n // size) * -(-m // size)  # of pairs of blocks
+    half = (1 + size / n) / 2 if s > 1 and same else 1.0
+    if s == 1:
+        half = _in_strips(n * (c if reduction == "full" else 1), same, one)
     pairs = float(n * m) * s * s * groups * half
-    cast = (n + m) * s * groups * (p + c * q) * (one.dtype.itemsize + dtype.itemsize)
-    passes = 2 * (1 + grams) + (0 if s == 1 else 4 * grams)
-    flops = 2 * pairs * (p + q * (c if reduction == "trace" else grams))
-    moved = cast + pairs * passes * dtype.itemsize
-    at = machine(one.device)
-    return Cost(flops, moved, flops / (at.many * at.flops(dtype)) + moved / at.bandwidth)
+    times = -(-m // size) * half  # that a block's gradients are read
+    read = (n + m) * s * groups * (p + c * q * times) * (one.dtype.itemsize + dtype.itemsize)
+    moved = read + pairs * (2 * (1 + grams) + (0 if s == 1 else 4 * grams)) * dtype.itemsize
+    each = c if reduction == "trace" else grams
+    lined_up = -(-c * q // STRETCH) if one.g.together and reduction in ("trace", "sum") else c  # products of a pair
+    calls = half * count * (_CALLS_OF_PAIR + 2 * lined_up) if s > 1 else 0.0
+    width = min(n, size) * s
+    time = products(at, dtype, half * count * groups, width, p, min(m, size) * s)
+    time += products(at, dtype, half * count * groups * lined_up, width, each * q / lined_up, min(m, size) * s)
+    return Cost(2 * pairs * (p + q * each), moved, time + moved / at.bandwidth + calls * at.call)
 
 
 def _in_strips(width: int, same: bool, one: Factor) -> float:
@@ -65,30 +78,42 @@ def _in_strips(width: int, same: bool, one: Factor) -> float:
 
 def _full_cost(one: Outer | Rows, n: int, m: int, dtype: torch.dtype, same: bool) -> Cost:
     """Gradients weighted by products of inputs, for n × m examples, then their products for all pairs of outputs."""
-    s, c, groups, q, at = one.positions, one.outputs, one.groups, one.q, machine(one.device)
+    s, c, groups, p, q, at = one.positions, one.outputs, one.groups, one.p, one.q, machine(one.device)
     half = (1 + 1 / n) / 2 if same and at.near else 1.0
-    calls = n * (c + 8) if at.near else 12 * -(-n * m // full_rows(one))
+    calls = n * (2 * c + _CALLS_OF_EXAMPLE) if at.near else 12 * -(-n * m // full_rows(one))
     pairs, sums = half * n * m * s * s * groups, half * n * m * s * groups * c * q
-    weighing, products = 2 * pairs * (one.p + c * q), 2 * sums * c
-    moved = (2 * (n + m) * s * groups * (one.p + c * q) + 2 * pairs + 3 * sums) * dtype.itemsize
-    seconds = (weighing / at.many + products / FEW) / at.flops(dtype) + moved / at.bandwidth + calls * at.call
-    return Cost(weighing + products, moved, seconds)
+    weighing, paired = 2 * pairs * (p + c * q), 2 * sums * c
+    moved = (2 * (n + m) * s * groups * (p + c * q) + 2 * pairs + 3 * sums) * dtype.itemsize
+    time = products(at, dtype, half * n * groups, s, p, m * s) + products(at, dtype, half * n * groups * c, m * s, s, q)
+    seconds = time + paired / FEW / at.flops(dtype) + moved / at.bandwidth + calls * at.call
+    return Cost(weighing + paired, moved, seconds)
 
 
 def jacobian_cost(one: Factor, n: int, m: int, reduction: Reduction, dtype: torch.dtype, same: bool = True) -> Cost:
     """Per-example Jacobians of n (and, if others, m) examples, then their Gram."""
-    c, entries = one.outputs, one.leading * one.trailing
+    c, entries, at = one.outputs, one.leading * one.trailing, machine(one.device)
     rows = n if same else n + m
-    made = 2.0 * rows * c * entries * one.positions if isinstance(one, Outer) else 0.0
     pairs = {"trace": c, "blocks": c, "sum": 1, "full": c * c}[reduction]
     moved = float(rows * c * entries) * (one.dtype.itemsize + (dtype.itemsize if dtype != one.dtype else 0))
     gram = 2.0 * n * m * pairs * entries
     width = min(n, m) * (c if reduction == "full" else 1)
     if isinstance(one, Dense):  # nothing is chosen for it; of the others, choices were measured against whole products
         gram *= _in_strips(width, same, one)
-    at = machine(one.device)
-    products = made / (at.many * at.flops(one.dtype)) + gram / (skinny(width, dtype) * at.flops(dtype))
-    return Cost(made + gram, moved, products + moved / at.bandwidth)
+    made, time = 0.0, gram / (skinny(width, dtype) * at.flops(dtype))
+    if isinstance(one, Outer):
+        made = 2.0 * rows * c * entries * one.positions
+        moved += rows * one.groups * one.positions * (2 * one.p + c * one.q) * one.dtype.itemsize
+        time += products(at, one.dtype, rows * c * one.groups, one.q, one.positions, one.p)
+    return Cost(made + gram, moved, time + moved / at.bandwidth + _slab_calls(one, n, m, reduction) * at.call)
+
+
+def _slab_calls(one: Factor, n: int, m: int, reduction: Reduction) -> float:
+    """Operations of slab after slab of J, by output but where the products of all outputs are one."""
+    if isinstance(one, Dense) or not machine(one.device).near:
+        return 0.0
+    held = one.outputs if reduction == "full" else 1
+    slabs = -(-one.leading * max(n, m) * one.trailing * held // machine(one.device).slab)
+    return slabs * (_CALLS_OF_SLAB + (2 if reduction == "full" else _CALLS_OF_SLAB) * one.outputs)
 
 
 def choose(

@@ -17,6 +17,7 @@ class Machine:
         double: the same in float64.
         bandwidth: bytes of traffic.
         many: the share of the full rate that many products of moderate size reach.
+        pad: by how much longer each side of a product is as its time has it: small ones reach a small share.
         call: seconds that an operation takes however little it does, with what autograd and views cost around it.
         pairs: entries of a block of pairs of positions.
         slab: entries of a slab of J, which is cast and multiplied while it is near.
@@ -28,6 +29,7 @@ class Machine:
     double: float
     bandwidth: float
     many: float
+    pad: int
     call: float
     pairs: int
     slab: int
@@ -43,8 +45,8 @@ class Machine:
 # they are the same on two cores. They are committed, not measured at run time: a choice that depended on the load would
 # change the last bits of K from run to run.
 MACHINES = {
-    "cpu": Machine(1.8e11, 9e10, 1.3e10, 0.8, 5e-6, pairs=1 << 23, slab=1 << 21, strips=8, near=True),
-    "cuda": Machine(4.8e13, 5.5e13, 2.6e12, 0.4, 2e-5, pairs=1 << 26, slab=1 << 24, strips=1, near=False),
+    "cpu": Machine(1.8e11, 9e10, 1.3e10, 1.0, 8, 5e-6, pairs=1 << 23, slab=1 << 21, strips=8, near=True),
+    "cuda": Machine(4.8e13, 5.5e13, 2.6e12, 0.4, 0, 2e-5, pairs=1 << 26, slab=1 << 24, strips=1, near=False),
 }
 _SERIAL = 0.25  # of a kernel's time on one core, what more cores do not shorten: two are 1.4 to 1.9 times as fast
 _FULL_DOUBLE = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}  # of NVIDIA's: those made for computing centres …

@@ -16,9 +16,10 @@ from ntkwatch.engines.functional import Functional, quiet, trained_at
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.engines.machines import has_fast_double, machine, pace
 from ntkwatch.engines.memory import Forward, limit_bytes
-from ntkwatch.engines.prediction import predict, try_forward
+from ntkwatch.engines.prediction import predict, probes_at_hand, try_forward
 from ntkwatch.engines.run import Run
 from ntkwatch.engines.separation import few
+from ntkwatch.engines.trial import seconds_of_kernel
 from ntkwatch.model import Network, batch_size, inputs_of, take
 
 PASSES = "forward and backward"
@@ -42,6 +43,7 @@ def make_plan(choice: Choice, network: Network, x: Any, wanted: Wanted) -> Plan:
     """The plan of `choice.engine.kernel(network, x)`.
 
     Nothing of size n is computed, but where shapes depend on values: a pass over two blocks of the layerwise engine.
+    Its passes are timed on a few probes (`trial`); only their seconds rest on that.
     """
     if isinstance(choice.engine, Layerwise):
         return _layerwise(choice, choice.engine, network, x, wanted)
@@ -63,6 +65,8 @@ def _layerwise(choice: Choice, engine: Layerwise, network: Network, x: Any, want
     ordered = [rows.get(name, Row(name, "unused", 0.0, 0.0, 0.0)) for name in network.parameters]
     notes = _notes(network.device, wanted.precision) + (() if found.exact else (CONTINUED,))
     table = _in_wall_time([passes, *ordered], network.device)
+    if recipe is not None:
+        table = (_timed(table[0], run, x, chunk, rounds), *table[1:])
     return Plan(engine.name, choice.reason, found.peak, chunk, table, notes)
 
 
@@ -77,6 +81,13 @@ def _passes(forward: Forward, x: Any, device: torch.device, outputs: int, saved:
     at = machine(device)
     calls = forward.calls * (1 + (outputs if at.near else 1)) * rounds
     return Row(PASSES, "autograd", flops, moved, flops / at.single + moved / at.bandwidth + calls * at.call)
+
+
+def _timed(passes: Row, run: Run, x: Any, chunk: int, rounds: float) -> Row:
+    """With the seconds of a trial; where a few probes leave most of a device idle, no less than arithmetic takes."""
+    with quiet():
+        seconds = seconds_of_kernel(run, x, chunk, rounds, probes_at_hand(run, chunk))
+    return replace(passes, seconds=seconds if machine(run.network.device).near else max(seconds, passes.seconds))
 
 
 def _in_wall_time(rows: Iterable[Row], device: torch.device) -> tuple[Row, ...]:

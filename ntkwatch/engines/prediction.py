@@ -50,7 +50,7 @@ def predict(run: Run, x: Any, chunk: int, forward: Forward) -> Prediction:
             if size == chunk:
                 return _rehearsed(run, x, chunk, forward)
             return _continued(run, x, chunk, size, lambda part, size: _rehearsed(run, part, size, forward, x))
-    return _continued(run, x, chunk, _few(run, chunk), lambda part, size: _with_memory(run, part, size, x))
+    return _continued(run, x, chunk, probes_at_hand(run, chunk), lambda part, size: _with_memory(run, part, size, x))
 
 
 def _rehearsed(run: Run, x: Any, chunk: int, forward: Forward, whole: Any = None) -> Prediction:
@@ -70,8 +70,8 @@ def _with_memory(run: Run, x: Any, chunk: int, whole: Any) -> Prediction:
     return Prediction(done.counter.peak, list(done.rows.values()), done.outputs[0].shape[1], False)
 
 
-def _few(run: Run, chunk: int) -> int:
-    """Probes of a block that can be rehearsed with memory: a dozen, or as many as a kernel may take, but a few."""
+def probes_at_hand(run: Run, chunk: int) -> int:
+    """Probes of a block that can be passed through with memory: a dozen, or as many as a kernel may take, but a few."""
     size = min(chunk, _DOZEN)
     while size > _FEWEST and run.rough(2 * size) > limit_bytes(run.network.device):
         size = -(-size // 2)

@@ -19,14 +19,12 @@ from ntkwatch.engines.factors import Dense, Factor, Outer, Rows
 from ntkwatch.engines.machines import machine
 from ntkwatch.engines.memory import LiveStorages, Repeats
 from ntkwatch.engines.outputs import PerOutput
-from ntkwatch.engines.rules import EACH
 from ntkwatch.engines.run import Run
 from ntkwatch.engines.seen import Replay, Seen
 from ntkwatch.model import batch_size, inputs_of
 
 _KEEPING = 7  # times that a kernel of one parameter is gone through: cleared, added to the whole, finished, reduced
-_CALLS = 22  # operations of a factor and its contraction, about, as whole kernels of small models were timed …
-_CALLS_OF_EACH = 8  # … and of an example and output, where a node is passed through for each
+_CALLS = 22  # operations around a contraction, about, as whole kernels of small models were timed
 
 
 @dataclass
@@ -62,10 +60,10 @@ class Rehearsal(Run):
         self.counter.peak += int(sizes * ((whole / part) ** 2 - 1))
         return found
 
-    def _capture(self, block: Any) -> Capture:
+    def capture(self, block: Any) -> Capture:
         """With the layouts and the answers of the block's real pass, if there was one."""
         seen = self.seen.get(id(block))
-        return super()._capture(block) if seen is None else Replay(self, block, seen, self.counter)
+        return super().capture(block) if seen is None else Replay(self, block, seen, self.counter)
 
     def contractor(self, reduction: Reduction, dtype: torch.dtype, same: bool) -> Contractor:
         """One that contracts factors of a kind once, and then only remembers how much memory that took."""
@@ -84,9 +82,8 @@ class Rehearsal(Run):
         how, cost = choose(one, n, m, contract.reduction, contract.dtype, contract.same)
         kept = 0.0 if self.layers is None else float(n * m * entries(contract.reduction, one.outputs))
         moved = _KEEPING * kept * contract.dtype.itemsize
-        calls = _CALLS + (_CALLS_OF_EACH * n * one.outputs if found.rule.endswith(EACH) else 0)
         at = machine(one.device)
-        more = Cost(cost.flops, cost.bytes + moved, cost.seconds + moved / at.bandwidth + calls * at.call)
+        more = Cost(cost.flops, cost.bytes + moved, cost.seconds + moved / at.bandwidth + _CALLS * at.call)
         self._add(found.name, f"{how}: {found.rule}", more)
         now = _Shared(_gradients(one), found.name, found.rule, cost, isinstance(one, Dense))
         before, self._before = self._before, now

@@ -45,9 +45,9 @@ class Run:
         def cell(i: int, j: int) -> dict[str, Tensor]:
             if i not in row:
                 row.clear()
-                row[i] = self._capture(blocks1[i])
+                row[i] = self.capture(blocks1[i])
                 self.outputs[i] = row[i].outputs
-            return self._contract(row[i], row[i] if others is blocks1 and i == j else self._capture(others[j]))
+            return self._contract(row[i], row[i] if others is blocks1 and i == j else self.capture(others[j]))
 
         return assemble(sizes1, sizes2, cell, lambda name: self.reduction if name == WHOLE else str(self.layers))
 
@@ -60,7 +60,8 @@ class Run:
         kernels = 16 * n * n * (kept + 5 * entries.get(self.reduction, 1))
         return n * (2 * self.recipe.saved + 8 * outputs * self.recipe.captured) + kernels
 
-    def _capture(self, block: Any) -> Capture:
+    def capture(self, block: Any) -> Capture:
+        """A forward pass of a block."""
         return Capture(self.network, block, self.state, summed=self.reduction == "sum", recipe=self.recipe)
 
     def _contract(self, one: Capture, two: Capture) -> dict[str, Tensor]:
