@@ -57,6 +57,7 @@ class Network:
         self._wrapper = _Forward(self.module, self._raw)
         self.parameters: dict[str, Tensor] = _trained(self.module, params)
         _check_devices(self.module, self.parameters)
+        self.inside: frozenset[torch.dtype] = frozenset()  # types that a forward pass was seen to use (autocast)
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -74,8 +75,8 @@ class Network:
         return {name: tensor.to(held.get(name, tensor)) for name, tensor in tensors.items()}
 
     def rounding(self, outputs: torch.dtype) -> torch.dtype:
-        """What outputs of that type are rounded to on their way: the coarsest type among it and all parameters'."""
-        types = {p.dtype for p in self.module.parameters() if p.is_floating_point() or p.is_complex()}
+        """What outputs of that type are rounded to on their way: the coarsest of it, of all parameters and inside."""
+        types = {p.dtype for p in self.module.parameters() if p.is_floating_point() or p.is_complex()} | self.inside
         return max((outputs, *types), key=lambda dtype: torch.finfo(dtype).eps)
 
     def check_parameters(self) -> None:

@@ -17,9 +17,11 @@ import torch
 from ntkwatch.engines.base import Engine
 from ntkwatch.engines.coupling import check_uncoupled
 from ntkwatch.engines.functional import USE_ANOTHER, Functional, math_attention
+from ntkwatch.engines.graph import types_inside
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.engines.memory import check_free, first_line, is_out_of_memory, ran_out
 from ntkwatch.engines.selfcheck import self_check
+from ntkwatch.engines.separation import few, leaves_at, outputs_at
 from ntkwatch.model import Network, UnsupportedModel
 
 # Relative to the kernel. Two correct float32 paths differ by 1e-6 to 1e-4 (a ReLU at 0 may fall either way); a
@@ -58,6 +60,7 @@ def choose(network: Network, x: Any, engine: str = "auto") -> Choice:
 
 def _choose(network: Network, x: Any, engine: str) -> Choice:
     with math_attention():
+        network.inside = types_inside(outputs_at(network, few(x), None, leaves_at(network, None)))
         check_uncoupled(network, x)
     reasons: list[str] = []
     for candidate in (Layerwise(uncoupled=True), Functional()):

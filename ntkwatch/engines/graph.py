@@ -7,7 +7,7 @@ into its AccumulateGrad node, however the module came to use it: tied, reused, r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,7 @@ _ROUTING = ("Index", "Gather", "Scatter", "Masked", "Sort", "Topk", "Take", "Non
 
 
 # Nodes that only rearrange entries: always crossed, so that a weight is met where it is multiplied.
+_NEAR = 2.0**-5  # of the largest gradient: in half precision, no two numbers may differ by more and count as one
 _REARRANGE = (
     "TBackward0",
     "TransposeBackward0",
@@ -170,13 +171,19 @@ def edges(graph: Graph, nodes: Sequence[Node]) -> list[GradientEdge]:
     return [GradientEdge(node, number) for node in nodes for number in graph.outputs_used[node]]
 
 
-def digits(n: int, dtype: torch.dtype) -> list[Tensor]:
+def types_inside(outputs: Tensor) -> frozenset[torch.dtype]:
+    """Those of all that a forward pass gave on its way to the outputs, and that gradients pass through."""
+    nodes = [] if outputs.grad_fn is None else _post_order(outputs.grad_fn)
+    met = {meta.dtype for node in nodes for meta in node._input_metadata}
+    return frozenset(dtype for dtype in met if dtype.is_floating_point or dtype.is_complex)
+
+
+def digits(n: int, base: int) -> list[Tensor]:
     """Powers of two that spell the example's number: scaling a cotangent by one is exact in any binary type.
 
     So an element that one example owns comes back scaled exactly by that example's power, and an element that several
     share does not.
     """
-    base = _base(dtype)
     index, codes = torch.arange(n), []
     while True:
         codes.append(torch.exp2((index % base).double()))
@@ -185,26 +192,27 @@ def digits(n: int, dtype: torch.dtype) -> list[Tensor]:
             return codes
 
 
-def _base(dtype: torch.dtype) -> int:
-    return 4 if dtype == torch.float16 else 16  # 2^15 stays inside every other type's range
+def base_of(types: Iterable[torch.dtype]) -> int:
+    """Of digits whose powers of two stay inside the range of all types."""
+    return 4 if torch.float16 in types else 16
 
 
-def find_layout(g: Tensor, coded: Sequence[Tensor], n: int) -> tuple[Layout | Scattered | None, bool]:
+def find_layout(g: Tensor, coded: Sequence[Tensor], n: int, base: int) -> tuple[Layout | Scattered | None, bool]:
     """Which example owns each element of a gradient.
 
     Args:
-        g: the gradient under some cotangent; coded: under the same one scaled by `digits`.
+        g: the gradient under some cotangent; coded: under the same one scaled by `digits` of that base.
 
     Returns:
         (layout, sure): None when several examples share an element; sure when no second reading is possible.
     """
     if g.is_complex():
-        layout, sure = find_layout(torch.view_as_real(g), [torch.view_as_real(c) for c in coded], n)
+        layout, sure = find_layout(torch.view_as_real(g), [torch.view_as_real(c) for c in coded], n, base)
         return (Scattered(layout.owner.amax(-1), n) if isinstance(layout, Scattered) else layout), sure
     if g.numel() == 0:
         return Scattered(torch.zeros(g.shape, dtype=torch.long, device=g.device), n), False
-    codes = digits(n, g.dtype)
-    limit = 64 * torch.finfo(g.dtype).eps * g.abs().max().double()
+    codes = digits(n, base)
+    limit = min(64 * torch.finfo(g.dtype).eps, _NEAR) * g.abs().max().double()
     for dim, size in enumerate(g.shape):
         for minor in (False, True) if n < size else (False,):
             if size % n or size == 0:
@@ -220,7 +228,7 @@ def find_layout(g: Tensor, coded: Sequence[Tensor], n: int) -> tuple[Layout | Sc
         if not _agrees(g, c, torch.exp2(digit), limit):
             return None, True
         owner_of += scale * digit.long()
-        scale *= _base(g.dtype)
+        scale *= base
     return (Scattered(owner_of.clamp(0, n - 1), n), True) if g.ndim else (None, True)
 
 

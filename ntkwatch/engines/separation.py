@@ -23,12 +23,14 @@ from ntkwatch.engines.graph import (
     Layout,
     NestedTensors,
     Scattered,
+    base_of,
     digits,
     edges,
     find_layout,
     node_bytes,
     reaches,
     rearranges,
+    types_inside,
     walk,
 )
 from ntkwatch.engines.passes import can_be_batched
@@ -169,7 +171,8 @@ def _read_layouts(
         return {}
     generator = torch.Generator().manual_seed(0)
     u = torch.rand(f.shape, generator=generator, dtype=torch.float64, device="cpu").to(f.device, f.dtype) + 0.5
-    codes = [code.to(f.device, f.dtype)[:, None] for code in digits(n, f.dtype)]
+    base = base_of(types_inside(f))
+    codes = [code.to(f.device, f.dtype)[:, None] for code in digits(n, base)]
     passes = [_backward_once(f, graph, nodes, u * code) for code in (torch.ones_like(codes[0]), *codes)]
     found: dict[Node, tuple[Layout | Scattered | None, bool]] = {}
     for node in nodes:
@@ -177,7 +180,7 @@ def _read_layouts(
             found[node] = None, True
             continue
         readings = [
-            find_layout(passes[0][node][i], [p[node][i] for p in passes[1:]], n)  # type: ignore[arg-type, misc]
+            find_layout(passes[0][node][i], [p[node][i] for p in passes[1:]], n, base)  # type: ignore[arg-type, misc]
             for i, g in enumerate(passes[0][node])
             if g is not None
         ]
