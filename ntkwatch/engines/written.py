@@ -17,11 +17,12 @@ from torch import Tensor
 from ntkwatch.engines.factors import Columns, Dense, Factor, Outer
 from ntkwatch.engines.graph import Graph, Layout, Scattered, node_bytes
 from ntkwatch.engines.outputs import PerOutput
-from ntkwatch.engines.rules import Use, factor, operand_shape
+from ntkwatch.engines.rules import Use, factor, operand_shape, unfolding
 from ntkwatch.engines.sums import densify
 
 _LARGE = 1 << 22  # bytes of gradients per output: smaller ones are better kept …
-_MUCH = 8  # … and so are those of fewer than this many entries for one of the parameters'
+_MUCH = 8  # … and so are those of fewer than this many entries for one of the parameters' …
+_WIDE = 4  # … and those of convolutions whose inputs, which are held unfolded, take more than this many of them
 
 Gradients = tuple[PerOutput | None, ...]  # of each output of a node
 
@@ -36,7 +37,7 @@ def factor_of(node: Any, k: int, grads: Gradients, layout: Layout | Scattered, n
 def written_bytes(graph: Graph, node: Any, inputs: Sequence[int], n: int) -> int | None:
     """Of one output's Jacobians of a node's inputs, where they are to be written out; None where they are not."""
     gradients = node_bytes(graph, node)
-    if gradients < _LARGE:
+    if gradients < _LARGE or any(unfolding(node, k) > _WIDE for k in inputs):
         return None
     itemsize = max(int(meta.dtype.itemsize) for meta in node._input_metadata)
     size = n * itemsize * sum(math.prod(operand_shape(node, k)) for k in inputs)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ntkwatch.engines.factors import Columns, Factor, Outer, Rows
 from ntkwatch.engines.graph import Layout, Scattered
-from ntkwatch.engines.rules.use import Use, rule, scaled
+from ntkwatch.engines.rules.use import Use, operand_shape, rule, scaled
 
 # Matrix products: a [n, G, S, p], g C of [n, G, S, q] -----------------------------------------------------------------
 
@@ -88,6 +89,14 @@ def _convolution(use: Use) -> Factor | None:
     quick = None if groups > 1 else lambda: window.unfold(x, size, channels_last=True)
     columns = Columns(shape, lambda: window.unfold(x, size), quick)
     return Outer(columns, grads.over(lambda g: _positions(g, groups, space)))
+
+
+def unfolding(node: Any, k: int) -> float:
+    """How many times as large as the output what a convolution's weight is multiplied with is; 0 where it is there."""
+    if node.name() != "ConvolutionBackward0" or k != 1 or node._saved_transposed:
+        return 0.0
+    channels, *window = operand_shape(node, k)
+    return int(node._saved_groups) * math.prod(window) / channels
 
 
 def _positions(t: Tensor, groups: int, space: int) -> Tensor:
