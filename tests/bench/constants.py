@@ -69,6 +69,11 @@ def main() -> None:
         reading = seconds(lambda s=slab: s.sum(), sync) * len(g)
         share = 2.0 * g.numel() * 512 / (seconds(slabs, sync) - reading) / full
         print(f"MANY       {share:.2f} of it, for batches of 128 x 64 x 512, from and to memory")
+        for side in (8, 16, 32):
+            small = torch.randn(4096, side, side, device=args.device, dtype=dtype)
+            made = torch.empty_like(small)
+            each = seconds(lambda small=small, made=made: torch.bmm(small, small, out=made), sync) / len(small)
+            print(f"PAD        {(each * full / 2) ** (1 / 3) - side:.1f} for each side of products of {side} x {side}")
         for n in (8, 16, 32, 64, 128, 256):
             j, out = torch.randn(n, STRETCH, device=args.device, dtype=dtype), a.new_zeros(n, n)
             whole = rate(2.0 * n * n * STRETCH, lambda j=j, out=out: out.addmm_(j, j.T)) / full
