@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkwatch.model import batch_size, inputs_of, is_per_example, leaves
+from ntkwatch.model import UnsupportedModel, batch_size, call_module, inputs_of, is_per_example, leaves
 from ntkwatch.plain import unwrap
 
 GIVE = "give probes in the form that the model's own loader gives, or outputs=lambda model, batch: … that converts them"
@@ -47,6 +47,11 @@ def check_form(x: Any) -> None:
         raise ValueError(
             "the probes are a nested tensor, whose examples cannot be taken in blocks: pad them, "
             "torch.nested.to_padded_tensor(probes, 0.0), and give the model their lengths or a mask beside them"
+        )
+    if any(leaf.is_inference() for leaf in inputs):
+        raise ValueError(
+            "the probes were made under torch.inference_mode, so that nothing can be derived from them: give "
+            "probes.clone(), taken outside of it"
         )
     n = batch_size(inputs_of(x))
     for leaf in inputs:
@@ -104,7 +109,23 @@ def explained(model: nn.Module, batch: Any) -> Iterator[None]:
         why = misfit(model, batch, error)
         if why is None:
             raise
+        if _runs(model, batch):
+            n, said = batch_size(inputs_of(batch)), next(iter(str(error).splitlines()), "")
+            raise UnsupportedModel(
+                f"the model runs on these {n} probes together but not on some of them ({said}): where batches of one "
+                "size alone go through, examples cannot be told apart"
+            ) from error
         raise ValueError(why) from error
+
+
+def _runs(model: nn.Module, batch: Any) -> bool:
+    """Whether the whole batch goes through and gives as many rows."""
+    try:
+        with torch.no_grad():
+            found = call_module(unwrap(model), batch)
+    except Exception:
+        return False
+    return not isinstance(found, Tensor) or (found.ndim > 1 and len(found) == batch_size(inputs_of(batch)))
 
 
 def _calls(error: BaseException) -> Iterator[tuple[nn.Module, Any]]:

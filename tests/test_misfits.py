@@ -112,6 +112,32 @@ class Own(nn.Module):
         raise RuntimeError("no such page")
 
 
+class Across(nn.Module):
+    """Convolves over the batch: four examples are its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.head = nn.Conv2d(4, 4, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mix(x.transpose(0, 1)).transpose(0, 1).mean((2, 3)))
+
+
+def test_a_model_of_one_size_of_batch_is_no_misfit() -> None:
+    with pytest.raises(
+        UnsupportedModel, match=r"these 4 probes together but not on some of them \(.*\): where batches"
+    ):
+        empirical_ntk(Across(), torch.randn(4, 3, 9, 9))
+
+
+def test_probes_of_inference_mode_are_told() -> None:
+    with torch.inference_mode():
+        x = torch.randn(N, 12)
+    with pytest.raises(ValueError, match=r"inference_mode.*probes\.clone\(\)"):
+        empirical_ntk(_mlp(), x)
+    empirical_ntk(_mlp(), x.clone())
+
+
 def test_other_errors_stay_what_they_are() -> None:
     """A failure that is not the probes' fault is not put down to them."""
     for model, x in ((Own(), torch.ones(N, 4).long()), (nn.Sequential(Own()), torch.randn(N, 4))):

@@ -53,14 +53,14 @@ class Plan:
 
         A long name shows its end, which tells it from its neighbours; a cost beyond the kernel is a sentence.
         """
-        numbers = [("GFLOP", _gflop), ("MB", _megabytes), ("time", _seconds)][0 if width >= WIDE else 2 :]
+        numbers = [("GFLOP", _gflop), ("MB moved", _megabytes), ("time", _seconds)][0 if width >= WIDE else 2 :]
         room = max(LEAST, width) - _NUMBER * len(numbers)
         kernel = [row for row in self.table if not row.name.startswith("+")]
         longest = max([len(row.rule) for row in kernel] + [4])
         name = min(max([len(row.name) for row in kernel] + [9]), room - 2 - min(longest, room * 2 // 5))
         rule = min(longest, room - 2 - name)
-        if len(kernel) < len(self.table):  # sentences take what there is
-            rule = room - 2 - name
+        said = max((len(_sentence(row)) for row in self.table if row.name.startswith("+")), default=0)
+        rule = min(room - 2 - name, max(rule, said - 2 - name))
         about = f"about {_time(self.seconds)}, {self.peak_bytes / 2**20:.0f} MiB over the model, "
         lines = [*textwrap.wrap(self.reason, width), f"{about}{self.chunk_size} probes a block"]
         lines.append(f"{'parameter':<{name}}  {'rule':<{rule}}" + "".join(f"{h:>{_NUMBER}}" for h, _ in numbers))
@@ -76,9 +76,14 @@ def _what(row: Row, name: int, rule: int) -> list[str]:
     span = name + 2 + rule
     if not row.name.startswith("+"):
         return [f"{_tail(row.name, name):<{name}}  {_head(row.rule, rule):<{rule}}"]
-    whole = f"{row.name} ({row.rule})"  # and who asks for it, where that fits
+    whole = _sentence(row)
     first, *rest = textwrap.wrap(whole if len(whole) <= span else row.name, span, subsequent_indent="  ")
     return [f"{first:<{span}}", *rest]
+
+
+def _sentence(row: Row) -> str:
+    """A cost beyond the kernel and who asks for it, where that fits."""
+    return f"{row.name} ({row.rule})"
 
 
 WIDE, LEAST = 72, 60  # columns of a table with all numbers, and of the narrowest
