@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.bench import comparison, forecast
+from ntkwatch.engines import trial
+from tests.bench import comparison, forecast, seconds
 from tests.bench.comparison import SINGLE, compare
 from tests.bench.engines import Ours, float64_kernel
 from tests.bench.growth import exponent
@@ -115,6 +117,27 @@ def test_the_cost_of_the_forecast_is_printed_as_a_ratio() -> None:
         assert float(ratio) == pytest.approx(float(lazy) / float(run), rel=0.3), row
 
 
+def test_seconds_foretold_are_printed_over_those_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    found: list[seconds.Compared] = []
+    real = seconds.table
+
+    def kept(*given: Any) -> list[seconds.Compared]:
+        found.extend(real(*given))
+        return found
+
+    monkeypatch.setattr(seconds, "table", kept)
+    summary = seconds.main(["--threads", "1", "--rounds", "1", "--only", "svd"])
+    assert [(each.name, each.reduction) for each in found] == [("svd", "trace"), ("svd", "full")]
+    for each in found:
+        assert each.planned > 0 < each.taken, each
+        assert each.ratio == each.planned / each.taken, each
+    assert summary.startswith(f"2 kernels: {min(e.ratio for e in found):.2f} to {max(e.ratio for e in found):.2f}")
+    assert seconds.said([seconds.Compared("a", "trace", 1, 1), seconds.Compared("b", "full", 5, 2)]) == (
+        "2 kernels: 1.00 to 2.50, median 1.58; 1 within 1.5×, 1 within 2×, 2 within 3×"
+    )
+
+
 def test_slow_work_is_called_less_often() -> None:
     calls = {"slow": 0, "fast": 0, "always": 0}
 
@@ -138,8 +161,10 @@ def test_exponent_of_a_power_law() -> None:
         assert exponent(x, [3 * v**power for v in x]) == pytest.approx(power, abs=1e-12), power
 
 
-def test_the_plan_of_the_benchmark_is_the_public_one() -> None:
+def test_the_plan_of_the_benchmark_is_the_public_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from ntkwatch import plan
+
+    monkeypatch.setattr(trial, "_once", lambda run, block: 1e-3)  # what is timed is never twice the same
 
     torch.manual_seed(0)
     module, x = mlp(32, 2).eval(), torch.randn(6, 784)
