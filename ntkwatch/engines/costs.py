@@ -59,12 +59,12 @@ def gram_cost(one: Outer | Rows, n: int, m: int, reduction: Reduction, dtype: to
     if s == 1:
         half = _in_strips(n * (c if reduction == "full" else 1), same, one)
     pairs = float(n * m) * s * s * groups * half
-    times = -(-m // size) * half  # that a block's gradients are read
+    times = -(-m // size) * half if at.near else 1.0  # that a block's gradients are read
     read = (n + m) * s * groups * (p + c * q * times) * (one.dtype.itemsize + dtype.itemsize)
     moved = read + pairs * (2 * (1 + grams) + (0 if s == 1 else 4 * grams)) * dtype.itemsize
     each = c if reduction == "trace" else grams
     lined_up = -(-c * q // STRETCH) if one.g.together and reduction in ("trace", "sum") else c  # products of a pair
-    calls = half * count * (_CALLS_OF_PAIR + 2 * lined_up) if s > 1 else 0.0
+    calls = half * count * (_CALLS_OF_PAIR + 2 * lined_up) if s > 1 and at.near else 0.0
     width = min(n, size) * s
     time = products(at, dtype, half * count * groups, width, p, min(m, size) * s)
     time += products(at, dtype, half * count * groups * lined_up, width, each * q / lined_up, min(m, size) * s)
@@ -102,7 +102,8 @@ def jacobian_cost(one: Factor, n: int, m: int, reduction: Reduction, dtype: torc
     made, time = 0.0, gram / (skinny(width, dtype) * at.flops(dtype))
     if isinstance(one, Outer):
         made = 2.0 * rows * c * entries * one.positions
-        moved += rows * one.groups * one.positions * (2 * one.p + c * one.q) * one.dtype.itemsize
+        read = rows * one.groups * one.positions * (2 * one.p + c * one.q) * one.dtype.itemsize
+        moved += read if at.near else 0.0  # on GPUs, choices were measured without
         time += products(at, one.dtype, rows * c * one.groups, one.q, one.positions, one.p)
     return Cost(made + gram, moved, time + moved / at.bandwidth + _slab_calls(one, n, m, reduction) * at.call)
 
