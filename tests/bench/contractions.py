@@ -9,7 +9,8 @@ constants.py, were set by this table; what is chosen is the cheaper column.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,9 +19,9 @@ from ntkwatch.engines.contract import Contractor
 from ntkwatch.engines.costs import gram_cost, jacobian_cost
 from ntkwatch.engines.factors import Columns, Factor, Outer
 from ntkwatch.engines.outputs import PerOutput
-from tests.bench.timing import Timer
 
 CPU = torch.device("cpu")
+ROUNDS = 3  # of which the first warms up: cold code takes half a millisecond more
 LONGEST = 2.0  # seconds foretold, above which nothing is run
 REDUCTIONS: tuple[Reduction, ...] = ("trace", "full")
 SHAPES = {  # n, C, groups, positions, p, q, and whether positions lie last in the gradients
@@ -57,7 +58,7 @@ def weight(n: int, c: int, groups: int, s: int, p: int, q: int, last: bool) -> O
     return Outer(Columns.of(torch.randn(n, groups, s, p)), PerOutput(g))
 
 
-def ratio(one: Outer, reduction: Reduction, dtype: torch.dtype, gram: bool, timer: Timer) -> str:
+def ratio(one: Outer, reduction: Reduction, dtype: torch.dtype, gram: bool) -> str:
     """Milliseconds, and how many of them were foretold."""
     cost = (gram_cost if gram else jacobian_cost)(one, one.n, one.n, reduction, dtype).seconds
     if cost > LONGEST:
@@ -68,8 +69,14 @@ def ratio(one: Outer, reduction: Reduction, dtype: torch.dtype, gram: bool, time
         contract.gram = gram
         contract.add(contract.zeros(one.outputs, one.n, one.n, CPU), one, one)
 
-    took = min(timer.once(work)[0] for _ in range(timer.rounds))
+    took = min(_seconds(work) for _ in range(ROUNDS))
     return f"{took * 1e3:>12.3g} {cost / took:>6.2f}×"
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
@@ -77,7 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> str:
     parser.add_argument("--only", nargs="+", help="names")
     only = parser.parse_args(arguments).only
     torch.set_num_threads(1)
-    timer = Timer(3, 1, CPU, "cpu")
     lines = [f"{'weight':<22}{'kernel':<8}{'type':<9}{'gram, ms':>20}{'jacobian, ms':>20}"]
     for name, shape in SHAPES.items():
         if only is not None and name not in only:
@@ -85,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
         one = weight(*shape)
         for reduction in REDUCTIONS:
             for dtype in (torch.float64, torch.float32):
-                pair = "".join(ratio(one, reduction, dtype, gram, timer) for gram in (True, False))
+                pair = "".join(ratio(one, reduction, dtype, gram) for gram in (True, False))
                 lines.append(f"{name:<22}{reduction:<8}{str(dtype)[6:]:<9}{pair}")
     print("\n".join(lines))
     return "\n".join(lines)
