@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ntkwatch.guard import GuardError, leave_no_trace
-from ntkwatch.guard.process import _read_precision, _write_precision
+from ntkwatch.guard.process import _read_precision, _write_precision, guard_generators
 
 MODULE_RNG = np.random.default_rng(7)
 
@@ -989,6 +989,27 @@ def test_ordered_dicts_keep_their_order() -> None:
         net.table.move_to_end("a")
         del net.table["b"]
     assert list(net.table) == ["a", "b", "c"]
+
+
+def test_a_generator_is_put_back_where_it_cannot_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may run out in the comparison itself."""
+
+    def equal(a: Tensor, b: Tensor) -> bool:
+        raise MemoryError("no memory to compare")
+
+    net, before = nn.Linear(2, 2), torch.get_rng_state().numpy().copy()
+    with leave_no_trace(net):
+        torch.rand(3)
+        undo: list[Any] = []
+        guard_generators(undo)
+        inside = torch.get_rng_state().numpy().copy()
+        torch.rand(3)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "equal", equal)
+            for put in reversed(undo):
+                put()
+        assert np.array_equal(torch.get_rng_state().numpy(), inside)
+    assert np.array_equal(torch.get_rng_state().numpy(), before)
 
 
 def test_a_generator_that_did_not_move_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:

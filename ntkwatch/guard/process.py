@@ -173,8 +173,15 @@ def guard_generators(undo: list[Undo]) -> None:
 
 
 def _put_back(get: Callable[[], Any], put: Callable[[Any], object], state: Any) -> None:
-    """Where it has moved: a generator of CUDA that is set, even to its own state, has cuDNN draw its dropout anew."""
-    if not _same(get(), state):
+    """Where it has moved: a generator of CUDA that is set, even to its own state, has cuDNN draw its dropout anew.
+
+    Where the comparison fails (for want of memory, say), it may have moved.
+    """
+    try:
+        moved = not _same(get(), state)
+    except Exception:
+        moved = True
+    if moved:
         put(state)
 
 
