@@ -5,7 +5,7 @@ RUN := OMP_NUM_THREADS=2 $(BIN)/python
 STAMP := .venv/.installed
 PEERS := .venv-peers
 
-.PHONY: setup demo test soak gpu check bench bench-jax claims clean
+.PHONY: setup demo test soak mutants gpu check bench bench-jax claims clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,9 @@ test: setup check      ## everything that CI runs
 
 soak: setup            ## the long sweeps, with their full counts
 	$(RUN) -m pytest -m soak -s
+
+mutants: setup         ## planted bugs against the tests that must see them: a table, and exit 1 where one survives
+	$(BIN)/python -m tests.mutants $(FLAGS)
 
 gpu: setup             ## the engines and the promises to a run, measured on a GPU, which CI has not
 	$(RUN) -m pytest -m "not soak" --device cuda tests/test_gpu.py tests/test_engines_zoo.py tests/test_engines_auto.py \

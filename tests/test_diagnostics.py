@@ -261,6 +261,13 @@ def test_path_length_and_directness_there_and_back() -> None:
     assert back["directness"] == pytest.approx(0, abs=1e-9)
 
 
+def test_labels_are_shuffled_alike_at_every_step() -> None:
+    """A kernel that stands still has an alignment that stands still, in the deviations of its null too."""
+    monitor = Monitor(net(), rows(), diagnostics=["centered_alignment_z"])
+    z = [monitor.measure(step).metrics["centered_alignment_z"] for step in (0, 1, 7)]
+    assert z == pytest.approx([z[0]] * 3, rel=1e-9)
+
+
 def test_the_probe_that_moves_is_named() -> None:
     """One weight column that only probe 4 sees."""
     x = torch.eye(6).double()
