@@ -24,7 +24,7 @@ from ntkwatch.record import Measurement, RecordError
 from ntkwatch.schedule import Schedule
 from ntkwatch.session import Session
 from ntkwatch.sinks import publish
-from ntkwatch.trainer import log, others_warnings, show_columns, stays_out, true_precision, warn
+from ntkwatch.trainer import log, logged_at, others_warnings, show_columns, stays_out, true_precision, warn
 
 if TYPE_CHECKING or "lightning.pytorch" not in sys.modules:
     from pytorch_lightning import Callback
@@ -187,7 +187,8 @@ class NTKWatch(Callback):
         self._global_step = trainer.global_step
         self._step += 1
         if self._failures.off is None and not self._trial and self._candidate():
-            self._probe(trainer, last=False)
+            # Lightning counts this batch only after its hooks, and what it logs of the next one stands there.
+            self._probe(trainer, last=False, batches=1)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """The last step is always measured."""
@@ -245,22 +246,24 @@ class NTKWatch(Callback):
             return False
 
     # ── one probe ─────────────────────────────────────────────────────────────────────────────────────────────────
-    def _probe(self, trainer: Any, last: bool) -> None:
+    def _probe(self, trainer: Any, last: bool, batches: int = 0) -> None:
         def work() -> Measurement | None:
             if (not last and not self.schedule.due(self._step)) or trainer.received_sigterm:
                 return None
-            return self._measure(trainer, last)
+            return self._measure(trainer, last, batches)
 
         self._together(trainer, f"the probe at step {self._step}", work)
 
-    def _measure(self, trainer: Any, last: bool = False) -> Measurement:
+    def _measure(self, trainer: Any, last: bool = False, batches: int = 0) -> Measurement:
+        """batches: how many the loggers' x axis is behind."""
         assert self._session is not None
-        optimizers = trainer.optimizers
+        optimizers, logged = trainer.optimizers, logged_at(trainer)
         with true_precision(trainer):
             return self._session.probe(
                 self._step,
                 lambda: self.schedule.overhead,
                 last=last,
+                x=None if logged is None else logged + batches,
                 optimizer=optimizers[0] if len(optimizers) == 1 else None,
                 global_step=trainer.global_step,
                 epoch=trainer.current_epoch,

@@ -85,8 +85,13 @@ class Session:
                 "number as probes=, or a larger every="
             )
 
-    def probe(self, step: int, overhead: Callable[[], float], last: bool = False, **at: Any) -> Measurement:
-        """Measure, then write to the record and to every sink. overhead: share of wall time, asked after measuring."""
+    def probe(
+        self, step: int, overhead: Callable[[], float], last: bool = False, x: int | None = None, **at: Any
+    ) -> Measurement:
+        """Measure, then write to the record and to every sink.
+
+        overhead: share of wall time, asked after measuring. x: where the run's own metrics stand on the loggers' axis.
+        """
         probes = self._fresh(step) if self._fresh is not None and self.begun else None
         first = not self.begun
         measured = self.monitor.measure(step, probes=probes, **at)
@@ -96,7 +101,7 @@ class Session:
             manifest = {**self.monitor.manifest(), **self._extra}
             self.sinks.start(manifest)
             self._on_disk("the record cannot be written", partial(self._open, manifest))
-        self.sinks.write(measurement, labels=(probes or self.monitor.probes).targets, last=last)
+        self.sinks.write(measurement, labels=(probes or self.monitor.probes).targets, last=last, x=x)
         if self._writer is not None:
             keep = self._save_kernels or first
             self._on_disk(f"step {step} is not in the record", partial(self._writer.append, measurement, keep))

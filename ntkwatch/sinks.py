@@ -1,7 +1,7 @@
 """Measurement → every logger of the run: TensorBoard, W&B, CSV, any other. One that fails is named once, no more.
 
-Loggers, of either Lightning or of anyone else, are told apart by what they can do, never by their class. The x axis is
-``Measurement.step`` everywhere. On ranks other than 0 Lightning's loggers do nothing, and so do these sinks.
+Loggers, of either Lightning or of anyone else, are told apart by what they can do, never by their class. On the x axis a
+point stands where the run's own metrics stand then. On ranks other than 0 Lightning's loggers do nothing, and so do these sinks.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CHARTS = {  # title → metrics of one unit; what is not named here gets a chart
 }
 
 
-Picture = tuple[str, int, np.ndarray]  # tag, step, [height, width, 3] uint8
+Picture = tuple[str, int, np.ndarray]  # tag, x, [height, width, 3] uint8
 
 
 class Sinks:
@@ -62,8 +62,8 @@ class Sinks:
         self._outlets = [_Outlet(logger, warn) for logger in loggers if not _answers_anything(logger)]
         self._spectra: dict[int, Tensor] = {}
         self._drawn: int | None = None
-        self._first: tuple[Measurement, Tensor | None] | None = None
-        self._newest: tuple[Measurement, Tensor | None] | None = None
+        self._first: tuple[Measurement, Tensor | None, int] | None = None  # with labels and place on the x axis
+        self._newest: tuple[Measurement, Tensor | None, int] | None = None
         self._draws = True
         self.values: dict[str, float] = {}
         """By tag, the newest defined value of everything logged so far."""
@@ -75,17 +75,22 @@ class Sinks:
         for outlet in self._outlets:
             outlet.attempt("be set up", partial(outlet.start, manifest))
 
-    def write(self, m: Measurement, labels: Tensor | None = None, last: bool = False) -> None:
-        """Log one measurement; pictures now and then. ``labels``: the probes' raw targets, to sort the kernel by."""
-        self._newest = (m, labels)
+    def write(self, m: Measurement, labels: Tensor | None = None, last: bool = False, x: int | None = None) -> None:
+        """Log one measurement; pictures now and then.
+
+        ``labels``: the probes' raw targets, to sort the kernel by. ``x``: where it stands on the loggers' x axis, the
+        measurement's own step by default.
+        """
+        x = m.step if x is None else x
+        self._newest = (m, labels, x)
         if not self._spectra:  # its picture waits until there is time for one: an early import of matplotlib would hurt
-            self._first = (replace(m, kernel=_trace(m.kernel), layers={}), labels)
+            self._first = (replace(m, kernel=_trace(m.kernel), layers={}), labels, x)
         self._remember(m.step, m.eigenvalues)
         self.values |= m.as_flat()
         for outlet in self._outlets:
-            outlet.attempt(f"log step {m.step}", partial(outlet.scalars, m))
+            outlet.attempt(f"log step {m.step}", partial(outlet.scalars, m, x))
         if last or (m.step >= GROWTH * (self._drawn or 0) and self._can_afford_pictures()):
-            self._draw(m, labels)
+            self._draw(m, labels, x)
 
     def finish(self) -> None:
         """Draw the last measurement if it has not been drawn, and leave everything on disk."""
@@ -106,7 +111,7 @@ class Sinks:
         expected = max(FIRST_PICTURES, 2 * self._drawing)
         return expected <= SHARE * (self._clock() - self._began)
 
-    def _draw(self, m: Measurement, labels: Tensor | None) -> None:
+    def _draw(self, m: Measurement, labels: Tensor | None, x: int) -> None:
         """Each picture once, for all who take pictures; a fault in drawing is no logger's fault."""
         self._drawn = m.step
         takers = [outlet for outlet in self._outlets if outlet.takes_pictures]
@@ -114,7 +119,7 @@ class Sinks:
             return
         started = self._clock()
         try:
-            pictures = self._pictures(m, labels)
+            pictures = self._pictures(m, labels, x)
         except Exception as error:
             self._draws = False
             self._warn(f"no pictures of the kernel could be drawn ({_words(error)}): the values are logged without.")
@@ -123,12 +128,12 @@ class Sinks:
             outlet.attempt("take pictures", partial(outlet.pictures, pictures))
         self._drawing += self._clock() - started
 
-    def _pictures(self, m: Measurement, labels: Tensor | None) -> list[Picture]:
-        """(tag, step, pixels), by ascending step, as TensorBoard wants them."""
-        pictures = [("ntk/kernel", m.step, _kernel(m, labels)), ("ntk/spectra", m.step, _spectra(self._spectra, m))]
+    def _pictures(self, m: Measurement, labels: Tensor | None, x: int) -> list[Picture]:
+        """(tag, x, pixels), by ascending x, as TensorBoard wants them."""
+        pictures = [("ntk/kernel", x, _kernel(m, labels)), ("ntk/spectra", x, _spectra(self._spectra, m))]
         first, self._first = self._first, None
         if first is not None and first[0].step < m.step:
-            pictures.insert(0, ("ntk/kernel", first[0].step, _kernel(*first)))
+            pictures.insert(0, ("ntk/kernel", first[2], _kernel(*first[:2])))
         return pictures
 
 
@@ -184,21 +189,21 @@ class _Outlet:
             for tags in ("ntk/*", "ntk_layers/*"):
                 experiment.define_metric(self._tag(tags), step_metric=self._step_key)
 
-    def scalars(self, m: Measurement) -> None:
+    def scalars(self, m: Measurement, x: int) -> None:
         values = m.as_flat()
         if self._step_key == STEP_KEYS[True]:
-            values[self._step_key] = m.step  # WandbLogger leaves the step out there
-        self._logger.log_metrics(values, step=m.step)
+            values[self._step_key] = x  # WandbLogger leaves the step out there
+        self._logger.log_metrics(values, step=x)
         if self._writer is not None:
-            self._events(m)
+            self._events(m, x)
         self.save()
 
     def pictures(self, pictures: Sequence[Picture]) -> None:
-        for tag, step, pixels in pictures:
+        for tag, x, pixels in pictures:
             if self._writer is not None:
-                self._writer.add_image(self._tag(tag), pixels, step, dataformats="HWC")
+                self._writer.add_image(self._tag(tag), pixels, x, dataformats="HWC")
             else:
-                self._logger.log_image(tag, [pixels], step=step)
+                self._logger.log_image(tag, [pixels], step=x)
         self.save()
 
     def save(self) -> None:
@@ -206,13 +211,13 @@ class _Outlet:
         if callable(save := getattr(self._logger, "save", None)):
             save()
 
-    def _events(self, m: Measurement) -> None:
+    def _events(self, m: Measurement, x: int) -> None:
         if not self._laid_out:
             self._writer.add_custom_scalars(layout(m, self._tag))
             self._laid_out = True
         positive = m.eigenvalues[torch.isfinite(m.eigenvalues) & (m.eigenvalues > 0)]
         if len(positive):
-            self._writer.add_histogram(self._tag("ntk/log10_eigenvalues"), positive.log10().numpy(), m.step, bins=30)
+            self._writer.add_histogram(self._tag("ntk/log10_eigenvalues"), positive.log10().numpy(), x, bins=30)
 
     def _tag(self, tag: str) -> str:
         prefix = getattr(self._logger, "_prefix", "")

@@ -72,6 +72,15 @@ def _some(loaders: Any) -> Any:
     return None if isinstance(loaders, (list, tuple, dict)) and not loaders else loaders
 
 
+def logged_at(trainer: Any) -> int | None:
+    """Where on the loggers' x axis Lightning puts what the module logs of a batch that starts now; None: not known.
+
+    It counts batches after which an optimizer may step: with manual optimization every batch.
+    """
+    count = getattr(getattr(trainer.fit_loop, "epoch_loop", None), "_batches_that_stepped", None)
+    return count if isinstance(count, int) else None
+
+
 def record_folder(trainer: Any) -> Path:
     """<log_dir>/ntkwatch, else <save_dir>/ntkwatch/<id>; a name that no other record has."""
     for logger in trainer.loggers:
