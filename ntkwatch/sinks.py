@@ -1,7 +1,8 @@
 """Measurement → every logger of the run: TensorBoard, W&B, CSV, any other. One that fails is named once, no more.
 
-Loggers, of either Lightning or of anyone else, are told apart by what they can do, never by their class. On the x axis a
-point stands where the run's own metrics stand then. On ranks other than 0 Lightning's loggers do nothing, and so do these sinks.
+Loggers, of either Lightning or of anyone else, are told apart by what they can do, never by their class. On the x axis
+a point stands where the run's own metrics of that moment stand. On ranks other than 0 Lightning's loggers do nothing,
+and so do these sinks.
 """
 
 from __future__ import annotations
