@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ntkwatch.plain import unfused
+
 KNOWN = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 START = "ntkwatch_f_0"
@@ -67,10 +69,10 @@ class _Scaled:
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """(f − f_0)/γ."""
         gamma, _, start = self._output_scale
-        f = super().forward(*args, **kwargs)  # type: ignore[misc]
-        if not isinstance(f, Tensor) or not f.is_floating_point():
-            raise TypeError(f"forward must return one float tensor to scale; got {type(f).__name__}")
-        with torch.no_grad():
+        with unfused():  # and both in one gradient mode: at θ_0 f and f_0 are equal to the last bit
+            f = super().forward(*args, **kwargs)  # type: ignore[misc]
+            if not isinstance(f, Tensor) or not f.is_floating_point():
+                raise TypeError(f"forward must return one float tensor to scale; got {type(f).__name__}")
             f_0 = _at_rest(start, self).forward(*args, **kwargs)
         return (f - f_0.to(f)) / gamma
 

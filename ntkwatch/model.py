@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkwatch.default_device import theirs
-from ntkwatch.plain import eager, not_reentrant, places_of, unwrap
+from ntkwatch.plain import eager, not_reentrant, places_of, unfused, unwrap
 
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 OutputsFn = Callable[[nn.Module, Any], Tensor]
@@ -96,7 +96,7 @@ class Network:
 
     def outputs(self, batch: Any, state: Mapping[str, Tensor] | None = None) -> Tensor:
         """Outputs [n, C] of the batch, differentiable; `state` swaps parameters or buffers by name for this call."""
-        with eager(), not_reentrant():
+        with eager(), not_reentrant(), unfused():
             try:
                 return self._checked(self._called(batch, state), batch)
             except RuntimeError as error:

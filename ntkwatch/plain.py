@@ -1,4 +1,4 @@
-"""Modules as plain autograd sees them: unwrapped, not compiled, not re-entering, every tensor where it is held."""
+"""Modules as plain autograd sees them: unwrapped, not compiled, fused or re-entering, tensors where they are held."""
 
 from __future__ import annotations
 
@@ -30,6 +30,21 @@ def eager() -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@contextlib.contextmanager
+def unfused() -> Iterator[None]:
+    """Attention and encoder layers run as they do in training inside.
+
+    Without gradients torch may take a fused path for them, which rounds otherwise and gives zeros at padded positions:
+    outputs of two paths cannot be subtracted.
+    """
+    kept = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(kept)
 
 
 class _Direct:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ntkwatch import NTKWatch
+from ntkwatch import NTKWatch, empirical_ntk
 from ntkwatch.interventions import output_scale, twins
 from tests.runs import trainer
 
@@ -147,6 +148,142 @@ def test_batchnorm_and_dropout_start_at_zero_outputs_where_they_can() -> None:
     scaled, x = output_scale(module, 0.01), torch.randn(6, 4)
     for mode in (True, False):
         assert float(scaled.train(mode)(x).detach().abs().max()) == 0, f"training={mode}"
+
+
+# ── f and f_0 on one path ─────────────────────────────────────────────────────────────────────────────────────────────
+class Tokens(nn.Module):
+    """Four tokens of width 16 through `body`, which is given a padding mask where `pad`."""
+
+    def __init__(self, body: nn.Module, pad: bool = False) -> None:
+        super().__init__()
+        self.body, self.pad, self.head = body, pad, nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.view(-1, 4, 16)
+        if not self.pad:
+            return self.head(self.body(h).mean(1))
+        mask = torch.zeros(len(h), 4, dtype=torch.bool)
+        mask[:, 2:] = h[:, 2:, 0] > 0.3
+        return self.head(self.body(h, src_key_padding_mask=mask).mean(1))
+
+
+class SelfAttention(nn.MultiheadAttention):
+    def forward(self, h: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(h, h, h, need_weights=False)[0]
+
+
+class Decoder(nn.TransformerDecoder):
+    def forward(self, h: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(h, h.flip(1))
+
+
+class States(nn.Module):
+    """The hidden states of a recurrent net."""
+
+    def __init__(self, net: nn.RNNBase) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.net(h)[0]
+
+
+def encoder_layer(**settings: Any) -> nn.Module:
+    return nn.TransformerEncoderLayer(16, 2, 32, **{"dropout": 0.0, "batch_first": True, **settings})
+
+
+def encoder(**settings: Any) -> nn.Module:
+    return nn.TransformerEncoder(encoder_layer(), 2, **settings)
+
+
+def decoder() -> nn.Module:
+    return Decoder(nn.TransformerDecoderLayer(16, 2, 32, 0.0, batch_first=True), 2)
+
+
+PATHS: dict[str, Callable[[], nn.Module]] = {
+    "encoder layer": lambda: Tokens(encoder_layer()),
+    "GELU, norm first": lambda: Tokens(encoder_layer(activation="gelu", norm_first=True)),
+    "encoder with a norm": lambda: Tokens(encoder(norm=nn.LayerNorm(16))),
+    "padding, nested tensors": lambda: Tokens(encoder(), pad=True),
+    "padding, no nested tensors": lambda: Tokens(encoder(enable_nested_tensor=False), pad=True),
+    "attention alone": lambda: Tokens(SelfAttention(16, 2, batch_first=True)),
+    "decoder": lambda: Tokens(decoder()),
+    "LSTM": lambda: Tokens(States(nn.LSTM(16, 16, batch_first=True))),
+    "GRU": lambda: Tokens(States(nn.GRU(16, 16, batch_first=True))),
+    "BatchNorm and encoder layer": lambda: Tokens(nn.Sequential(nn.BatchNorm1d(4), encoder_layer())),
+    "compiled encoder layer": lambda: Tokens(torch.compile(encoder_layer(), backend="aot_eager")),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PATHS)
+def test_outputs_start_at_zero_to_the_last_bit_in_every_mode(name: str, dtype: torch.dtype) -> None:
+    """In evaluation without gradients torch takes fused paths: f and f_0 must both take them, or neither."""
+    torch.manual_seed(0)
+    scaled, x = output_scale(PATHS[name]().to(dtype), 0.1), torch.randn(8, 64).to(dtype)
+    for training in (True, False):
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                largest = float(scaled.train(training)(x).abs().max())
+            assert largest == 0, f"{name}: {largest:.1e} with training={training}, gradients={gradients}"
+    assert torch.backends.mha.get_fastpath_enabled(), "the setting is left as it was"
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_the_kernel_of_a_twin_is_that_of_the_module_over_gamma_squared(name: str) -> None:
+    torch.manual_seed(0)
+    module, x = PATHS[name]().double().eval(), torch.randn(5, 64).double()
+    kernel = empirical_ntk(module, x, reduction="full")
+    for gamma in (0.01, 10.0):
+        twin = empirical_ntk(output_scale(module, gamma).eval(), x, reduction="full")
+        off = float((gamma**2 * twin - kernel).norm() / kernel.norm())
+        assert off < 1e-14, f"{name} at gamma = {gamma}: {off:.1e}"
+
+
+@pytest.mark.parametrize("moved", [0.0, 1e-7, 1e-5, 1e-3])
+@pytest.mark.parametrize("name", PATHS)
+def test_a_twin_near_its_start_is_not_taken_for_coupled(name: str, moved: float) -> None:
+    """There f − f_0 is a small difference of large numbers, rounding among them."""
+    torch.manual_seed(0)
+    scaled, x = output_scale(PATHS[name](), 0.1).eval(), torch.randn(5, 64)
+    with torch.no_grad():
+        for p in scaled.parameters():
+            p.add_(moved * torch.randn_like(p))
+    assert bool(empirical_ntk(scaled, x).isfinite().all())
+
+
+class LitTokens(pl.LightningModule):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+@pytest.mark.parametrize("name", ["encoder layer", "padding, nested tensors", "attention alone", "decoder", "LSTM"])
+def test_both_twins_are_measured(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    loader = DataLoader(TensorDataset(torch.randn(64, 64), torch.randint(0, 3, (64,))), 32)
+    for twin in twins(LitTokens(PATHS[name]()), gamma=10):
+        watch = NTKWatch(probes=16, budget=None, every=1, on_error="raise")
+        trainer(tmp_path, watch, max_steps=2).fit(twin, loader)
+        assert watch.last is not None, name
+        assert watch.last.step == 2, name
+
+
+def test_derivatives_by_inputs_are_those_of_the_difference() -> None:
+    """Losses of physics-informed networks differentiate what forward returns: f_0 depends on x too."""
+    torch.manual_seed(0)
+    scaled, x = output_scale(Module(), 1.0), torch.randn(5, 4, requires_grad=True)
+    (slope,) = torch.autograd.grad(scaled(x).sum(), x)
+    assert float(slope.abs().max()) == 0
 
 
 class Tuple(Module):

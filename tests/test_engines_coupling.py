@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ntkwatch.engines import UnsupportedModel, empirical_ntk, layer_ntks, sign_ntk
 from ntkwatch.engines.auto import choose
 from ntkwatch.guard import leave_no_trace
+from ntkwatch.interventions import output_scale
 from ntkwatch.model import Network
 
 COUPLINGS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -42,6 +43,32 @@ def test_coupled_examples_are_refused_wherever_the_coupling_sits(name: str, n: i
     for seed in range(5):
         torch.manual_seed(seed)
         model, x = Coupled(COUPLINGS[name]).double(), torch.randn(n, 6).double()
+        with pytest.raises(UnsupportedModel, match="other examples"):
+            empirical_ntk(model, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("start", ["a readout of zeros", "less itself at the start"])
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_coupling_shows_where_outputs_are_zero(name: str, start: str, dtype: torch.dtype) -> None:
+    """The kernel is not zero there, and it is coupled."""
+    torch.manual_seed(0)
+    model, x = Coupled(COUPLINGS[name]).to(dtype), torch.randn(9, 6).to(dtype)
+    if start == "a readout of zeros":
+        nn.init.zeros_(model.b.weight)
+        nn.init.zeros_(model.b.bias)
+    else:
+        model = output_scale(model, 0.1).eval()
+    assert float(model(x).detach().abs().max()) == 0
+    with pytest.raises(UnsupportedModel, match="other examples"):
+        empirical_ntk(model, x)
+
+
+def test_weak_coupling_of_ordinary_outputs_is_still_found() -> None:
+    """What excuses a small difference is its size against outputs at other weights, not that there is one."""
+    for strength in (2e-3, 1e-2):
+        torch.manual_seed(0)
+        model, x = Coupled(lambda h, s=strength: h + s * h.mean(0)), torch.randn(9, 6)  # type: ignore[misc]
         with pytest.raises(UnsupportedModel, match="other examples"):
             empirical_ntk(model, x)
 

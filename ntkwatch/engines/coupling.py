@@ -6,6 +6,7 @@ examples are run together is looked at.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -45,7 +46,26 @@ def check_uncoupled(network: Network, x: Any, state: Mapping[str, Tensor] | None
 
     A few examples are run together, each alone, and among up to `most` of the others: a maximum or a median over the
     batch may sit in any of them. Where the model does not take one example, all but the first are run instead.
+
+    Outputs that are zero (a readout that starts so) show no coupling, and a small difference of large numbers (f − f_0
+    near θ_0) shows its rounding: there the weights `_elsewhere` decide, and say how large an output is.
     """
+    why, size = _coupling(network, x, state, most)
+    if why or size == 0:
+        try:
+            there, size = _coupling(network, x, _elsewhere(network, state), most)
+        except (RuntimeError, ValueError, MemoryError):
+            there, size = "", math.nan
+        if math.isfinite(size):
+            why = there or (why and _coupling(network, x, state, most, size)[0])
+    if why:
+        raise UnsupportedModel(f"{why}{suspect(network)}: the per-example kernel does not exist")
+
+
+def _coupling(
+    network: Network, x: Any, state: Mapping[str, Tensor] | None, most: int, least: float = 0.0
+) -> tuple[str, float]:
+    """How examples are coupled at a state, "" where they are not, and the largest output. least: size of outputs."""
     rows = batch_size(inputs_of(x))
     n = min(_SOME, rows)
 
@@ -54,24 +74,36 @@ def check_uncoupled(network: Network, x: Any, state: Mapping[str, Tensor] | None
             return network.outputs(take(x, part), state)
 
     whole = outputs(slice(0, n))
+    size = float(whole.abs().max())
     if rows < 2:
-        return
-    limit = torch.finfo(network.rounding(whole.dtype)).eps ** 0.5 * whole.abs().max()
+        return "", size
+    limit = torch.finfo(network.rounding(whole.dtype)).eps ** 0.5 * max(size, least)
     alone = [_compare(outputs, whole, slice(i, i + 1), limit) for i in range(n)]
     among = _compare(outputs, whole, slice(0, min(rows, most)), limit) if rows > n else None
     rest = _compare(outputs, whole, slice(1, n), limit) if all(found is None for found in alone) else None
     found = [each for each in (*alone, among, rest) if each is not None]
     if found and not any(found):
-        return
+        return "", size
     if bool(((whole - outputs(slice(0, n))).abs() > limit).any()):  # asked only now: chance shows in the others too
         raise UnsupportedModel(
             "two forward passes on the same probes differ: the model draws random numbers in eval mode"
         )
-    for why in filter(None, found):
-        raise UnsupportedModel(f"{why}{suspect(network)}: the per-example kernel does not exist")
+    return next(filter(None, found), ""), size
 
 
-def _compare(outputs: Callable[[slice], Tensor], whole: Tensor, part: slice, limit: Tensor) -> str | None:
+def _elsewhere(network: Network, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """`state` with every trained weight moved by up to its own size; a zero one, by up to the mean size of all."""
+    draw = torch.Generator().manual_seed(0)
+    here = {name: (state or {}).get(name, p).detach() for name, p in network.parameters.items()}
+    mean = float(torch.stack([p.abs().double().mean() for p in here.values()]).mean()) or 1.0
+    moved = dict(state or {})
+    for name, p in here.items():
+        by = (2 * torch.rand(p.shape, generator=draw) - 1).to(p.device)
+        moved[name] = (p + by * torch.where(p == 0, mean, p.abs())).to(p.dtype)
+    return moved
+
+
+def _compare(outputs: Callable[[slice], Tensor], whole: Tensor, part: slice, limit: float) -> str | None:
     """How the outputs of part of the batch differ from those in the whole, "" for not at all; None where it fails.
 
     It may be a number of examples that the model does not take, or that there is no memory for.
