@@ -15,6 +15,8 @@ collect_ignore = ["typed_user.py"]  # for mypy alone: the search for doctests wo
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):  # a shell's, or readline's in a process started by pytest
+    os.environ.pop(name, None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

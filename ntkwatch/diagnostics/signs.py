@@ -21,8 +21,8 @@ def sign_angle(view: View) -> Tensor:
     Formula: angle(K_s(t), K_s(0)), K_s[n,m] = (1/C) Σ_c ⟨∂f_c(x_n)/∂θ, sign(∂f_c(x_m)/∂θ)⟩
     Range: [0, π] radians, for it need not be positive; undefined where a kernel is zero, or where θ_0 was not kept
     Source: Malladi et al. 2023 (the kernel); the angle is the arccos of Fort et al. 2020's similarity
-    Pitfalls: signs flip at zero, so it may turn where the plain kernel does not; in float32 a gradient that is zero but
-        for rounding has a sign too; signs of one example's gradient, a batch of one: those of a sum are others
+    Pitfalls: signs flip at zero, so it may turn where the plain kernel does not; entries below eps^¾ of the largest of
+        a parameter's gradient have no sign; signs of one example's gradient, a batch of one: those of a sum are others
     """
     model, now = view.ask_model(), _kernel(view)
     return ask("kernel_angle", now, model.at_start("signs", now, model.sign_kernel))

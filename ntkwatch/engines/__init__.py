@@ -98,8 +98,9 @@ def sign_ntk(
     largest magnitude of its row. Arguments and errors are those of `empirical_ntk`; of reductions there is no "sum",
     whose outputs are added before there are signs. Layerwise never holds more of J than a slab, or a parameter that no
     rule knows; functional holds it for a block of probes. A weight used at one position costs what it costs
-    `empirical_ntk`, any other n²·C multiply-adds for each entry. Where a gradient is zero but for rounding, its sign is
-    chance (a shift that a normalisation takes away again), and differs from device to device.
+    `empirical_ntk`, any other n²·C multiply-adds for each entry. An entry that is zero but for rounding (a shift that a
+    normalisation takes away again) has the sign 0: one that is at most eps^¾ (1/256 in half precision) of the largest
+    of that parameter's gradient. Where all of a parameter's gradient is rounding, its signs are chance.
 
     Source: Malladi et al. 2023 (the asymmetric SignGD kernel).
 

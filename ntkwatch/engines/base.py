@@ -25,6 +25,8 @@ _RICHER: dict[str, tuple[str, ...]] = {
     "sum": ("sum",),
 }
 
+_COARSEST = 2.0**-8  # in half precision, where eps^¾ would be a large share of all gradients
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -149,3 +151,18 @@ def noise_floor(dtype: torch.dtype, precision: Precision) -> float:
     """
     work = work_dtype(dtype, precision)
     return 10 * (torch.finfo(dtype).eps + torch.finfo(work).eps)
+
+
+def share_of_rounding(dtype: torch.dtype) -> float:
+    """Entries at most this share of the largest of a parameter's gradient, of that type, are zero but for rounding.
+
+    What is left of a sum that cancels was up to 200 eps of the largest sum that does not, behind a normalisation.
+    """
+    return min(torch.finfo(dtype).eps ** 0.75, _COARSEST)
+
+
+def signs(gradients: Tensor, share: float | None = None) -> Tensor:
+    """The sign of each entry; 0 where it is at most `share` of the largest entry along the last dimension."""
+    share = share_of_rounding(gradients.dtype) if share is None else share
+    limit = share * torch.linalg.vector_norm(gradients, torch.inf, -1, keepdim=True)
+    return (gradients > limit).to(gradients.dtype).masked_fill_(gradients < -limit, -1)

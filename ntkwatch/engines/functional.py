@@ -16,7 +16,17 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ntkwatch.engines.base import Kernel, Precision, Reduction, at_hand, noise_floor, reduce, richest, work_dtype
+from ntkwatch.engines.base import (
+    Kernel,
+    Precision,
+    Reduction,
+    at_hand,
+    noise_floor,
+    reduce,
+    richest,
+    signs,
+    work_dtype,
+)
 from ntkwatch.engines.blocks import assemble, blocks
 from ntkwatch.engines.coupling import check_uncoupled
 from ntkwatch.engines.memory import backing_off, is_out_of_memory, limit_bytes
@@ -98,7 +108,7 @@ class Functional:
 
         def cell(i: int, j: int) -> dict[str, Tensor]:
             j1, j2 = jacobian(True, i), jacobian(other is None, j)
-            right = {name: j.sign() for name, j in j2.items()} if signed else j2
+            right = {name: signs(j.reshape(*j.shape[:2], -1)) for name, j in j2.items()} if signed else j2
             return {name: contract(j1[name], right[name], reduction, dtype, self.stretches) for name in parameters}
 
         sizes = [[batch_size(inputs_of(b)) for b in each] for each in (blocks1, blocks2)]

@@ -2,6 +2,8 @@
 
 Signs of an outer product are the outer product of signs, so a weight used at one position keeps its factors; of every
 other parameter the Jacobian has to be added up first, and its slabs are multiplied with their own signs.
+
+A gradient that is zero but for rounding has the sign 0: whatever instructions a CPU has, its last bits decide nothing.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntkwatch.engines.base import Reduction
+from ntkwatch.engines.base import Reduction, share_of_rounding, signs
 from ntkwatch.engines.contract import Contractor, is_single
 from ntkwatch.engines.factors import Factor
+from ntkwatch.engines.outputs import PerOutput
 from ntkwatch.engines.run import Run
 
 
@@ -22,11 +25,17 @@ from ntkwatch.engines.run import Run
 class _Signs(Contractor):
     """Multiplies with signs on the right; nothing is mirrored."""
 
+    share: float = 0.0
+
     def _by_gram(self, one: Factor, two: Factor) -> bool:
         return is_single(one, two)
 
     def _right(self, t: Tensor) -> Tensor:
-        return t.sign()
+        return signs(t, self.share)
+
+    def _side_by_side(self, g: PerOutput) -> Tensor:
+        """Outputs stay apart: the largest entry of one says nothing about another's rounding."""
+        return g.stacked().to(self.dtype)
 
 
 @dataclass
@@ -39,4 +48,5 @@ class SignRun(Run):
 
     def contractor(self, reduction: Reduction, dtype: torch.dtype, same: bool) -> Contractor:
         """Of a batch with itself as of any two."""
-        return _Signs(reduction, dtype, False, self.in_blocks)
+        held = next(iter(self.network.parameters.values())).dtype
+        return _Signs(reduction, dtype, False, self.in_blocks, share=share_of_rounding(held))
