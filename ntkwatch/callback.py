@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ntkwatch import probes as probing
+from ntkwatch.checkpoint import VERSION
 from ntkwatch.checks import check_arguments, check_choice
+from ntkwatch.continuation import Continuation
 from ntkwatch.default_device import ours
 from ntkwatch.diagnostics import select
 from ntkwatch.distributed import Ranks, sharded
@@ -24,7 +26,7 @@ from ntkwatch.record import Measurement, RecordError
 from ntkwatch.schedule import Schedule
 from ntkwatch.session import Session
 from ntkwatch.sinks import publish
-from ntkwatch.trainer import log, logged_at, others_warnings, show_columns, stays_out, true_precision, warn
+from ntkwatch.trainer import log, logged_at, others_warnings, show_columns, stays_out, true_precision
 
 if TYPE_CHECKING or "lightning.pytorch" not in sys.modules:
     from pytorch_lightning import Callback
@@ -94,10 +96,12 @@ class NTKWatch(Callback):
         )
         self._explicit = wanted.data is not None or outputs is not None or targets is not None
         self._on_error, self._outcome = on_error, Outcome()
+        self._earlier = Continuation()
         self._forget()
 
     def _forget(self) -> None:
         """A clean slate for one fit; a checkpoint's state is loaded after this."""
+        self._earlier.begin()
         self._outcome.keep(None)
         self._failures = Failures(self._on_error, self._explicit, self._note)
         self._session: Session | None = None
@@ -106,9 +110,8 @@ class NTKWatch(Callback):
         self._restored: dict[str, Any] | None = None
         self._step = self._global_step = 0
         self._probed_at: int | None = None
-        self._carried: dict[str, Any] = {}
         self._values: dict[str, float] = {}  # the newest defined ones, on every rank
-        self._begun = self._continued = self._trial = False
+        self._begun = self._continued = self._trial = self._completed = False
         self._hide_columns: Callable[[], None] | None = None
         self.schedule = Schedule(self._settings.every, self._settings.budget)
         # Every rank walks the whole grid; whether the budget lets a step fire is rank 0's to say.
@@ -142,6 +145,7 @@ class NTKWatch(Callback):
             return
         self._ranks = Ranks.detect()
         self._step = self._global_step = trainer.global_step
+        self._restored = self._earlier.settle(trainer, pl_module, self._ranks, self._failures)
         if self._restored is not None:
             self._step = self._probed_at = self._restored["step"]
             self.schedule.load_state_dict(self._restored["schedule"])
@@ -178,6 +182,8 @@ class NTKWatch(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count optimizer-stepping batches; measure where the schedule says so."""
+        if self._session is not None:
+            self._session.renew()
         stepped = trainer.global_step != self._global_step
         if self._follower is not None and self._failures.off is None:
             with self.schedule.aside(), true_precision(trainer):
@@ -192,6 +198,7 @@ class NTKWatch(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """The last step is always measured."""
+        self._completed = True
         if self._failures.off is None and not self._trial and self._probed_at not in (None, self._step):
             self._probe(trainer, last=True)
 
@@ -206,8 +213,8 @@ class NTKWatch(Callback):
             self._failures.quietly("the progress bar", self._hide_columns)
             self._hide_columns = None  # a closure: the callback stays picklable
         if self._session is not None:
-            self._failures.quietly("closing the loggers", self._session.finish)
-            self._carried = self._state(self._session)  # `trainer.save_checkpoint` after the fit resumes the record
+            self._failures.quietly("closing the loggers", partial(self._session.finish, self._completed))
+            self._earlier.keep(self.state_dict(), pl_module)  # for the next fit, and `trainer.save_checkpoint`
             self._session = None
         if self._follower is not None:
             self._follower.close()
@@ -216,11 +223,12 @@ class NTKWatch(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only, under 1 MB."""
         return {
+            "version": VERSION,
             "step": self._step,
             "schedule": self.schedule.state_dict(),
             "grid": self._grid.state_dict(),
             "values": dict(self._values),
-            "session": self._state(self._session) if self._session is not None else self._carried,
+            "session": self._state(self._session) if self._session is not None else self._earlier.session,
         }
 
     def _state(self, session: Session) -> dict[str, Any]:
@@ -228,9 +236,8 @@ class NTKWatch(Callback):
         return session.state() | ({"forecast": forecast} if forecast else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the record of the run that the checkpoint is from."""
-        if state_dict.get("session"):
-            self._restored = dict(state_dict)
+        """Continue the record of the run that the checkpoint is from, if the state is one that can be used."""
+        self._earlier.load(state_dict)
 
     def summary(self) -> str:
         """The run in words, with its numbers, as `ntkwatch show` tells it; or why there is nothing to tell."""
@@ -293,11 +300,12 @@ class NTKWatch(Callback):
 
     def _continue(self, session: Session) -> bool:
         if self._restored is None:
+            session.anew(self._earlier.why)
             return False
         try:
             session.resume(self._restored["session"], self._restored["step"])
-        except RecordError as error:
-            warn(f"the earlier record cannot be continued ({error}); a new one starts at step {self._step}")
+        except (RecordError, OSError) as error:
+            session.anew(f"the earlier record cannot be continued ({error})")
             return False
         return True
 

@@ -19,12 +19,11 @@ from ntkwatch.model import Network
 from ntkwatch.monitor import Monitor
 from ntkwatch.opening import Settings
 from ntkwatch.probes import content_hash
-from ntkwatch.record import RecordError, Shelf
+from ntkwatch.record import FORECASTS, RecordError, Shelf
 from ntkwatch.session import Session
 from ntkwatch.shadow import NotRepeatable
 from ntkwatch.trainer import log, true_precision, warn
 
-FOLDER = "forecasts"
 NOT_NAMED = (
     "the forecast costs two to three training steps for each of the run's: ask for it by name, as in "
     "diagnostics=['full', 'loss_if_lazy', 'forecast_error']"
@@ -157,7 +156,7 @@ class Follower:
             if forecast.moved() is not None:  # in the middle of a batch, say
                 return None
             if self._saved is None:
-                kept = Shelf(folder / FOLDER).put(self._trainer.global_step, forecast.tensors())
+                kept = Shelf(folder / FORECASTS).put(self._trainer.global_step, forecast.tensors())
                 self._saved = kept | {"weights": content_hash(forecast.network.parameters)}
             return self._saved
         except Exception as error:  # a checkpoint is the run's, and saved whatever becomes of the forecast
@@ -224,7 +223,7 @@ def _begun(session: Session, earlier: Mapping[str, Any] | None) -> Begun | str:
     if not kept or session.record is None:
         return NOT_SAVED
     try:
-        return start, Shelf(session.record / FOLDER).get(kept), kept["weights"]
+        return start, Shelf(session.record / FORECASTS).get(kept), kept["weights"]
     except (RecordError, KeyError, TypeError) as error:
         return str(error)
     except (RuntimeError, MemoryError) as error:

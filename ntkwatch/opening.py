@@ -11,10 +11,11 @@ from torch import Tensor
 from ntkwatch import probes as probing
 from ntkwatch.manifest import optimizers
 from ntkwatch.monitor import Monitor
+from ntkwatch.place import place_of
 from ntkwatch.probes import ProbeSet
 from ntkwatch.session import Session, stored_probes
 from ntkwatch.sinks import Sinks
-from ntkwatch.trainer import as_in_training, hyperparameters, probe_loader, record_folder, warn
+from ntkwatch.trainer import as_in_training, hyperparameters, probe_loader, warn
 
 TRIAL = 4  # probes under fast_dev_run
 
@@ -75,10 +76,14 @@ class Opening:
             self.pl_module, as_in_training(trainer, probes, settings.seed), hparams=hparams, **settings.monitor
         )
         loggers = trainer.loggers if settings.loggers is None else settings.loggers
+        place = None if self.trial else place_of(trainer)
+        if place is not None and place.said is not None:
+            warn(place.said)
         return Session(
             monitor,
-            None if self.trial else record_folder(trainer),
+            place.folder if place is not None else None,
             Sinks([] if self.trial else loggers, warn),
+            is_log=place is not None and place.is_log,
             warn=warn,
             save_kernels=settings.save_kernels,
             save_probes=probes if streamed else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,23 +11,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ntkwatch.baseline import Baseline
 from ntkwatch.diagnostics import DIAGNOSTICS, costs, needs_limit
 from ntkwatch.engines.tangent import warm_up
-from ntkwatch.limit import NO_LIMIT, WideLimit
 from ntkwatch.model import leaves, map_leaves
 from ntkwatch.monitor import Monitor
 from ntkwatch.probes import ProbeSet
-from ntkwatch.record import Measurement, RecordError, RecordWriter, Run, load_run, load_tensors, save_tensors
+from ntkwatch.record import (
+    Measurement,
+    Owner,
+    RecordError,
+    RecordWriter,
+    claim,
+    load_run,
+    load_tensors,
+    save_tensors,
+)
+from ntkwatch.resume import BASELINE_FILE, PROBES_FILE, Earlier
 from ntkwatch.sinks import Sinks
 
 STATE_LIMIT = 512 * 1024  # bytes: a larger kernel stays out of the user's checkpoints
 SLOW_PROBE = 30.0  # seconds: what takes longer is said before it begins
-BASELINE_FILE = "baseline"
-PROBES_FILE = "probes"
 LONGEST_WHY = 1000  # characters of a failure's sentence: a compiler's error is as long as its source
 
 
@@ -35,7 +41,8 @@ class Session:
 
     Args:
         monitor: measures.
-        folder: where the record goes; None writes nothing.
+        folder: where the record goes, if no other is there; None writes nothing.
+        is_log: whether that is a logger's folder, which no run shares with another log.
         sinks: loggers and dashboards.
         warn: told, in one sentence, what could not be written.
         save_kernels: keep every kernel in the record, not only the baseline's.
@@ -50,6 +57,7 @@ class Session:
         folder: Path | None,
         sinks: Sinks,
         *,
+        is_log: bool = False,
         warn: Callable[[str], None] = warnings.warn,
         save_kernels: bool = True,
         save_probes: ProbeSet | None = None,
@@ -57,11 +65,15 @@ class Session:
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         self.monitor, self.folder, self.sinks = monitor, folder, sinks
+        self._is_log = is_log
         self.last: Measurement | None = None
         self._warn = warn
         self._save_kernels, self._save_probes = save_kernels, save_probes
         self._fresh, self._extra = fresh, dict(extra or {})
         self._writer: RecordWriter | None = None
+        self._owner: Owner | None = None
+        self._anew: str | None = None  # why an earlier record is not continued
+        self._branched: str | None = None
         self._told = False
 
     @property
@@ -100,11 +112,11 @@ class Session:
         if first:
             manifest = {**self.monitor.manifest(), **self._extra}
             self.sinks.start(manifest)
-            self._on_disk("the record cannot be written", partial(self._open, manifest))
+            self._on_disk("the record cannot be written", partial(self._open, manifest, step))
         self.sinks.write(measurement, labels=(probes or self.monitor.probes).targets, last=last, x=x)
         if self._writer is not None:
             keep = self._save_kernels or first
-            self._on_disk(f"step {step} is not in the record", partial(self._writer.append, measurement, keep))
+            self._recorded(f"step {step} is not in the record", partial(self._writer.append, measurement, keep))
         self.last = measurement
         return measurement
 
@@ -131,17 +143,45 @@ class Session:
         except OSError as error:
             self._warn(f"{otherwise} ({type(error).__name__}: {error})")
 
-    def _open(self, manifest: Mapping[str, Any]) -> None:
-        baseline = self.monitor.baseline
-        if self.folder is None or baseline is None:
+    def _recorded(self, otherwise: str, work: Callable[[], None]) -> None:
+        """As `_on_disk`, where the record is still this run's."""
+        if self._owner is not None and not self._owner.holds():
+            self._warn(f"another run has taken over {self.folder}: this one is not recorded from here on")
+            self._writer = self._owner = None
             return
-        writer = RecordWriter.create(self.folder, manifest)
-        sha256 = save_tensors(self.folder, BASELINE_FILE, baseline.tensors())
-        writer.update_manifest(theta0={"file": BASELINE_FILE, "sha256": sha256}, baseline_step=baseline.step)
+        self._on_disk(otherwise, work)
+
+    def _open(self, manifest: Mapping[str, Any], step: int) -> None:
+        """A record of this run's own: what later probes are compared with first, and the manifest last."""
+        baseline, wanted = self.monitor.baseline, self.folder
+        if wanted is None or baseline is None:
+            return
+        self._owner = claim(wanted)
+        self.folder = folder = self._owner.folder
+        sha256 = save_tensors(folder, BASELINE_FILE, baseline.tensors())
+        side: dict[str, Any] = {"theta0": {"file": BASELINE_FILE, "sha256": sha256}, "baseline_step": baseline.step}
         if self._save_probes is not None:
             named = {f"{i:04d}": leaf for i, leaf in enumerate(_tensors(self._save_probes))}
-            writer.update_manifest(probes_sha256=save_tensors(self.folder, PROBES_FILE, named))
-        self._writer = writer
+            side["probes_sha256"] = save_tensors(folder, PROBES_FILE, named)
+        self._writer = RecordWriter.create(folder, {**manifest, **side})
+        if self._anew is not None or (self._is_log and folder != wanted):
+            why = self._anew or f"{wanted} holds the record of another run or belongs to one"
+            self._warn(f"{why}; a new one starts at step {step}, with a baseline of its own, in {folder}")
+
+    def anew(self, why: str | None) -> None:
+        """An earlier record, if there is one, is not continued: the warning that names the new one says why."""
+        self._anew, self._writer = why, None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._owner is not None:
+            self._owner.release()
+            self._owner = None
+
+    def renew(self) -> None:
+        """The run goes on, and the record is still its own; call it at every batch."""
+        if self._owner is not None:
+            self._owner.renew()
 
     def note(self, step: int, off: str | None) -> None:
         """Say in the record that the probe at this step failed (None), or that the watch was switched off, and why."""
@@ -150,7 +190,7 @@ class Session:
         entry: dict[str, Any] = {"switched_off": {"step": step, "why": (off or "")[:LONGEST_WHY]}}
         if off is None:
             entry = {"failed_probes": sorted({*self._writer.manifest.get("failed_probes", []), step})}
-        self._on_disk("a failure is not in the record", partial(self._writer.update_manifest, **entry))
+        self._recorded("a failure is not in the record", partial(self._writer.update_manifest, **entry))
 
     def introduction(self) -> list[str]:
         """What a person should know once: probes, engine, BatchNorm's baseline, where the record is."""
@@ -163,15 +203,18 @@ class Session:
             f"a probe takes, beyond one kernel: {'; '.join(extra)}" if extra else None,
             str(monitor.limit) if needs_limit(monitor.diagnostics) else None,
             f"record {self.folder}" if self.folder is not None else None,
+            f"the record begins with another's, since {self._branched}" if self._branched else None,
         ]
         return [line for line in lines if line is not None]
 
-    def finish(self) -> None:
-        """Leave everything on disk, and say in the record that the run is over."""
+    def finish(self, completed: bool = False) -> None:
+        """Leave everything on disk, and say in the record that the run is over; completed: that it came to its end."""
         self.sinks.finish()
         if self._writer is not None:
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            self._on_disk("the end is not in the record", partial(self._writer.update_manifest, finished=now))
+            over = partial(self._writer.update_manifest, finished=now, completed=completed)
+            self._recorded("the end is not in the record", over)
+        self._let_go()
 
     # ── resume ────────────────────────────────────────────────────────────────────────────────────────────────────
     def state(self) -> dict[str, Any]:
@@ -181,60 +224,30 @@ class Session:
         previous = self.monitor.previous
         small = previous is not None and previous[1].numel() * previous[1].element_size() <= STATE_LIMIT
         return {
-            "record": str(self.record),
+            "record": os.path.abspath(self.record),
+            "id": self._writer.manifest.get("id") if self._writer is not None else None,
             "probe_hash": self.monitor.probes.hash,
             "previous_step": previous[0] if previous is not None else None,
             "previous_kernel": previous[1].clone() if previous is not None and small else None,
         }
 
     def resume(self, state: Mapping[str, Any], step: int) -> None:
-        """Continue the record that the state names, against its own baseline.
+        """Continue the record that the state names, or a branch of it, against its own baseline.
 
-        Raises RecordError (with the reason) where record, baseline or probes are not the ones of the state.
+        Raises RecordError (with the reason) where record, baseline or probes are not the ones of the state, OSError
+        where a branch cannot be written.
         """
-        folder = Path(state["record"])
-        run = load_run(folder)
-        manifest = run.manifest
-        if state["probe_hash"] != self.monitor.probes.hash:
-            raise RecordError(f"the probes are not those of {folder}: the data, probes= or seed= has changed")
-        if manifest["reduction"] != self.monitor.reduction:
-            raise RecordError(f"{folder} holds {manifest['reduction']} kernels, reduction= asks for another")
-        tensors = load_tensors(folder, manifest["theta0"]["file"], manifest["theta0"]["sha256"])
-        baseline = Baseline.from_tensors(manifest["baseline_step"], tensors)
-        previous = self._previous(state, folder)
-        self._writer = RecordWriter.resume(folder, step)
-        failed = [earlier for earlier in manifest.get("failed_probes", []) if earlier <= step]
-        self._writer.update_manifest(finished=None, switched_off=None, failed_probes=failed)
-        self.monitor.restore(baseline, previous, _travelled(run, previous), _limit(run))
-        self.folder = folder
-        history = {earlier: run.eigenvalues(earlier) for earlier in run.steps if earlier <= step}
-        self.sinks.start({**manifest, **self._extra}, history)
-
-    @staticmethod
-    def _previous(state: Mapping[str, Any], folder: Path) -> tuple[int, Tensor] | None:
-        step, kernel = state["previous_step"], state["previous_kernel"]
-        if step is None:
-            return None
-        if kernel is None:
-            kernel = load_run(folder).kernel(step)
-        return int(step), torch.as_tensor(kernel)
-
-
-def _travelled(run: Run, previous: tuple[int, Tensor] | None) -> float | None:
-    """Length of the kernel's path up to the previous kernel, where the record has it."""
-    if previous is None or "path_length" not in run.metrics or previous[0] not in run.metrics.index:
-        return None
-    length = float(run.metrics["path_length"].loc[previous[0]])
-    return None if length != length else length
-
-
-def _limit(run: Run) -> WideLimit:
-    """The infinite-width limit that the record keeps, or why it has none."""
-    try:
-        return WideLimit(run.limit)
-    except RecordError as error:
-        said = str(run.manifest.get("infinite") or "")
-        return WideLimit(said.removeprefix(NO_LIMIT) if said.startswith(NO_LIMIT) else str(error))
+        earlier = Earlier.read(state, step, self.monitor)
+        if self.folder is not None:
+            changes = {"hparams": self.monitor.hparams, **self._extra}
+            self._owner, self._writer, self._branched = earlier.go_on(self.folder, self._is_log, changes)
+            self.folder = self._owner.folder
+            if self._branched and not (self._is_log and self.folder.parent != earlier.run.folder.parent):
+                self._warn(f"{self._branched}: this run goes on from step {step} in a record of its own, {self.folder}")
+        self.monitor.restore(earlier.baseline, earlier.previous, earlier.travelled, earlier.limit)
+        run = earlier.run
+        history = {at: run.eigenvalues(at) for at in run.steps if at <= step}
+        self.sinks.start({**run.manifest, **self._extra}, history)
 
 
 def _tensors(probes: ProbeSet) -> list[Tensor]:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.probes import ProbeSet
-from ntkwatch.record import safe_name
 
 # A child of the logger that Lightning has a handler for, under the import name in use.
 log = logging.getLogger(
@@ -79,27 +76,6 @@ def logged_at(trainer: Any) -> int | None:
     """
     count = getattr(getattr(trainer.fit_loop, "epoch_loop", None), "_batches_that_stepped", None)
     return count if isinstance(count, int) else None
-
-
-def record_folder(trainer: Any) -> Path:
-    """<log_dir>/ntkwatch, else <save_dir>/ntkwatch/<id>; a name that no other record has."""
-    for logger in trainer.loggers:
-        if isinstance(directory := getattr(logger, "log_dir", None), str) and "://" not in directory:
-            return _free(Path(directory) / "ntkwatch")
-    saves = [getattr(logger, "save_dir", None) for logger in trainer.loggers]
-    root = next((s for s in saves if isinstance(s, str) and "://" not in s), trainer.default_root_dir)
-    names = [f"{logger.name}-{logger.version}" for logger in trainer.loggers[:1]]
-    return _free(Path(root) / "ntkwatch" / safe_name(names[0] if names else time.strftime("run-%Y%m%d-%H%M%S")))
-
-
-def _free(folder: Path) -> Path:
-    if not (folder / "manifest.json").exists():
-        return folder
-    return next(
-        other
-        for k in range(2, 1_000_000)
-        if not ((other := folder.with_name(f"{folder.name}-{k}")) / "manifest.json").exists()
-    )
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The run that the golden checkpoints are of, and what makes a new one: `python tests/golden_checkpoints.py NAME`.
 
 A golden checkpoint is NTKWatch's state alone, beside the record that it continues. Its data and first weights are
-multiples of 1/8, so that every machine hashes and starts from the same bytes. Make one before the state's format changes.
+multiples of 1/8, so that every machine hashes and starts from the same bytes. Make one before the format changes.
 """
 
 from __future__ import annotations

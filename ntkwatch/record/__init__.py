@@ -10,28 +10,41 @@ A snapshot is written whole (temporary file in the same folder, fsync, rename) b
 written again: the index line is the commit. So a reader may look at any time, a killed writer leaves nothing worse
 than a last line cut short (readers pass over it, the next append cuts it off), and a byte changed later is an error,
 not a number. A resumed run appends ``{"resumed_at": step}``: earlier lines with a larger step no longer count.
+One run at a time owns a record (``ownership``); one that begins with a part of another's has a record of its own, whose
+manifest names its ``parent`` (``branch``).
 No pickle anywhere.
 """
 
 from __future__ import annotations
 
-from ntkwatch.record.format import SCHEMA, RecordError, load_tensors, safe_name, save_tensors
+from ntkwatch.record.branch import branch
+from ntkwatch.record.format import DamagedRecord, RecordError, load_tensors, read_manifest, safe_name, save_tensors
 from ntkwatch.record.measurement import Limit, Measurement
+from ntkwatch.record.ownership import Owned, Owner, claim, own
 from ntkwatch.record.run import Run, find_runs, load_run
-from ntkwatch.record.shelf import Shelf
+from ntkwatch.record.schema import SCHEMA
+from ntkwatch.record.shelf import FORECASTS, Shelf
 from ntkwatch.record.writer import RecordWriter
 
 __all__ = [
+    "FORECASTS",
     "SCHEMA",
+    "DamagedRecord",
     "Limit",
     "Measurement",
+    "Owned",
+    "Owner",
     "RecordError",
     "RecordWriter",
     "Run",
     "Shelf",
+    "branch",
+    "claim",
     "find_runs",
     "load_run",
     "load_tensors",
+    "own",
+    "read_manifest",
     "safe_name",
     "save_tensors",
 ]

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import secrets
+import stat
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +19,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-SCHEMA = 1
+from ntkwatch.record.schema import SCHEMA, check_depth, check_manifest, is_count
+
 MANIFEST, INDEX, SNAPSHOTS = "manifest.json", "metrics.jsonl", "snapshots"
 TEMPORARY = ".*.tmp"
-LAYER = "layer:"  # before a parameter's name, in a snapshot
-LIMIT, LIMIT_ROWS, LIMIT_NNGP = "limit", "limit_rows", "limit_nngp"  # infinite width, in a run's first snapshot
+LARGEST = {MANIFEST: 64 << 20, INDEX: 1 << 30}  # bytes: beyond what any run writes, within what a machine reads
+LARGEST_TENSORS = 16 << 30
 _SEAL = re.compile(rb'\{"crc":"([0-9a-f]{8})",')
 _SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # device names on Windows
@@ -31,6 +33,10 @@ _LONGEST_NAME = 100  # leaves room for an extension and a temporary suffix under
 
 class RecordError(ValueError):
     """A record that is missing, damaged or not a record: what, where, and what to do."""
+
+
+class DamagedRecord(RecordError):
+    """A record that is there, with a file that is not what was written or not what this format holds."""
 
 
 def safe_name(name: str) -> str:
@@ -53,24 +59,30 @@ def inside(root: Path, *parts: str) -> Path:
     """``root/parts``, refused where it would leave ``root`` (by ``..``, an absolute part or a link)."""
     path = root.joinpath(*parts)
     if not path.resolve().is_relative_to(root.resolve()):
-        raise RecordError(f"{path} lies outside the record {root}; restore the record from its source.")
+        raise DamagedRecord(f"{path} lies outside the record {root}; restore the record from its source.")
     return path
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """All of ``data`` under ``path``, or the old file untouched: temporary file beside it, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, data, lasting=True)
+    sync_folder(path.parent)
+
+
+def replace_file(path: Path, data: bytes, lasting: bool = False) -> None:
+    """The file, whole at any time that somebody reads it; `lasting`: after a power cut too."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:  # not tempfile, whose files are private: a group may share the folder
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -96,16 +108,16 @@ def save_tensors(folder: Path | str, name: str, tensors: Mapping[str, Tensor]) -
 def load_tensors(folder: Path | str, name: str, sha256: str) -> dict[str, Tensor]:
     """What ``save_tensors(folder, name, …)`` wrote, in its order, on the CPU; RecordError if a byte has changed."""
     path = inside(Path(folder), f"{safe_name(name)}.safetensors")
-    data = _read(path)
+    data = read_bytes(path, LARGEST_TENSORS)
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise RecordError(f"{path} has changed since it was written (its checksum differs); restore it from a copy.")
+        raise DamagedRecord(f"{path} has changed since it was written (its checksum differs); restore it from a copy.")
     try:
         tensors = safetensors.torch.load(data)
         # safetensors keeps no order; sums over layers would come out in another rounding each time they are read.
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         return {key: tensors[key] for key in json.loads(header["__metadata__"]["order"])}
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise RecordError(f"{path} is not a safetensors file ({error}); restore it from a copy.") from error
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
+        raise DamagedRecord(f"{path} is not a safetensors file ({_told(error)}); restore it from a copy.") from error
 
 
 def seal(body: Mapping[str, Any]) -> bytes:
@@ -133,20 +145,25 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest as it was written; RecordError if it is missing, changed, or of an unknown schema."""
+    """The manifest as it was written; DamagedRecord if it is missing, changed, or of an unknown schema."""
     path = folder / MANIFEST
-    data = _read(path)
+    data = read_bytes(path, LARGEST[MANIFEST])
     try:
         body = _json_object(data)
     except ValueError as error:
-        raise RecordError(f"{path} is damaged ({error}); restore it from a copy.") from error
+        raise DamagedRecord(f"{path} is damaged ({error}); restore it from a copy.") from error
     if body.pop("checksum", None) != _checksum(body):
-        raise RecordError(f"{path} has changed since it was written (its checksum differs); restore it from a copy.")
+        raise DamagedRecord(f"{path} has changed since it was written (its checksum differs); restore it from a copy.")
     schema = body.get("schema")
-    if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
-        raise RecordError(
-            f"{path} has schema {schema}, this ntkwatch reads 1 to {SCHEMA}; install the ntkwatch that wrote it."
+    if not is_count(schema) or not 1 <= schema <= SCHEMA:
+        said = schema if is_count(schema) else "that is no number"
+        raise DamagedRecord(
+            f"{path} has schema {said}, this ntkwatch reads 1 to {SCHEMA}; install the ntkwatch that wrote it."
         )
+    try:
+        check_manifest(body)
+    except ValueError as error:
+        raise DamagedRecord(f"{path} is damaged: {error}; restore it from a copy.") from error
     return body
 
 
@@ -173,16 +190,42 @@ def _checksum(body: Mapping[str, Any]) -> str:
 
 def _json_object(data: bytes) -> dict[str, Any]:
     try:
-        body = json.loads(data)
+        body = json.loads(data, object_pairs_hook=_each_once, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is not JSON: {error}") from error
+        raise ValueError(f"it is not JSON: {_told(error)}") from error
     if not isinstance(body, dict):
         raise ValueError("it is not a JSON object")
+    check_depth(body)
     return body
 
 
-def _read(path: Path) -> bytes:
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    body = dict(pairs)
+    if len(body) < len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return body
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _told(error: BaseException) -> str:
+    """A parser's message may hold what it could not parse: of that, one short line."""
+    return " ".join(str(error).split())[:200]
+
+
+def read_bytes(path: Path, largest: int) -> bytes:
+    """All of a file; DamagedRecord where it is no file (a pipe, a device, a folder), too large, or cannot be read."""
     try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise DamagedRecord(f"{path} is not a file; restore it from a copy.")
+        if found.st_size > largest:
+            raise DamagedRecord(
+                f"{path} is larger than any record's ({found.st_size:,} bytes); restore it from a copy."
+            )
         return path.read_bytes()
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read ({error.strerror}); restore it from a copy.") from error
+    except (OSError, MemoryError) as error:
+        why = getattr(error, "strerror", None) or "there is not enough memory"
+        raise DamagedRecord(f"{path} cannot be read ({why}); restore it from a copy.") from error

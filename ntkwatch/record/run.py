@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -15,19 +14,19 @@ from torch import Tensor
 
 from ntkwatch.record.format import (
     INDEX,
-    LAYER,
-    LIMIT,
-    LIMIT_NNGP,
-    LIMIT_ROWS,
+    LARGEST,
     MANIFEST,
     SNAPSHOTS,
+    DamagedRecord,
     RecordError,
     inside,
     load_tensors,
+    read_bytes,
     read_manifest,
     unseal,
 )
 from ntkwatch.record.measurement import Limit, Measurement
+from ntkwatch.record.schema import LAYER, LIMIT, LIMIT_NNGP, LIMIT_ROWS, check_row, check_tensors, is_number
 
 HOME = "ntkwatch"  # the record's folder inside a logger's
 WIDTHS = (
@@ -150,7 +149,14 @@ class Run:
 
     def _snapshot(self, step: int) -> dict[str, Tensor]:
         snapshot = self._row(step)["snapshot"]
-        return load_tensors(inside(self.folder, SNAPSHOTS), snapshot["name"], snapshot["sha256"])
+        tensors = load_tensors(inside(self.folder, SNAPSHOTS), snapshot["name"], snapshot["sha256"])
+        try:
+            check_tensors(tensors)
+        except ValueError as error:
+            raise DamagedRecord(
+                f"{self.folder}, the snapshot of step {step}: {error}; restore it from a copy."
+            ) from error
+        return tensors
 
     def _tensor(self, step: int, name: str) -> Tensor:
         tensors = self._snapshot(step)
@@ -194,17 +200,14 @@ def find_runs(paths: Iterable[Path | str]) -> list[Path]:
 def read_index(folder: Path) -> dict[int, dict[str, Any]]:
     """The rows that count, by ascending step. A last line still being written is passed over; other damage raises."""
     path = folder / INDEX
+    data = read_bytes(path, LARGEST[INDEX])
     try:
-        data = path.read_bytes()
-        try:
-            return _rows(path, data)
-        except RecordError:
-            again = path.read_bytes()  # a resuming writer may have cut a torn line off while we read
-            if again == data:
-                raise
-            return _rows(path, again)
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read ({error.strerror}); restore it from a copy.") from error
+        return _rows(path, data)
+    except RecordError:
+        again = read_bytes(path, LARGEST[INDEX])  # a resuming writer may have cut a torn line off while we read
+        if again == data:
+            raise
+        return _rows(path, again)
 
 
 def _rows(path: Path, data: bytes) -> dict[int, dict[str, Any]]:
@@ -213,56 +216,16 @@ def _rows(path: Path, data: bytes) -> dict[int, dict[str, Any]]:
     for number, line in enumerate([*lines, tail] if tail else lines, start=1):
         try:
             row = unseal(line)
-            _check(row, number)
+            check_row(row, number)
         except ValueError as error:
             if number > len(lines):
                 break  # cut short: it was never committed
-            raise RecordError(f"{path}, line {number} is damaged: {error}; {_REPAIR}.") from error
+            raise DamagedRecord(f"{path}, line {number} is damaged: {error}; {_REPAIR}.") from error
         if "resumed_at" in row:
             rows = {step: kept for step, kept in rows.items() if step <= row["resumed_at"]}
         else:
             rows[row["step"]] = row
     return dict(sorted(rows.items()))
-
-
-def _check(row: Mapping[str, Any], number: int) -> None:
-    """ValueError unless a line that carries a right CRC is also one that this format knows."""
-    if row.get("line") != number:
-        raise ValueError(f"it says that it is line {row.get('line')}, so lines are missing or doubled")
-    if "resumed_at" in row:
-        _expect(isinstance(row["resumed_at"], int), "resumed_at")
-        return
-    _expect(isinstance(row.get("step"), int) and row["step"] >= 0, "step")
-    _expect(
-        _numbers({name: row.get(name, "") for name in ("global_step", "epoch", "seconds")}),
-        "global_step, epoch, seconds",
-    )
-    _expect(_numbers(row.get("metrics")), "metrics")
-    _expect(
-        isinstance(row.get("layer_metrics"), dict) and all(map(_numbers, row["layer_metrics"].values())),
-        "layer_metrics",
-    )
-    _expect(_texts(row.get("reasons")), "reasons")
-    _expect(isinstance(row.get("context"), dict), "context")
-    _expect(_texts(row.get("snapshot")) and {"name", "sha256"} <= set(row["snapshot"]), "snapshot")
-
-
-def _expect(holds: bool, name: str) -> None:
-    if not holds:
-        raise ValueError(f"its {name} is not what this format holds")
-
-
-def _numbers(values: Any) -> bool:
-    """A mapping to finite numbers and nulls?"""
-    return isinstance(values, dict) and all(value is None or _number(value) for value in values.values())
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _texts(values: Any) -> bool:
-    return isinstance(values, dict) and all(isinstance(value, str) for value in values.values())
 
 
 def _frame(rows: Mapping[int, Mapping[Any, float | None]]) -> pd.DataFrame:
@@ -283,7 +246,7 @@ def _find(hparams: Any, name: str) -> float | None:
     value = hparams.get(name)
     if isinstance(value, list) and value and all(item == value[0] for item in value):
         value = value[0]  # hidden_size=[512, 512] is one width
-    if value is not None and _number(value):
+    if is_number(value):
         return float(value)
     return next((found for item in hparams.values() if (found := _find(item, name)) is not None), None)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ntkwatch.record.format import TEMPORARY, RecordError, inside, load_tensors, save_tensors
 
+FORECASTS = "forecasts"  # the shelf beside a record for the linear models of its checkpoints
 KEPT_BYTES = 4 * 1024**3  # in all; the newest two are kept whatever they take
 KEPT_FILES = 1000
 ALWAYS = 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,12 +14,7 @@ from torch import Tensor
 
 from ntkwatch.record.format import (
     INDEX,
-    LAYER,
-    LIMIT,
-    LIMIT_NNGP,
-    LIMIT_ROWS,
     MANIFEST,
-    SCHEMA,
     SNAPSHOTS,
     TEMPORARY,
     inside,
@@ -32,6 +28,7 @@ from ntkwatch.record.format import (
 )
 from ntkwatch.record.measurement import Measurement
 from ntkwatch.record.run import read_index
+from ntkwatch.record.schema import LAYER, LIMIT, LIMIT_NNGP, LIMIT_ROWS, SCHEMA
 
 
 class RecordWriter:
@@ -47,12 +44,12 @@ class RecordWriter:
     def create(cls, folder: Path | str, manifest: Mapping[str, Any]) -> RecordWriter:
         """A new, empty record; FileExistsError where ``folder`` already is a run's record."""
         folder = Path(folder)
-        if (folder / MANIFEST).exists():
+        if os.path.lexists(folder / MANIFEST):
             raise FileExistsError(
                 f"{folder} already holds the record of a run; choose another folder, or resume that run."
             )
         created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        writer = cls(folder, plain({"schema": SCHEMA, "created": created} | dict(manifest)))
+        writer = cls(folder, plain({"schema": SCHEMA, "id": new_id(), "created": created} | dict(manifest)))
         write_atomic(folder / INDEX, b"")
         write_manifest(folder, writer.manifest)  # last: a folder with a manifest is a whole record
         return writer
@@ -129,6 +126,11 @@ class RecordWriter:
             self._size, self._lines = size + len(line), self._lines + 1
         finally:
             os.close(handle)
+
+
+def new_id() -> str:
+    """What tells a record from another at the same place; copies of a record have one."""
+    return secrets.token_hex(8)
 
 
 def _mend(handle: int, data: bytes) -> tuple[int, int]:
