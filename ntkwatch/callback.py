@@ -22,7 +22,7 @@ from ntkwatch.failures import Failures, told
 from ntkwatch.following import Follower, follow
 from ntkwatch.opening import Opening, Settings
 from ntkwatch.outcome import Outcome
-from ntkwatch.record import Measurement, RecordError
+from ntkwatch.record import Measurement
 from ntkwatch.schedule import Schedule
 from ntkwatch.session import Session
 from ntkwatch.sinks import publish
@@ -152,6 +152,8 @@ class NTKWatch(Callback):
             self._grid.load_state_dict(self._restored["grid"])
             self._values.update(self._restored["values"])
             publish(self._values, trainer.callback_metrics)  # EarlyStopping may ask before the next probe
+        if self._failures.off is not None:
+            return  # a rank did not answer
         for clock in (self.schedule, self._grid):
             clock.start()
         self._hide_columns = show_columns(trainer, self._values)
@@ -287,7 +289,7 @@ class NTKWatch(Callback):
         if self._session is None:
             self._session = self._opening(trainer, pl_module).from_stream(batch, (self._restored or {}).get("session"))
         with true_precision(trainer):
-            self._continued = self._continue(self._session)
+            self._continued = self._session.goes_on(self._restored, self._earlier.why)
             if not self._continued:
                 self._session.begin([trainer.precision_plugin.convert_input(batch)])
         for line in self._session.introduction():
@@ -297,17 +299,6 @@ class NTKWatch(Callback):
     def _baseline(self, trainer: Any) -> Measurement:
         self.schedule.due(self._step)
         return self._measure(trainer)
-
-    def _continue(self, session: Session) -> bool:
-        if self._restored is None:
-            session.anew(self._earlier.why)
-            return False
-        try:
-            session.resume(self._restored["session"], self._restored["step"])
-        except (RecordError, OSError) as error:
-            session.anew(f"the earlier record cannot be continued ({error})")
-            return False
-        return True
 
     def _together(self, trainer: Any, what: str, work: Callable[[], Measurement | None], start: bool = False) -> None:
         """Rank 0 works, every rank learns how it went: the same values, the same error, the same switch-off."""

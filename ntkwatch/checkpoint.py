@@ -38,7 +38,8 @@ def usable(state: Any, near: Iterable[Path] = ()) -> dict[str, Any] | None:
     _check(state["session"], SESSION, "session.")
     session = dict(state["session"])
     session["record"] = str(_located(session["record"], session.get("id"), near))
-    return {**state, "session": session}
+    values = {name: float(value) for name, value in state["values"].items() if name.startswith("ntk/")}
+    return {**state, "session": session, "values": values}
 
 
 def _check(state: Mapping[str, Any], entries: Mapping[str, Check], where: str) -> None:
@@ -55,9 +56,7 @@ def _check(state: Mapping[str, Any], entries: Mapping[str, Check], where: str) -
 
 def _clock(value: Any) -> bool:
     """The state of a Schedule; one of an older version may lack an entry."""
-    return isinstance(value, Mapping) and all(
-        value.get(name) is None or check(value[name]) for name, check in CLOCK.items()
-    )
+    return isinstance(value, Mapping) and all(name not in value or check(value[name]) for name, check in CLOCK.items())
 
 
 def _seconds(value: Any) -> bool:
@@ -83,9 +82,9 @@ def _texts(value: Any) -> bool:
 
 
 CLOCK: dict[str, Check] = {
-    "first": is_count,
+    "first": lambda value: value is None or is_count(value),
     "seen": lambda value: value == -1 or is_count(value),
-    "last_fired": is_count,
+    "last_fired": lambda value: value is None or is_count(value),
     "level": lambda value: is_count(value) and value <= 64,
     "first_cost": _seconds,
     "costs": lambda value: isinstance(value, list | tuple) and len(value) <= 100 and all(map(_seconds, value)),

@@ -168,11 +168,6 @@ class Session:
             why = self._anew or f"{wanted} holds the record of another run or belongs to one"
             self._warn(f"{why}; a new one starts at step {step}, with a baseline of its own, in {folder}")
 
-    def anew(self, why: str | None) -> None:
-        """An earlier record, if there is one, is not continued: the warning that names the new one says why."""
-        self._anew, self._writer = why, None
-        self._let_go()
-
     def _let_go(self) -> None:
         if self._owner is not None:
             self._owner.release()
@@ -230,6 +225,20 @@ class Session:
             "previous_step": previous[0] if previous is not None else None,
             "previous_kernel": previous[1].clone() if previous is not None and small else None,
         }
+
+    def goes_on(self, restored: Mapping[str, Any] | None, why_not: str | None) -> bool:
+        """Whether the run goes on from `restored`, a callback's state; if not, the warning that names the new record
+        says why: `why_not`, where there is nothing to go on from."""
+        try:
+            if restored is not None:
+                self.resume(restored["session"], restored["step"])
+                return True
+        except (RecordError, OSError) as error:
+            why_not = f"the earlier record cannot be continued ({error})"
+            self._writer = None
+            self._let_go()
+        self._anew = why_not
+        return False
 
     def resume(self, state: Mapping[str, Any], step: int) -> None:
         """Continue the record that the state names, or a branch of it, against its own baseline.

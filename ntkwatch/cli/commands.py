@@ -24,7 +24,8 @@ DEFAULT_FOLDER = Path("ntkwatch_widths")
 
 
 class _Commands(TyperGroup):
-    """Commands whose expected errors are one sentence on stderr and exit code 2, never a traceback."""
+    """Commands whose expected errors are one sentence on stderr and exit code 2 (1 for a damaged record), never a
+    traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -33,12 +34,18 @@ class _Commands(TyperGroup):
             if not _expected(error):
                 raise
             _complain(str(error))
-            raise typer.Exit(BAD_INPUT) from error
+            raise typer.Exit(PROBLEM if _is_damage(error) else BAD_INPUT) from error
 
 
 def _expected(error: Exception) -> bool:
     """Ours, or the file system's; anything else is a defect that deserves its traceback."""
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] == "ntkwatch"
+
+
+def _is_damage(error: Exception) -> bool:
+    from ntkwatch.record import DamagedRecord
+
+    return isinstance(error, DamagedRecord)
 
 
 app = typer.Typer(
@@ -257,6 +264,7 @@ def _run_as_dict(run: Run) -> dict[str, Any]:
 
     return {
         "folder": str(run.folder),
+        "others": [str(other) for other in run.others],
         "manifest": run.manifest,
         "summary": summarise(run),
         "metrics": plain(run.metrics.reset_index()),

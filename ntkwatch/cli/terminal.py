@@ -87,13 +87,21 @@ def number(value: Any, digits: int = 4) -> str:
 
 def show(run: Run, width: int) -> RenderableType:
     """Everything that `ntkwatch show` prints of a run."""
-    parts: list[RenderableType] = [_title(str(run.folder)), summary(run, width, without=("Undefined",))]
+    parts: list[RenderableType] = [_title(str(run.folder)), *_beside(run), summary(run, width, without=("Undefined",))]
     if run.steps:
         parts.append(metrics_table(run.metrics, width))
         layers = layers_at(run.layer_metrics, run.steps[-1])
         parts += layer_tables(layers, run.steps[-1], width) if layers else []
         parts += reasons_list(run, width)
     return _spaced(parts)
+
+
+def _beside(run: Run) -> list[RenderableType]:
+    """Where the log holds more than this record."""
+    if not run.others:
+        return []
+    earlier = printable(", ".join(map(str, run.others)))
+    return [Text(f"The newest of {len(run.others) + 1} records of this log; earlier: {earlier}")]
 
 
 def live(run: Run, width: int) -> RenderableType:

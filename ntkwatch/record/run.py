@@ -43,6 +43,7 @@ class Run:
         self.folder = folder
         self.manifest = manifest
         self._rows = rows
+        self.others: list[Path] = []  # earlier records of the same log: of another fit, or left for a branch
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r}, {len(self._rows)} probes, last step {max(self._rows, default=None)})"
@@ -171,7 +172,9 @@ class Run:
 def load_run(path: Path | str) -> Run:
     """The run recorded in ``path``: a record, or a folder with exactly one below it (a logger's ``version_0``).
 
-    RecordError, in one sentence, if there is none, if there are several, or if what is there is damaged.
+    Of several records of one log (`ntkwatch`, `ntkwatch-2`: two fits, or a run and its branch) it is the newest, and
+    `others` names the rest. RecordError, in one sentence, if there is none, if several logs hold one, or if what is
+    there is damaged.
     """
     found = find_runs([path])
     if len(found) > 1:
@@ -179,11 +182,14 @@ def load_run(path: Path | str) -> Run:
         raise RecordError(
             f"{path} holds {len(found)} records ({names}{', …' if len(found) > 3 else ''}); pass one of them."
         )
-    return Run(found[0], read_manifest(found[0]), read_index(found[0]))
+    run = Run(found[0], read_manifest(found[0]), read_index(found[0]))
+    run.others = [] if Path(path) == found[0] else _siblings(found[0])[:-1]
+    return run
 
 
 def find_runs(paths: Iterable[Path | str]) -> list[Path]:
-    """The record folders at or below ``paths``, in that order, each once; RecordError if there is none."""
+    """The record folders at or below ``paths``, in that order, each once, of each log the newest; RecordError if there
+    is none."""
     folders = [Path(path) for path in paths]
     for path in folders:
         if not path.is_dir():
@@ -252,15 +258,30 @@ def _find(hparams: Any, name: str) -> float | None:
 
 
 def _records(path: Path) -> list[Path]:
-    for folder in (path, path / HOME):
-        if (folder / MANIFEST).exists() and ((folder / INDEX).exists() or folder.name == HOME):
-            return [folder]
-    found = []
+    if _holds(path, MANIFEST, INDEX) or (path.name == HOME and _holds(path, MANIFEST)):
+        return [path]
+    if _holds(path / HOME, MANIFEST):
+        return _siblings(path / HOME)[-1:]
+    found: list[Path] = []
     for parent, below, files in os.walk(path):
-        if MANIFEST in files and INDEX in files:
+        if {MANIFEST, INDEX} <= {*files, *below}:
             found.append(Path(parent))
             below.clear()
-    return sorted(found, key=_natural)
+    return list(dict.fromkeys(_siblings(folder)[-1] for folder in sorted(found, key=_natural)))
+
+
+def _holds(folder: Path, *names: str) -> bool:
+    """Whether all of these are there, be they files or not: what is damaged is no folder without a record."""
+    return all(os.path.lexists(folder / name) for name in names)
+
+
+def _siblings(record: Path) -> list[Path]:
+    """The records of one log, oldest first: `ntkwatch`, `ntkwatch-2`, …; a record whose name is none of these alone."""
+    stem = re.sub(r"-\d+$", "", record.name)
+    first = record.with_name(stem) if _holds(record.with_name(stem), MANIFEST, INDEX) else record
+    numbered = re.compile(re.escape(first.name) + r"-\d+")
+    others = [p for p in first.parent.glob("*") if numbered.fullmatch(p.name) and _holds(p, MANIFEST, INDEX)]
+    return [first, *sorted(others, key=_natural)]
 
 
 def _natural(path: Path) -> list[tuple[int, str | int]]:
