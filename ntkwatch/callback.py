@@ -18,8 +18,11 @@ from ntkwatch.continuation import Continuation
 from ntkwatch.default_device import ours
 from ntkwatch.diagnostics import select
 from ntkwatch.distributed import Ranks, sharded
-from ntkwatch.failures import Failures, told
+from ntkwatch.failures import Failures
 from ntkwatch.following import Follower, follow
+from ntkwatch.grid import Grid
+from ntkwatch.interruption import Ended, signals_later
+from ntkwatch.joint import jointly
 from ntkwatch.opening import Opening, Settings
 from ntkwatch.outcome import Outcome
 from ntkwatch.record import Measurement
@@ -114,8 +117,7 @@ class NTKWatch(Callback):
         self._begun = self._continued = self._trial = self._completed = False
         self._hide_columns: Callable[[], None] | None = None
         self.schedule = Schedule(self._settings.every, self._settings.budget)
-        # Every rank walks the whole grid; whether the budget lets a step fire is rank 0's to say.
-        self._grid = Schedule(self._settings.every, None)
+        self._grid = Grid(self._settings.every, self.schedule)
 
     @property
     def record(self) -> Path | None:
@@ -144,6 +146,9 @@ class NTKWatch(Callback):
         if self._failures.off is not None:
             return
         self._ranks = Ranks.detect()
+        if not self._failures.met(self._ranks):
+            return
+        self._grid.settle(self._ranks, self._failures)
         self._step = self._global_step = trainer.global_step
         self._restored = self._earlier.settle(trainer, pl_module, self._ranks, self._failures)
         if self._restored is not None:
@@ -172,7 +177,7 @@ class NTKWatch(Callback):
             self._follower = follow(*fit, self._ranks, self._failures)
         if self._failures.off is None and not self._continued:
             if self._restored is None:
-                self._candidate()
+                self._grid.due(self._step, self._ranks, self._failures)
             self._together(trainer, "the baseline probe", partial(self._baseline, trainer), start=True)
         if self._failures.off is None and self._session is not None:
             self._session.tell_unfollowed()
@@ -194,7 +199,7 @@ class NTKWatch(Callback):
             return  # gradients are being accumulated
         self._global_step = trainer.global_step
         self._step += 1
-        if self._failures.off is None and not self._trial and self._candidate():
+        if self._failures.off is None and not self._trial and self._grid.due(self._step, self._ranks, self._failures):
             # Lightning counts this batch only after its hooks, and what it logs of the next one stands there.
             self._probe(trainer, last=False, batches=1)
 
@@ -246,20 +251,11 @@ class NTKWatch(Callback):
         step = self.last.step if self.last is not None else None
         return self._outcome.summary() or self._failures.instead_of_a_summary(step)
 
-    def _candidate(self) -> bool:
-        """Whether the grid has a point here; a user's own function of the step may fail like any probe."""
-        try:
-            return self._grid.due(self._step)
-        except Exception as error:
-            self._failures.probe(f"every= at step {self._step}", told(error), error, start=False)
-            return False
-
     # ── one probe ─────────────────────────────────────────────────────────────────────────────────────────────────
     def _probe(self, trainer: Any, last: bool, batches: int = 0) -> None:
         def work() -> Measurement | None:
-            if (not last and not self.schedule.due(self._step)) or trainer.received_sigterm:
-                return None
-            return self._measure(trainer, last, batches)
+            due = last or self._grid.asked or self.schedule.due(self._step)
+            return self._measure(trainer, last, batches) if due else None
 
         self._together(trainer, f"the probe at step {self._step}", work)
 
@@ -292,6 +288,7 @@ class NTKWatch(Callback):
             self._continued = self._session.goes_on(self._restored, self._earlier.why)
             if not self._continued:
                 self._session.begin([trainer.precision_plugin.convert_input(batch)])
+                self._ranks.foresee(self._session.foreseen, len(self._session.monitor.probes))
         for line in self._session.introduction():
             log.info(f"NTKWatch: {line}")
         self._outcome.keep(self._session.record)
@@ -302,26 +299,31 @@ class NTKWatch(Callback):
 
     def _together(self, trainer: Any, what: str, work: Callable[[], Measurement | None], start: bool = False) -> None:
         """Rank 0 works, every rank learns how it went: the same values, the same error, the same switch-off."""
-        error: Exception | None = None
-        measurement: Measurement | None = None
-        if self._ranks.first():
-            try:
-                with self.schedule.probing(), others_warnings(), ours():
-                    measurement = work()
-            except Exception as caught:  # whatever a probe meets, the run that it watches goes on
-                error = caught
-        failure = told(error) if error is not None else None
-        values = self._session.sinks.values if self._session is not None and measurement is not None else None
-        failure, values = self._failures.shared(self._ranks, (failure, values), (None, None))
-        if failure is not None:
-            self._failures.probe(what, failure, error, start)
-        elif values is not None:
-            self._failures.succeeded()
-            self._probed_at = self._step
-            if self._session is not None:
-                self._outcome.keep(self._session.record, measurement)
-            self._values.update({tag: value for tag, value in values.items() if tag.startswith("ntk/")})
-            publish(self._values, trainer.callback_metrics)
+        with signals_later():
+            done = jointly(self._ranks, self._failures, partial(self._timed, trainer, work), self._newest)
+            if done.stopped is not None:
+                self._failures.stopped(what, done.stopped, start)
+            elif done.failure is not None:
+                self._failures.probe(what, done.failure, done.error, start)
+            elif done.said is not None:
+                self._learn(trainer, done.value, done.said)
+
+    def _timed(self, trainer: Any, work: Callable[[], Measurement | None]) -> Measurement | None:
+        if trainer.received_sigterm:
+            raise Ended
+        with self.schedule.probing(), others_warnings(), ours():
+            return work()
+
+    def _newest(self, measurement: Measurement | None) -> dict[str, float] | None:
+        return self._session.sinks.values if self._session is not None and measurement is not None else None
+
+    def _learn(self, trainer: Any, measurement: Measurement | None, values: Mapping[str, float]) -> None:
+        self._failures.succeeded()
+        self._probed_at = self._step
+        if self._session is not None:
+            self._outcome.keep(self._session.record, measurement)
+        self._values.update({tag: value for tag, value in values.items() if tag.startswith("ntk/")})
+        publish(self._values, trainer.callback_metrics)
 
     def _note(self, off: str | None) -> None:
         """The record says that a probe failed at this step, or why the watch is off from here on."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import pickle
 import weakref
 from collections.abc import Callable, Mapping
@@ -13,8 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-TIMEOUT = 300.0  # seconds; ranks wait that long for one that measures, so it must be longer than the longest probe
+TIMEOUT = 300.0  # seconds that ranks wait for one that measures, or that does not come
+PATIENCE = 0.8  # of the timeout: a probe of rank 0's ends there, in time for the others to be told
+FORESEEN = 0.5  # of the timeout: a probe that may take longer is not begun
 T = TypeVar("T")
+
+
+class TooLong(RuntimeError):
+    """A probe takes longer than the other ranks can wait for it."""
 
 
 class RanksError(RuntimeError):
@@ -41,11 +49,29 @@ class Ranks:
         self.rank, self.size, self.timeout = rank, size, timeout
 
     @classmethod
-    def detect(cls, timeout: float = TIMEOUT) -> Ranks:
-        """The ranks of torch.distributed's default group; one alone where there is none. It does not communicate."""
+    def detect(cls, timeout: float | None = None) -> Ranks:
+        """The ranks of torch.distributed's default group; one alone where there is none. It does not communicate.
+
+        timeout: in seconds; None: TIMEOUT, but at most half of the default group's. A rank that does not come to ours
+        waits in one of training's, which must not run out before the others have given up on it.
+        """
         if not (dist.is_available() and dist.is_initialized()):
-            return cls(0, 1, timeout)
-        return cls(dist.get_rank(), dist.get_world_size(), timeout)
+            return cls(0, 1, timeout or TIMEOUT)
+        return cls(dist.get_rank(), dist.get_world_size(), timeout or min(TIMEOUT, _training_timeout() / 2))
+
+    @property
+    def patience(self) -> float:
+        """Seconds that rank 0 may measure while the others wait for it; without end where there are none."""
+        return math.inf if self.size == 1 else PATIENCE * self.timeout
+
+    def foresee(self, seconds: float, probes: int) -> None:
+        """Raises TooLong where a probe of so many examples, which may take so many seconds, is too long to wait for."""
+        most = math.inf if self.size == 1 else FORESEEN * self.timeout
+        if seconds > most:
+            raise TooLong(
+                f"a probe of {probes} examples may take some {seconds:.3g} s, more than the {most:.3g} s that are left "
+                f"to rank 0 while the others wait; {max(1, int(probes * most / seconds))} would do"
+            )
 
     def first(self) -> bool:
         """Whether this is rank 0, which writes."""
@@ -135,6 +161,15 @@ class _Own:
 
 
 _groups: dict[float, _Own] = {}  # by timeout; a second Ranks of the same run shares the group and its fate
+
+
+def _training_timeout() -> float:
+    """Seconds after which the default group gives up: the least of its backends', TIMEOUT · 2 where none says."""
+    group, found = dist.distributed_c10d._get_default_group(), [2 * TIMEOUT]
+    for device in group._device_types:
+        with contextlib.suppress(AttributeError, RuntimeError):
+            found.append(group._get_backend(device).options._timeout.total_seconds())
+    return min(found)
 
 
 def _own_group(timeout: float) -> _Own:

@@ -5,20 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from ntkwatch.distributed import Ranks
+from ntkwatch.collectives import CollectiveError
+from ntkwatch.distributed import Ranks, RanksError, TooLong
 from ntkwatch.engines.memory import is_out_of_memory
-from ntkwatch.trainer import warn
+from ntkwatch.trainer import log, warn
 
 PATIENCE = 3  # failures in a row before probing is switched off
 MISFIT = "pass outputs=, targets= or probes= to NTKWatch (on_error='raise' shows the traceback)"
 FEWER = "pass fewer probes to NTKWatch, as probes=16, or leave it more memory (on_error='raise' shows the traceback)"
+LESS = (
+    "pass fewer probes to NTKWatch, as probes=16, or give the ranks more time, as "
+    "DDPStrategy(timeout=datetime.timedelta(minutes=30))"
+)
+WITHOUT = (
+    "pass outputs= to NTKWatch, a function (model, batch) -> [n, C] that needs no other rank, or train on one device"
+)
+# What is nobody's argument that does not fit: kind -> what happened, and what to do.
+KINDS = {"memory": ("ran out of memory", FEWER), "time": ("failed", LESS), "collective": ("was refused", WITHOUT)}
 T = TypeVar("T")
-Told = tuple[str, bool]
+Told = tuple[str, str | None]
 
 
 def told(error: BaseException) -> Told:
-    """What every rank is told of an error: its kind and message, and whether memory ran out, if only as its cause."""
-    return f"{type(error).__name__}: {error}", any(is_out_of_memory(each) for each in _causes(error))
+    """What every rank is told of an error: its type and message, and which of KINDS it is, if only by its cause."""
+    kinds = (_kind(each) for each in _causes(error))
+    return f"{type(error).__name__}: {error}", next((kind for kind in kinds if kind is not None), None)
+
+
+def _kind(error: BaseException) -> str | None:
+    if isinstance(error, CollectiveError):
+        return "collective"
+    if isinstance(error, TooLong):
+        return "time"
+    return "memory" if is_out_of_memory(error) else None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -42,25 +61,34 @@ class Failures:
     def __init__(self, on_error: str, explicit: bool, note: Callable[[str | None], None] = lambda off: None) -> None:
         self._on_error, self._explicit, self._note = on_error, explicit, note
         self._in_a_row = 0
+        self._fault: str | None = None  # of this rank alone, until all meet
         self.off: str | None = None
 
     def probe(self, what: str, failure: Told, error: Exception | None, start: bool) -> None:
         """A probe, or (start) what comes before the first, failed on some rank; `error` where it was this one.
 
-        Memory that runs out is nothing that was passed and does not fit: it raises only where on_error says so.
+        What is of KINDS is nothing that was passed and does not fit: it raises only where on_error says so.
         """
-        said, memory = failure
-        if self._on_error == "raise" or (start and self._explicit and not memory):
+        said, kind = failure
+        if self._on_error == "raise" or (start and self._explicit and kind is None):
             raise error or RuntimeError(said)
         self._in_a_row += 1
         self._tell(None)
-        failed = f"{what} {'ran out of memory' if memory else 'failed'} ({said})"
+        happened, remedy = KINDS[kind] if kind is not None else ("failed", None)
+        failed = f"{what} {happened} ({said})"
         if start:
-            self.switch_off(f"{failed}: {FEWER if memory else MISFIT}")
+            self.switch_off(f"{failed}: {remedy or MISFIT}")
         elif self._in_a_row == PATIENCE:
-            self.switch_off(f"{failed}, the {PATIENCE}rd time in a row{f': {FEWER}' if memory else ''}")
+            self.switch_off(f"{failed}, the {PATIENCE}rd time in a row{f': {remedy}' if remedy else ''}")
         else:
             warn(f"{failed}; training goes on")
+
+    def stopped(self, what: str, by: str, start: bool) -> None:
+        """The run was told to stop while rank 0 worked; where that is not its end, it goes on unwatched or waits."""
+        if start:
+            self.switch_off(f"{what} was not finished: the run was told to stop ({by})")
+        else:
+            log.info(f"NTKWatch: {what} was not finished: the run was told to stop ({by})")
 
     def beside(self, what: str, error: Exception) -> None:
         """Something that the probes do without failed."""
@@ -89,13 +117,34 @@ class Failures:
         """Whatever the record meets, the run goes on."""
         self.quietly("the record of a failure", lambda: self._note(off))
 
+    def met(self, ranks: Ranks) -> bool:
+        """Whether all ranks are here and well; else all switch off."""
+        if ranks.size == 1:
+            return True
+        try:
+            failed = ranks.failed(self._fault is None)
+        except Exception as error:
+            self._alone(error)
+            return False
+        if failed:
+            self.switch_off(self._fault or f"rank {', '.join(map(str, failed))} failed, and its log says why")
+        return not failed
+
     def shared(self, ranks: Ranks, value: T, otherwise: T) -> T:
-        """Rank 0's value; where another rank has gone missing, training goes on without probes."""
+        """Rank 0's value; where another rank has gone missing, training goes on without probes.
+
+        A rank that cannot take the value tells the others when they next meet.
+        """
         try:
             return ranks.broadcast(value)
+        except RanksError as error:
+            self._alone(error)
         except Exception as error:
-            self.switch_off(f"the ranks do not answer each other ({error})")
-            return otherwise
+            self._fault = f"rank {ranks.rank} could not take what rank 0 sent ({type(error).__name__}: {error})"
+        return otherwise
+
+    def _alone(self, error: Exception) -> None:
+        self.switch_off(f"the ranks do not answer each other ({error})")
 
     def instead_of_a_summary(self, last: int | None) -> str:
         """What to say of a fit without a record; last: the step of its newest measurement."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ntkwatch import interruption
 from ntkwatch.default_device import theirs
 from ntkwatch.plain import eager, not_reentrant, places_of, unfused, unwrap
 
@@ -96,6 +97,7 @@ class Network:
 
     def outputs(self, batch: Any, state: Mapping[str, Tensor] | None = None) -> Tensor:
         """Outputs [n, C] of the batch, differentiable; `state` swaps parameters or buffers by name for this call."""
+        interruption.check()
         with eager(), not_reentrant(), unfused():
             try:
                 return self._checked(self._called(batch, state), batch)

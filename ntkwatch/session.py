@@ -67,6 +67,7 @@ class Session:
         self.monitor, self.folder, self.sinks = monitor, folder, sinks
         self._is_log = is_log
         self.last: Measurement | None = None
+        self.foreseen = 0.0  # seconds that a kernel of the probes may take
         self._warn = warn
         self._save_kernels, self._save_probes = save_kernels, save_probes
         self._fresh, self._extra = fresh, dict(extra or {})
@@ -90,7 +91,7 @@ class Session:
         """Settle engine and BatchNorm baseline before the first probe; batches: training batches for calibration."""
         warm_up()
         self.monitor.start(batches)
-        seconds = self.monitor.foreseen()
+        self.foreseen = seconds = self.monitor.foreseen()
         if seconds > SLOW_PROBE:
             self._warn(
                 f"one probe of {len(self.monitor.probes)} examples may take some {seconds:.0f} s: pass a smaller "

@@ -19,6 +19,8 @@ FLOORS = {
         "following",
         "followable",
         "failures",
+        "joint",
+        "grid",
         "environment",
         "cli",
         "demo",
@@ -44,6 +46,7 @@ FLOORS = {
     2: {"engines"},
     1: {
         "default_device",
+        "collectives",
         "plain",
         "model",
         "statistics",
@@ -59,7 +62,7 @@ FLOORS = {
         "optimizers",
         "shadow",
     },
-    0: {"schedule", "metrics", "infinite", "distributed", "record", "figures", "slopes"},
+    0: {"schedule", "interruption", "metrics", "infinite", "distributed", "record", "figures", "slopes"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
@@ -77,7 +80,7 @@ OWNERS = {
     "typer": {"cli"},
     "rich": {"cli", "demo"},
     "jinja2": {"report"},
-    "torch.distributed": {"distributed"},
+    "torch.distributed": {"distributed", "collectives"},
     "torch.fx": {"infinite"},
     "sklearn": {"demo"},
     "torchmetrics": set(),

@@ -1,0 +1,56 @@
+"""The steps at which a probe may be: the same on every rank, as rank 0 has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ntkwatch.distributed import Ranks
+from ntkwatch.failures import Failures, told
+from ntkwatch.schedule import Every, Schedule
+
+
+class Grid:
+    """Every rank walks the points of rank 0's `every=`; whether the budget lets one fire is `schedule`'s, on rank 0.
+
+    A list may differ from rank to rank, and a function may be random or fail on one: that one is asked on rank 0 alone,
+    once a step, which costs all ranks one broadcast a step.
+    """
+
+    def __init__(self, every: Every, schedule: Schedule) -> None:
+        self._every, self._schedule = every, schedule
+        self.asked = callable(every)
+        self._points = Schedule(every, None)
+
+    def settle(self, ranks: Ranks, failures: Failures) -> None:
+        """Every rank takes rank 0's; before the first step, and before a state is loaded."""
+        mine: tuple[bool, Any] = (self.asked, None if self.asked else self._every)
+        self.asked, every = failures.shared(ranks, mine, mine)
+        if not self.asked:
+            self._points = Schedule(every, None)
+
+    def start(self) -> None:
+        """Begin to count wall time."""
+        self._points.start()
+
+    def due(self, step: int, ranks: Ranks, failures: Failures) -> bool:
+        """Whether there is a point here; every rank asks, and has the same answer."""
+        if not self.asked:
+            return self._points.due(step)
+        due, error = False, None
+        try:
+            due = ranks.first() and self._schedule.due(step)
+        except Exception as raised:  # a function of the user's may fail like any probe
+            error = raised
+        mine = (due, told(error) if error is not None else None)
+        due, failure = failures.shared(ranks, mine, (False, None))
+        if failure is not None:
+            failures.probe(f"every= at step {step}", failure, error, start=False)
+        return due
+
+    def state_dict(self) -> dict[str, Any]:
+        """Primitives only."""
+        return self._points.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The other half."""
+        self._points.load_state_dict(state)
