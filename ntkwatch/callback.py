@@ -146,9 +146,8 @@ class NTKWatch(Callback):
         if self._failures.off is not None:
             return
         self._ranks = Ranks.detect()
-        if not self._failures.met(self._ranks):
+        if not self._grid.settle(self._ranks, self._failures):
             return
-        self._grid.settle(self._ranks, self._failures)
         self._step = self._global_step = trainer.global_step
         self._restored = self._earlier.settle(trainer, pl_module, self._ranks, self._failures)
         if self._restored is not None:
@@ -177,7 +176,7 @@ class NTKWatch(Callback):
             self._follower = follow(*fit, self._ranks, self._failures)
         if self._failures.off is None and not self._continued:
             if self._restored is None:
-                self._grid.due(self._step, self._ranks, self._failures)
+                self._grid.due(self._step)
             self._together(trainer, "the baseline probe", partial(self._baseline, trainer), start=True)
         if self._failures.off is None and self._session is not None:
             self._session.tell_unfollowed()
@@ -199,7 +198,7 @@ class NTKWatch(Callback):
             return  # gradients are being accumulated
         self._global_step = trainer.global_step
         self._step += 1
-        if self._failures.off is None and not self._trial and self._grid.due(self._step, self._ranks, self._failures):
+        if self._failures.off is None and not self._trial and self._grid.due(self._step):
             # Lightning counts this batch only after its hooks, and what it logs of the next one stands there.
             self._probe(trainer, last=False, batches=1)
 
@@ -299,23 +298,23 @@ class NTKWatch(Callback):
 
     def _together(self, trainer: Any, what: str, work: Callable[[], Measurement | None], start: bool = False) -> None:
         """Rank 0 works, every rank learns how it went: the same values, the same error, the same switch-off."""
+
+        def timed() -> Measurement | None:
+            if trainer.received_sigterm:
+                raise Ended
+            with self.schedule.probing(), others_warnings(), ours():
+                return work()
+
         with signals_later():
-            done = jointly(self._ranks, self._failures, partial(self._timed, trainer, work), self._newest)
+            done = jointly(
+                self._ranks, self._failures, timed, lambda m: m and self._session and self._session.sinks.values
+            )
             if done.stopped is not None:
                 self._failures.stopped(what, done.stopped, start)
             elif done.failure is not None:
                 self._failures.probe(what, done.failure, done.error, start)
             elif done.said is not None:
                 self._learn(trainer, done.value, done.said)
-
-    def _timed(self, trainer: Any, work: Callable[[], Measurement | None]) -> Measurement | None:
-        if trainer.received_sigterm:
-            raise Ended
-        with self.schedule.probing(), others_warnings(), ours():
-            return work()
-
-    def _newest(self, measurement: Measurement | None) -> dict[str, float] | None:
-        return self._session.sinks.values if self._session is not None and measurement is not None else None
 
     def _learn(self, trainer: Any, measurement: Measurement | None, values: Mapping[str, float]) -> None:
         self._failures.succeeded()

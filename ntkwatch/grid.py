@@ -21,30 +21,37 @@ class Grid:
         self.asked = callable(every)
         self._points = Schedule(every, None)
 
-    def settle(self, ranks: Ranks, failures: Failures) -> None:
-        """Every rank takes rank 0's; before the first step, and before a state is loaded."""
+    def settle(self, ranks: Ranks, failures: Failures) -> bool:
+        """Every rank takes rank 0's, before the first step and before a state is loaded; False where a rank is missing.
+
+        failures: are told where a function of the user's fails, as any probe may.
+        """
+        self._ranks, self._failures = ranks, failures
+        if not failures.met(ranks):
+            return False
         mine: tuple[bool, Any] = (self.asked, None if self.asked else self._every)
         self.asked, every = failures.shared(ranks, mine, mine)
         if not self.asked:
             self._points = Schedule(every, None)
+        return failures.off is None
 
     def start(self) -> None:
         """Begin to count wall time."""
         self._points.start()
 
-    def due(self, step: int, ranks: Ranks, failures: Failures) -> bool:
+    def due(self, step: int) -> bool:
         """Whether there is a point here; every rank asks, and has the same answer."""
         if not self.asked:
             return self._points.due(step)
         due, error = False, None
         try:
-            due = ranks.first() and self._schedule.due(step)
-        except Exception as raised:  # a function of the user's may fail like any probe
+            due = self._ranks.first() and self._schedule.due(step)
+        except Exception as raised:
             error = raised
         mine = (due, told(error) if error is not None else None)
-        due, failure = failures.shared(ranks, mine, (False, None))
+        due, failure = self._failures.shared(self._ranks, mine, (False, None))
         if failure is not None:
-            failures.probe(f"every= at step {step}", failure, error, start=False)
+            self._failures.probe(f"every= at step {step}", failure, error, start=False)
         return due
 
     def state_dict(self) -> dict[str, Any]:
