@@ -309,9 +309,7 @@ class NTKWatch(Callback):
             done = jointly(
                 self._ranks, self._failures, timed, lambda m: m and self._session and self._session.sinks.values
             )
-            if done.stopped is not None:
-                self._failures.stopped(what, done.stopped, start)
-            elif done.failure is not None:
+            if done.failure is not None:
                 self._failures.probe(what, done.failure, done.error, start)
             elif done.said is not None:
                 self._learn(trainer, done.value, done.said)

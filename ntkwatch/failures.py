@@ -22,6 +22,7 @@ WITHOUT = (
 )
 # What is nobody's argument that does not fit: kind -> what happened, and what to do.
 KINDS = {"memory": ("ran out of memory", FEWER), "time": ("failed", LESS), "collective": ("was refused", WITHOUT)}
+STOPPED = "stopped"
 T = TypeVar("T")
 Told = tuple[str, str | None]
 
@@ -30,6 +31,11 @@ def told(error: BaseException) -> Told:
     """What every rank is told of an error: its type and message, and which of KINDS it is, if only by its cause."""
     kinds = (_kind(each) for each in _causes(error))
     return f"{type(error).__name__}: {error}", next((kind for kind in kinds if kind is not None), None)
+
+
+def stopped(by: str) -> Told:
+    """The same of work that was not finished since the run was told to stop: no failure."""
+    return f"was not finished: the run was told to stop ({by})", STOPPED
 
 
 def _kind(error: BaseException) -> str | None:
@@ -67,9 +73,13 @@ class Failures:
     def probe(self, what: str, failure: Told, error: Exception | None, start: bool) -> None:
         """A probe, or (start) what comes before the first, failed on some rank; `error` where it was this one.
 
-        What is of KINDS is nothing that was passed and does not fit: it raises only where on_error says so.
+        What is of KINDS is nothing that was passed and does not fit: it raises only where on_error says so. A run that
+        was told to stop is no failure.
         """
         said, kind = failure
+        if kind == STOPPED:
+            (self.switch_off if start else log.info)(f"{what} {said}")
+            return
         if self._on_error == "raise" or (start and self._explicit and kind is None):
             raise error or RuntimeError(said)
         self._in_a_row += 1
@@ -82,13 +92,6 @@ class Failures:
             self.switch_off(f"{failed}, the {PATIENCE}rd time in a row{f': {remedy}' if remedy else ''}")
         else:
             warn(f"{failed}; training goes on")
-
-    def stopped(self, what: str, by: str, start: bool) -> None:
-        """The run was told to stop while rank 0 worked; where that is not its end, it goes on unwatched or waits."""
-        if start:
-            self.switch_off(f"{what} was not finished: the run was told to stop ({by})")
-        else:
-            log.info(f"NTKWatch: {what} was not finished: the run was told to stop ({by})")
 
     def beside(self, what: str, error: Exception) -> None:
         """Something that the probes do without failed."""

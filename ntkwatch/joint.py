@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from ntkwatch.collectives import alone
 from ntkwatch.distributed import Ranks, TooLong
-from ntkwatch.failures import Failures, Told, told
+from ntkwatch.failures import Failures, Told, stopped, told
 from ntkwatch.interruption import Ended, at_most, pending
 
 T = TypeVar("T")
@@ -22,15 +22,13 @@ class Done(Generic[T]):
     Attributes:
         value, error: what the work gave, or raised; on rank 0.
         said: what rank 0 tells of the value, on every rank.
-        failure: what rank 0 tells of the error, on every rank.
-        stopped: by what the run was told to stop while rank 0 worked, on every rank.
+        failure: what rank 0 tells of the error, or of what stopped it, on every rank.
     """
 
     value: T | None = None
     error: Exception | None = None
     said: Any = None
     failure: Told | None = None
-    stopped: str | None = None
 
 
 def jointly(ranks: Ranks, failures: Failures, work: Callable[[], T], tell: Callable[[T], Any]) -> Done[T]:
@@ -45,7 +43,7 @@ def jointly(ranks: Ranks, failures: Failures, work: Callable[[], T], tell: Calla
         try:
             done = _tried(ranks, work, tell)
         except BaseException as stop:
-            _shared(ranks, failures, Done(stopped=type(stop).__name__))
+            _shared(ranks, failures, Done(failure=stopped(type(stop).__name__)))
             raise
     return _shared(ranks, failures, done)
 
@@ -56,9 +54,8 @@ def _tried(ranks: Ranks, work: Callable[[], T], tell: Callable[[T], Any]) -> Don
             value = work()
         return Done(value, said=tell(value))
     except Ended as ended:
-        if ended.error is None:
-            return Done(stopped=", ".join(pending()) or "SIGTERM")
-        return Done(error=ended.error, failure=told(ended.error))
+        by = ", ".join(pending()) or "SIGTERM"
+        return Done(error=ended.error, failure=told(ended.error) if ended.error is not None else stopped(by))
     except Exception as error:  # whatever a probe meets, the run that it watches goes on
         return Done(error=error, failure=told(error))
 
@@ -74,6 +71,5 @@ def _by_itself(ranks: Ranks) -> Iterator[None]:
 
 
 def _shared(ranks: Ranks, failures: Failures, done: Done[T]) -> Done[T]:
-    nothing = (None, None, None)
-    said, failure, stopped = failures.shared(ranks, (done.said, done.failure, done.stopped), nothing)
-    return Done(done.value, done.error, said, failure, stopped)
+    said, failure = failures.shared(ranks, (done.said, done.failure), (None, None))
+    return Done(done.value, done.error, said, failure)
