@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ntkwatch.engines.base import Reduction, richest
 from ntkwatch.engines.memory import first_line, is_out_of_memory
 from ntkwatch.guard import leave_no_trace
-from ntkwatch.misfits import misfit
-from ntkwatch.model import Network, UnsupportedModel
+from ntkwatch.misfits import why_not
+from ntkwatch.model import Network, UnsupportedModel, to_device
 
 REDUCTIONS = ("trace", "blocks", "full", "sum")
 ENGINES = ("auto", "functional", "layerwise")
@@ -80,7 +80,7 @@ TAKES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def count_outputs(network: Network, batch: Any, n: int, reduction: str) -> int:
+def count_outputs(network: Network, batch: Any, reduction: str) -> int:
     """C of the model's outputs [n, C] on the probes.
 
     Raises:
@@ -89,18 +89,14 @@ def count_outputs(network: Network, batch: Any, n: int, reduction: str) -> int:
         MemoryError: one forward pass of the probes is too much.
     """
     with leave_no_trace(network.module), torch.no_grad():
-        outputs = _outputs(network, batch)
+        outputs = _outputs(network, to_device(batch, network.device))
     bad = int((~torch.isfinite(outputs)).any(dim=1).sum())
     if bad:
         raise ValueError(
             f"the model's outputs are not finite on {bad} of {len(outputs)} probes: "
             "look for NaN in the probe inputs or the weights"
         )
-    rows, n_outputs = outputs.shape
-    if rows != n:
-        raise UnsupportedModel(
-            f"the model gave {rows} rows of outputs for {n} probes: pass outputs=, a callable (model, batch) -> [n, C]"
-        )
+    n, n_outputs = outputs.shape
     if reduction == "full" and (why := too_large("full", n, n_outputs)):
         raise ValueError(f"{why}: use fewer probes or reduction='trace'")
     return int(n_outputs)
@@ -108,7 +104,7 @@ def count_outputs(network: Network, batch: Any, n: int, reduction: str) -> int:
 
 def _outputs(network: Network, batch: Any) -> Tensor:
     try:
-        return network.outputs(batch)
+        return network.outputs(network.batch(batch))
     except UnsupportedModel:
         raise
     except Exception as error:
@@ -117,7 +113,7 @@ def _outputs(network: Network, batch: Any) -> Tensor:
                 f"memory ran out in one forward pass of the probes ({first_line(error)}): take fewer probes"
             ) from error
         raise ValueError(
-            misfit(network.module, batch, error)
+            why_not(network, batch, error)
             or f"the model failed on the probes ({type(error).__name__}: {error}): "
             "give probes= in the form of the loader's batches, or outputs=, a callable (model, batch) -> [n, C]"
         ) from error

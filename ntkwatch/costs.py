@@ -20,7 +20,7 @@ from ntkwatch.engines.machines import MACHINES
 from ntkwatch.engines.planning import PASSES
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.misfits import explained
-from ntkwatch.model import Network, OutputsFn, batch_size, inputs_of
+from ntkwatch.model import Network, OutputsFn
 from ntkwatch.statistics import running_statistics
 
 ALGEBRA = 4.5e10  # operations per second, in the units of Price: measured on one core, on 640 × 640
@@ -69,8 +69,9 @@ def plan(
     if diagnostics is None:
         return engines.plan(model, x, reduction=reduction, layers=layers, **settings)
     names, network = select(diagnostics), Network(model, outputs, params)
-    with leave_no_trace(network.module), torch.no_grad(), explained(network.module, x):
-        n, c = batch_size(inputs_of(x)), network.outputs(x).shape[1]
+    with leave_no_trace(network.module), torch.no_grad(), explained(network, x):
+        x = network.batch(x)
+        n, c = x.n, network.outputs(x).shape[1]
     measured, left_out = to_measure(reduction, richest_of(names), n, c)
     kernel = engines.plan(model, x, reduction=measured, layers=layers or LAYERS, **settings)
     probe = _Probe(kernel, network, n, c, reduction)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ntkwatch.engines.tangent import jvp
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.losses import LossAt, LossFn, loss_of
-from ntkwatch.model import Network, targets_of, to_device
+from ntkwatch.model import Network, to_device
 from ntkwatch.shadow import Clip, Rates, Shadow
 from ntkwatch.statistics import running_statistics
 
@@ -82,7 +82,7 @@ class LinearForecast:
         resumed: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.network = model if isinstance(model, Network) else Network(model, outputs)
-        found, self._targets = loss_of(self.network.module, loss), targets or targets_of
+        found, self._targets = loss_of(self.network.module, loss), targets or self.network.targets
         here = {**self.network.parameters, **running_statistics(self.network.module), **(start or {})}
         self._start = {name: tensor.detach().to(self.network.device, copy=True) for name, tensor in here.items()}
         self.parameters = {name: self._start[name].clone() for name in self.network.parameters}

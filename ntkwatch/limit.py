@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ntkwatch import infinite
 from ntkwatch.engines.functional import is_out_of_memory
-from ntkwatch.model import Network, inputs_of
+from ntkwatch.model import Network, raw_of
 from ntkwatch.record import Limit
 
 ALLOWED = 2.0  # nominal seconds: within the free allowance of a budget
@@ -72,7 +72,7 @@ def wide_limit(network: Network, batch: Any, calibrated: bool = False) -> WideLi
 def _limit(network: Network, batch: Any, calibrated: bool) -> WideLimit:
     if reason := _not_comparable(network, batch, calibrated):
         return WideLimit(reason)
-    x = inputs_of(batch).detach()
+    x = _only_input(network, batch).detach()
     spec = infinite.from_module(network.module)
     x = x.cpu() if x.device.type == "mps" else x  # which has no float64
     rows = _affordable(spec, x, len(x), ALLOWED)
@@ -97,7 +97,7 @@ def _error(ntk: Tensor, error: Tensor) -> str:
 
 def _not_comparable(network: Network, batch: Any, calibrated: bool) -> str | None:
     """Why the kernel that is measured is not that of module(x)."""
-    x = inputs_of(batch)
+    x = _only_input(network, batch)
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return "the inputs are not one tensor of numbers"
     if network.custom_outputs:
@@ -105,6 +105,12 @@ def _not_comparable(network: Network, batch: Any, calibrated: bool) -> str | Non
     if calibrated:
         return "BatchNorm's statistics at the baseline depend on the data, which has no closed form"
     return None
+
+
+def _only_input(network: Network, batch: Any) -> Any:
+    """What goes into the module, where that is one thing; else all of it."""
+    found = network.reading(batch).inputs(raw_of(batch))
+    return found[0] if len(found) == 1 else found
 
 
 def _affordable(spec: infinite.Layer, x: Tensor, most: int, seconds: float) -> Tensor:

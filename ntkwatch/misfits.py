@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkwatch.model import UnsupportedModel, batch_size, call_module, inputs_of, is_per_example, leaves
+from ntkwatch.model import Network, UnsupportedModel, batch_size, inputs_of, is_per_example, leaves
+from ntkwatch.parts import as_read, other_parts
 from ntkwatch.plain import unwrap
 
 GIVE = "give probes in the form that the model's own loader gives, or outputs=lambda model, batch: … that converts them"
@@ -69,7 +70,7 @@ def giver_of_batches(x: Any) -> tuple[str, str] | None:
         return "iterator", "next(iterator)"
     if hasattr(x, "dataset") and hasattr(x, "__iter__"):
         return "loader", "next(iter(loader))"
-    gives = hasattr(x, "__getitem__") or hasattr(x, "__iter__")
+    gives = (hasattr(x, "__getitem__") or hasattr(x, "__iter__")) and not hasattr(x, "to")  # a batch of graphs
     if gives and not hasattr(x, "shape") and not isinstance(x, str | bytes | list | tuple | set):
         return "dataset", "next(iter(DataLoader(dataset, batch_size=64)))"
     return None
@@ -100,32 +101,28 @@ def misfit(model: nn.Module, batch: Any, error: BaseException) -> str | None:
     return f"the probes do not fit the model: {first}: {remedy}; or {GIVE}"
 
 
+def why_not(network: Network, batch: Any, error: BaseException) -> str | None:
+    """Why the model failed on the batch and what to do, in one sentence; None where that is not the batch's doing."""
+    why, code = misfit(network.module, batch, error), other_parts(network, batch)
+    if code is None:
+        return why
+    said = next(iter(str(error).splitlines()), "")
+    taken = f"the model does not run on what was taken as its inputs, {as_read(network, batch)}"
+    return f"{why or f'{taken} ({type(error).__name__}: {said})'}; it does with {code}"
+
+
 @contextlib.contextmanager
-def explained(model: nn.Module, batch: Any) -> Iterator[None]:
+def explained(network: Network, batch: Any) -> Iterator[None]:
     """Whatever is raised inside because the batch does not fit the model becomes a ValueError that says so."""
     try:
         yield
+    except UnsupportedModel:
+        raise
     except Exception as error:  # torch raises assertions among others
-        why = misfit(model, batch, error)
+        why = why_not(network, batch, error)
         if why is None:
             raise
-        if _runs(model, batch):
-            n, said = batch_size(inputs_of(batch)), next(iter(str(error).splitlines()), "")
-            raise UnsupportedModel(
-                f"the model runs on these {n} probes together but not on some of them ({said}): where batches of one "
-                "size alone go through, examples cannot be told apart"
-            ) from error
         raise ValueError(why) from error
-
-
-def _runs(model: nn.Module, batch: Any) -> bool:
-    """Whether the whole batch goes through and gives as many rows."""
-    try:
-        with torch.no_grad():
-            found = call_module(unwrap(model), batch)
-    except Exception:
-        return False
-    return not isinstance(found, Tensor) or (found.ndim > 1 and len(found) == batch_size(inputs_of(batch)))
 
 
 def _calls(error: BaseException) -> Iterator[tuple[nn.Module, Any]]:

@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
+import contextlib
 import fnmatch
-import inspect
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ntkwatch import interruption
+from ntkwatch.batch import (
+    LABEL_KEYS,
+    Batch,
+    as_batch,
+    batch_size,
+    inputs_of,
+    is_per_example,
+    leaves,
+    map_leaves,
+    raw_of,
+    take,
+    to_device,
+)
+from ntkwatch.calling import Caller, form_of
 from ntkwatch.default_device import theirs
+from ntkwatch.examples import elsewhere, settle
 from ntkwatch.plain import eager, not_reentrant, places_of, unfused, unwrap
+from ntkwatch.reading import Reading
 
-LABEL_KEYS = ("label", "labels", "target", "targets", "y")
+__all__ = [
+    "LABEL_KEYS",
+    "Batch",
+    "Network",
+    "OutputsFn",
+    "UnsupportedModel",
+    "as_batch",
+    "as_output",
+    "batch_size",
+    "inputs_of",
+    "is_per_example",
+    "leaves",
+    "map_leaves",
+    "raw_of",
+    "take",
+    "to_device",
+]
+
 OutputsFn = Callable[[nn.Module, Any], Tensor]
 
 
@@ -41,7 +73,7 @@ class Network:
 
     Args:
         module: any nn.Module; a torch.compile'd or DDP-wrapped one is unwrapped.
-        outputs: `outputs(module, batch) -> Tensor[n, C]`; None follows `call_module`.
+        outputs: `outputs(module, batch) -> Tensor[n, C]`; None calls the module as `reading` says.
         params: names or globs among the trained parameters; None takes all of them.
 
     Raises:
@@ -55,6 +87,8 @@ class Network:
     ) -> None:
         self.module = unwrap(module)
         self._outputs = outputs
+        self.call = Caller(self.module)
+        self._settled: dict[Any, tuple[int, tuple[bool, ...]]] = {}  # n, and which leaves have a row for each example
         self._wrapper = _Forward(self.module, self._raw)
         self.parameters: dict[str, Tensor] = _trained(self.module, params)
         _check_devices(self.module, self.parameters)
@@ -98,14 +132,22 @@ class Network:
     def outputs(self, batch: Any, state: Mapping[str, Tensor] | None = None) -> Tensor:
         """Outputs [n, C] of the batch, differentiable; `state` swaps parameters or buffers by name for this call."""
         interruption.check()
+        return self._checked(self._run(batch, state), batch)
+
+    def _run(self, batch: Any, state: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The output tensor as it is."""
         with eager(), not_reentrant(), unfused():
             try:
-                return self._checked(self._called(batch, state), batch)
+                return as_output(self._called(batch, state))
             except RuntimeError as error:
                 if torch.is_grad_enabled() or "does not require grad" not in str(error):
                     raise
             with torch.enable_grad():  # a model that differentiates on its way: energies, physics-informed losses
-                return self._checked(self._called(batch, state), batch).detach()
+                f = as_output(self._called(batch, state))
+                return f if forward_ad._current_level >= 0 else f.detach()  # which would take a tangent with it
+
+    def _run_elsewhere(self, batch: Any) -> Tensor:
+        return self._run(batch, elsewhere(self.parameters))
 
     def _called(self, batch: Any, state: Mapping[str, Tensor] | None) -> Any:
         places = places_of(self.module) if state else {}
@@ -121,14 +163,59 @@ class Network:
         return self._outputs is not None or callable(getattr(self.module, "ntk_outputs", None))
 
     def _raw(self, batch: Any) -> Any:
+        value = batch.fresh() if isinstance(batch, Batch) else batch
         if self._outputs is not None:
-            return self._outputs(self.module, batch)
+            return self._outputs(self.module, value)
         if callable(getattr(self.module, "ntk_outputs", None)):
-            return self.module.ntk_outputs(batch)  # type: ignore[operator]
-        return call_module(self.module, batch)
+            return self.module.ntk_outputs(value)  # type: ignore[operator]
+        return self.call(value)
 
-    def _checked(self, result: Any, batch: Any) -> Tensor:
-        f = whole = _as_tensor(result)
+    # ── batches ───────────────────────────────────────────────────────────────────────────────────────────────────
+    def reading(self, batch: Any) -> Reading:
+        """What of a batch goes in, and what is the target."""
+        return self.call.reading(raw_of(batch))
+
+    def targets(self, batch: Any) -> Tensor | None:
+        """The targets of a batch as they are there, None where there are none."""
+        return self.reading(batch).targets(raw_of(batch))
+
+    def batch(self, raw: Any) -> Batch:
+        """The batch with what is known of its leaves; a few of its examples may be run, in the mode of now.
+
+        Raises:
+            ValueError: no tensor is among its inputs.
+        """
+        if isinstance(raw, Batch):
+            return raw
+        form = (form_of(raw), *(_side(leaf) for leaf in leaves(raw)))
+        if form not in self._settled:
+            batch_size(inputs_of(raw))  # raises
+            with torch.no_grad():
+                found = settle(raw, self._inputs(raw), self._run, self._run_elsewhere, self.tolerance)
+            self._settled[form] = (found.n, found.rows)
+        return Batch.of(raw, *self._settled[form])
+
+    def _inputs(self, raw: Any) -> list[int]:
+        """Numbers of the leaves that may go in and have rows, the one that n is read from first."""
+        flat = leaves(raw)
+        parts = inputs_of(raw)
+        if not self.custom_outputs:
+            if not self.call.settled(raw):
+                with contextlib.suppress(Exception):  # whoever runs it next says so
+                    self._run(raw)
+            parts = self.reading(raw).inputs(raw)
+        first = [id(leaf) for leaf in leaves(parts)]
+        going_in = [i for i, leaf in enumerate(flat) if self.custom_outputs or id(leaf) in first]
+        going_in.sort(key=lambda i: first.index(id(flat[i])) if id(flat[i]) in first else len(first))
+        found = [i for i in going_in if isinstance(flat[i], Tensor) and flat[i].ndim > 0]
+        return found or [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor) and leaf.ndim > 0]
+
+    def tolerance(self, f: Tensor) -> Tensor:
+        """By how much outputs of the same examples may differ from run to run."""
+        return torch.finfo(self.rounding(f.dtype)).eps ** 0.5 * f.abs().max()
+
+    def _checked(self, result: Tensor, batch: Any) -> Tensor:
+        f = whole = result
         if f.ndim == 1:
             f = f[:, None]
         n = batch_size(inputs_of(batch))
@@ -181,33 +268,14 @@ def _check_devices(module: nn.Module, trained: Mapping[str, Tensor]) -> None:
         )
 
 
-def call_module(module: nn.Module, batch: Any) -> Any:
-    """Calls the module on a batch as DESIGN's "Batch to outputs" says.
-
-    A mapping goes in as keywords without its labels (whole, where forward takes one argument that is not among the
-    keys); of a tuple or list all but the last item; anything else as it is.
-    """
-    if isinstance(batch, Mapping):
-        keywords = inputs_of(batch)
-        only = _only_argument(module)
-        return module(batch) if only is not None and only not in keywords else module(**keywords)
-    if isinstance(batch, tuple | list):
-        return module(*batch[:-1]) if len(batch) > 1 else module(*batch)
-    return module(batch)
+def _side(leaf: Any) -> int | None:
+    """The first side of a leaf."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape[0] if leaf.ndim else None
+    return len(leaf) if isinstance(leaf, tuple | list) else None
 
 
-def _only_argument(module: nn.Module) -> str | None:
-    """The name of forward's only argument, or None when it takes several or a variable number."""
-    try:
-        arguments = list(inspect.signature(module.forward).parameters.values())
-    except (TypeError, ValueError):
-        return None
-    if len(arguments) != 1 or arguments[0].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-        return None
-    return arguments[0].name
-
-
-def _as_tensor(result: Any) -> Tensor:
+def as_output(result: Any) -> Tensor:
     """The output tensor of a tensor, a `.logits` or ["logits"] holder, or a tuple (its first)."""
     if isinstance(result, Tensor):
         return result
@@ -222,93 +290,3 @@ def _as_tensor(result: Any) -> Tensor:
         f"the model returned {type(result).__name__}, which holds no tensor under .logits, ['logits'] or first place; "
         "pass outputs=lambda model, batch: ... that returns [n, C]"
     )
-
-
-def inputs_of(batch: Any) -> Any:
-    """The inputs: a mapping without its labels, x of (x, y), all but the last of a longer tuple, or itself."""
-    if isinstance(batch, Mapping):
-        return {key: value for key, value in batch.items() if key not in LABEL_KEYS}
-    if isinstance(batch, tuple | list):
-        return tuple(batch[:-1]) if len(batch) > 2 else batch[0]
-    return batch
-
-
-def targets_of(batch: Any) -> Tensor | None:
-    """The targets of a batch as they are: the value under a label key, or the last item of a tuple; None if absent."""
-    if isinstance(batch, Mapping):
-        found = next((batch[key] for key in LABEL_KEYS if key in batch), None)
-    elif isinstance(batch, tuple | list) and len(batch) > 1:
-        found = batch[-1]
-    else:
-        found = None
-    return found if found is None or isinstance(found, Tensor) else _tensor_or_none(found)
-
-
-def _tensor_or_none(value: Any) -> Tensor | None:
-    try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-
-
-def leaves(batch: Any) -> list[Any]:
-    """The leaves of nested mappings, tuples and lists, in order."""
-    found: list[Any] = []
-    map_leaves(lambda leaf: found.append(leaf), batch)
-    return found
-
-
-def map_leaves(fn: Callable[[Any], Any], batch: Any) -> Any:
-    """`fn` of every leaf of nested mappings, tuples, lists and dataclasses, with the containers' types kept."""
-    if isinstance(batch, Mapping):
-        items = {key: map_leaves(fn, value) for key, value in batch.items()}
-        if type(batch) is dict or not isinstance(batch, MutableMapping):
-            return items
-        new = copy.copy(batch)
-        new.update(items)
-        return new
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_leaves(fn, item) for item in batch))
-    if isinstance(batch, tuple | list) and not (batch and all(isinstance(item, str) for item in batch)):
-        return type(batch)(map_leaves(fn, item) for item in batch)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        fields = {f.name: map_leaves(fn, getattr(batch, f.name)) for f in dataclasses.fields(batch) if f.init}
-        return dataclasses.replace(batch, **fields)
-    return fn(batch)
-
-
-def batch_size(inputs: Any) -> int:
-    """The number of examples: the first dimension of the first tensor among the leaves.
-
-    Raises:
-        ValueError: no tensor with at least one dimension is among them.
-    """
-    for leaf in leaves(inputs):
-        if isinstance(leaf, Tensor) and leaf.ndim > 0:
-            return leaf.shape[0]
-    got = "a tensor of no dimensions" if isinstance(inputs, Tensor) else type(inputs).__name__
-    raise ValueError(f"a batch must hold a tensor [n, ...], got {got}; pass tensors, or collate them first")
-
-
-def is_per_example(leaf: Any, n: int) -> bool:
-    """Whether a leaf has one row per example."""
-    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == n
-
-
-def take(batch: Any, rows: slice | list[int]) -> Any:
-    """The batch restricted to some rows: leaves whose first dimension is n are indexed, others are kept."""
-    n = batch_size(inputs_of(batch))
-
-    def pick(leaf: Any) -> Any:
-        if is_per_example(leaf, n):
-            return leaf[rows]
-        if isinstance(leaf, tuple | list) and len(leaf) == n:
-            return leaf[rows] if isinstance(rows, slice) else type(leaf)(leaf[i] for i in rows)
-        return leaf
-
-    return map_leaves(pick, batch)
-
-
-def to_device(batch: Any, device: torch.device | str) -> Any:
-    """The batch with its tensors on `device`."""
-    return map_leaves(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)

@@ -28,7 +28,7 @@ from ntkwatch.losses import LossAt, loss_of
 from ntkwatch.manifest import context, describe, not_finite, optimizers
 from ntkwatch.model import Network, take, to_device
 from ntkwatch.optimizers import read_rule
-from ntkwatch.probes import ProbeSet, encode_targets
+from ntkwatch.probes import ProbeSet, encode_targets, taken
 from ntkwatch.record import Measurement, RecordWriter
 
 __all__ = ["Monitor"]
@@ -43,7 +43,8 @@ class Monitor:
     Args:
         model: any nn.Module; it is left exactly as it was by every call.
         probes: a ProbeSet, or a batch of n rows in the form that the model's loader gives.
-        targets: None (the batch's second element or labels key), a tensor, or a callable of the batch.
+        targets: None (of a tuple, the item after those that forward requires; else the labels key), a tensor, or a
+            callable of the batch. `taken` says in one line what were the inputs and what the targets.
         outputs: callable (model, batch) -> [n, C], where the model's own output is something else.
         loss: callable (outputs, targets) -> mean loss, for the diagnostics that need one.
         reduction: "trace", "blocks", "full" or "sum"; see `empirical_ntk`.
@@ -85,8 +86,10 @@ class Monitor:
         self.reduction: Reduction = reduction  # type: ignore[assignment]  # checked above
         self.hparams = dict(hparams or {})
         self.network = Network(model, outputs)
-        self.probes = ProbeSet.of(probes, targets)
-        self.n_outputs = count_outputs(self.network, self._batch(self.probes), len(self.probes), reduction)
+        given_probes = ProbeSet.of(probes, targets)
+        self.n_outputs = count_outputs(self.network, given_probes.batch, reduction)
+        self.probes = self.read(given_probes)
+        self.taken = taken(self.network, self.probes, self.n_outputs)
         self.loss = loss_of(self.network.module, loss)
         self._measured, self._left_out = to_measure(
             self.reduction, table.reduction(self.diagnostics), len(self.probes), self.n_outputs
@@ -107,6 +110,11 @@ class Monitor:
         self._clock: tuple[float, float] | None = None
 
     # ── the baseline ──────────────────────────────────────────────────────────────────────────────────────────────
+    def read(self, probes: ProbeSet) -> ProbeSet:
+        """The probes with the targets that this model's forward leaves of their batch, where none were given."""
+        with leave_no_trace(self.model):
+            return probes.for_network(self.network)
+
     def start(self, batches: Sequence[Any] = ()) -> None:
         """Choose the engine and settle the baseline's BatchNorm statistics; `measure` does it when nobody has.
 
@@ -165,6 +173,7 @@ class Monitor:
         first = self.baseline is None
         if first and step > 0:
             self.limit = WideLimit(f"the run was first seen at step {step}, and the limit is that of step 0")
+        probes = None if probes is None else self.read(probes)
         with self._probe():
             kernel, view = self._look(step, probes, optimizer)
             finite = bool(torch.isfinite(view.kernel).all())
@@ -301,7 +310,7 @@ class Monitor:
             yield
 
     def _batch(self, probes: ProbeSet) -> Any:
-        return to_device(probes.batch, self.network.device)
+        return self.network.batch(to_device(probes.batch, self.network.device))
 
     def _with_overhead(self, measurement: Measurement, began: float, optimizer: Any) -> Measurement:
         """Share of wall time spent in `measure` since its first call, and the record where one is kept."""

@@ -12,7 +12,9 @@ from ntkwatch import probes as probing
 from ntkwatch.manifest import optimizers
 from ntkwatch.monitor import Monitor
 from ntkwatch.place import place_of
+from ntkwatch.plain import unwrap
 from ntkwatch.probes import ProbeSet
+from ntkwatch.reading import Signature
 from ntkwatch.session import Session, stored_probes
 from ntkwatch.sinks import Sinks
 from ntkwatch.trainer import as_in_training, hyperparameters, probe_loader, warn
@@ -67,7 +69,8 @@ class Opening:
         source, loader = probe_loader(self.trainer, settings.wanted.split)
         if probing.is_streaming(loader):
             return None
-        return probing.choose(loader, self._n, seed=seed, source=source, targets=settings.targets)
+        leading = Signature.of(unwrap(self.pl_module)).leading
+        return probing.choose(loader, self._n, seed=seed, source=source, targets=settings.targets, leading=leading)
 
     def _open(self, probes: ProbeSet, streamed: bool = False) -> Session:
         settings, trainer = self.settings, self.trainer

@@ -105,7 +105,7 @@ class Session:
 
         overhead: share of wall time, asked after measuring. x: where the run's own metrics stand on the loggers' axis.
         """
-        probes = self._fresh(step) if self._fresh is not None and self.begun else None
+        probes = self.monitor.read(self._fresh(step)) if self._fresh is not None and self.begun else None
         first = not self.begun
         measured = self.monitor.measure(step, probes=probes, **at)
         measurement = replace(measured, metrics={**measured.metrics, "overhead": overhead()})
@@ -194,6 +194,7 @@ class Session:
         extra = costs(monitor.diagnostics, monitor.reduction)
         lines = [
             f"{len(monitor.probes)} probes from {monitor.probes.source}: {monitor.probes.how}",
+            monitor.taken,
             f"engine {monitor.choice.reason if monitor.choice else 'not chosen yet'}",
             monitor.calibration,
             f"a probe takes, beyond one kernel: {'; '.join(extra)}" if extra else None,

@@ -144,7 +144,7 @@ def test_other_errors_stay_what_they_are() -> None:
         with pytest.raises(RuntimeError, match="no such page"):
             empirical_ntk(model, x)
         with pytest.raises(ValueError, match=r"the model failed on the probes \(RuntimeError: no such page\)"):
-            count_outputs(Network(model), x, N, "trace")
+            count_outputs(Network(model), x, "trace")
     assert misfit(_mlp(), torch.randn(N, 12), RuntimeError("never raised")) is None
 
 
@@ -155,7 +155,7 @@ class Large(nn.Linear):
 
 def test_memory_that_runs_out_is_no_misfit() -> None:
     with pytest.raises(MemoryError, match=r"one forward pass of the probes \(OutOfMemoryError.*fewer probes"):
-        count_outputs(Network(Large(12, 3)), torch.randn(N, 12), N, "trace")
+        count_outputs(Network(Large(12, 3)), torch.randn(N, 12), "trace")
 
 
 def test_whatever_fits_is_not_called_a_misfit() -> None:
@@ -181,8 +181,12 @@ class Fields:
 
 # probes, the model, what is said
 OTHER_FORMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], tuple[str, ...]]] = {
-    "a mapping": (_mlp, lambda: {"x": torch.randn(N, 12)}, ("do not fit", "0 (Linear)", "a dict of x", "probes['x']")),
-    "a list in a list": (_mlp, lambda: [[torch.randn(N, 12)]], ("0 (Linear)", "a list of 1", "probes[0]")),
+    "a mapping": (
+        _mlp,
+        lambda: {"x": torch.randn(N, 12), "z": torch.ones(N)},
+        ("do not fit", "0 (Linear)", "a dict of x, z", "probes['x']", "outputs=lambda model, batch: model(batch['x'])"),
+    ),
+    "a list in a list": (_mlp, lambda: [[[torch.randn(N, 12)]]], ("0 (Linear)", "a list of 1", "probes[0]")),
     "a dataclass": (
         _mlp,
         lambda: Fields(torch.randn(N, 12)),

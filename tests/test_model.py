@@ -19,7 +19,6 @@ from ntkwatch.model import (
     batch_size,
     inputs_of,
     take,
-    targets_of,
     to_device,
 )
 from ntkwatch.statistics import calibrated_statistics, running_statistics, untracked_statistics
@@ -82,7 +81,7 @@ def test_batches_and_outputs(name: str, module: nn.Module, batch: Any) -> None:
     assert batch_size(inputs_of(batch)) == 4, name
     assert type(to_device(batch, "cpu")) is type(batch), name
     labelled = name not in ("tensor", "one in a tuple") and not name.startswith(("logits", "tuple"))
-    assert (targets_of(batch) is not None) == labelled, name
+    assert (Network(module).targets(batch) is not None) == labelled, name
 
 
 def test_outputs_are_made_two_dimensional() -> None:

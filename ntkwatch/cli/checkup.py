@@ -20,8 +20,8 @@ from ntkwatch.engines.base import Reduction, at_hand, noise_floor
 from ntkwatch.engines.memory import free_bytes
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.limit import wide_limit
-from ntkwatch.misfits import check_batch, misfit
-from ntkwatch.model import Network, UnsupportedModel, targets_of
+from ntkwatch.misfits import check_batch, why_not
+from ntkwatch.model import Network, UnsupportedModel
 from ntkwatch.statistics import running_statistics, untracked_statistics
 
 LONGEST = 400  # characters of somebody else's error
@@ -54,7 +54,7 @@ def check(
     try:
         network = Network(model)
         with leave_no_trace(network.module), torch.no_grad():
-            outputs = network.outputs(batch)
+            outputs = network.outputs(network.batch(batch))
         lines = _facts(network, batch, outputs)
         bad = int((~torch.isfinite(outputs)).any(dim=1).sum())
         if bad:
@@ -63,7 +63,7 @@ def check(
     except (UnsupportedModel, MemoryError) as error:
         return [*lines, f"PROBLEM  {error}"], False
     except Exception as error:  # whatever the model raises on its batch
-        why = misfit(model, batch, error)
+        why = why_not(network, batch, error)
         return [*lines, f"PROBLEM  {why or f'the model raised {_where(error)} on this batch'}"], False
     problems = _problems(plan, outputs.device)
     return [*lines, "", plan.text(width), "", *(problems or ["It can be measured as it is."])], not problems
@@ -128,7 +128,7 @@ def _kind(value: Any) -> str:
 
 
 def _facts(network: Network, batch: Any, outputs: torch.Tensor) -> list[str]:
-    targets = targets_of(batch)
+    targets = network.targets(batch)
     count = sum(p.numel() for p in network.parameters.values())
     tensors = f"{len(network.parameters)} tensor{'s' * (len(network.parameters) != 1)}"
     return [

@@ -143,7 +143,8 @@ def plan(
     network = Network(model, outputs, params)
     check_batch(x)
     wanted = Wanted(richest(reduction, layers), layers, precision, chunk_size)
-    with leave_no_trace(network.module), explained(network.module, x), _or_of_fewer_parameters():
+    with leave_no_trace(network.module), explained(network, x), _or_of_fewer_parameters():
+        x = network.batch(x)
         return make_plan(choose(network, x, engine), network, x, wanted)
 
 
@@ -168,9 +169,11 @@ def _kernel(
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be a whole number of probes ≥ 1, got {chunk_size!r}")
     with leave_no_trace(network.module), _or_of_fewer_parameters():
-        with explained(network.module, x1):
+        with explained(network, x1):
+            x1 = network.batch(x1)
             chosen = choose(network, x1, engine).engine
-        with explained(network.module, x1 if x2 is None else x2):
+        with explained(network, x1 if x2 is None else x2):
+            x2 = None if x2 is None else network.batch(x2)
             return chosen.kernel(
                 network, x1, x2,
                 reduction=reduction, layers=layers, chunk_size=chunk_size, precision=precision, signed=signed,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ntkwatch.engines.base import Engine
-from ntkwatch.engines.coupling import check_uncoupled
+from ntkwatch.engines.coupling import check_uncoupled, of_some
 from ntkwatch.engines.functional import USE_ANOTHER, Functional, math_attention
 from ntkwatch.engines.graph import types_inside
 from ntkwatch.engines.layerwise import Layerwise
@@ -60,7 +60,8 @@ def choose(network: Network, x: Any, engine: str = "auto") -> Choice:
 
 def _choose(network: Network, x: Any, engine: str) -> Choice:
     with math_attention():
-        network.inside = types_inside(outputs_at(network, few(x), None, leaves_at(network, None)))
+        with of_some(network, x):
+            network.inside = types_inside(outputs_at(network, few(x), None, leaves_at(network, None)))
         check_uncoupled(network, x)
     reasons: list[str] = []
     for candidate in (Layerwise(uncoupled=True), Functional()):

@@ -6,15 +6,18 @@ examples are run together is looked at.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ntkwatch.engines.suspects import suspect
+from ntkwatch.engines.memory import is_out_of_memory
+from ntkwatch.engines.suspects import coupled, some_alone, unrepeatable
+from ntkwatch.examples import elsewhere
 from ntkwatch.model import Network, UnsupportedModel, batch_size, inputs_of, take
 
 MANY = 64  # the most examples that are run together in search of what couples them, where none has to be
@@ -48,18 +51,18 @@ def check_uncoupled(network: Network, x: Any, state: Mapping[str, Tensor] | None
     batch may sit in any of them. Where the model does not take one example, all but the first are run instead.
 
     Outputs that are zero (a readout that starts so) show no coupling, and a small difference of large numbers (f − f_0
-    near θ_0) shows its rounding: there the weights `_elsewhere` decide, and say how large an output is.
+    near θ_0) shows its rounding: there the weights `elsewhere` decide, and say how large an output is.
     """
     why, size = _coupling(network, x, state, most)
     if why or size == 0:
         try:
-            there, size = _coupling(network, x, _elsewhere(network, state), most)
+            there, size = _coupling(network, x, elsewhere(network.parameters, state), most)
         except (RuntimeError, ValueError, MemoryError):
             there, size = "", math.nan
         if math.isfinite(size):
             why = there or (why and _coupling(network, x, state, most, size)[0])
     if why:
-        raise UnsupportedModel(f"{why}{suspect(network)}: the per-example kernel does not exist")
+        raise UnsupportedModel(f"{why}{coupled(network, x)}")
 
 
 def _coupling(
@@ -73,7 +76,8 @@ def _coupling(
         with torch.no_grad():
             return network.outputs(take(x, part), state)
 
-    whole = outputs(slice(0, n))
+    with of_some(network, x, state):
+        whole = outputs(slice(0, n))
     size = float(whole.abs().max())
     if rows < 2:
         return "", size
@@ -85,22 +89,24 @@ def _coupling(
     if found and not any(found):
         return "", size
     if bool(((whole - outputs(slice(0, n))).abs() > limit).any()):  # asked only now: chance shows in the others too
-        raise UnsupportedModel(
-            "two forward passes on the same probes differ: the model draws random numbers in eval mode"
-        )
+        raise UnsupportedModel(unrepeatable(network, x, outputs, whole, limit))
     return next(filter(None, found), ""), size
 
 
-def _elsewhere(network: Network, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """`state` with every trained weight moved by up to its own size; a zero one, by up to the mean size of all."""
-    draw = torch.Generator().manual_seed(0)
-    here = {name: (state or {}).get(name, p).detach() for name, p in network.parameters.items()}
-    mean = float(torch.stack([p.abs().double().mean() for p in here.values()]).mean()) or 1.0
-    moved = dict(state or {})
-    for name, p in here.items():
-        by = (2 * torch.rand(p.shape, generator=draw) - 1).to(p.device)
-        moved[name] = (p + by * torch.where(p == 0, mean, p.abs())).to(p.dtype)
-    return moved
+@contextlib.contextmanager
+def of_some(network: Network, x: Any, state: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    """Inside, some examples are run; UnsupportedModel says so where that fails although all together go through."""
+    try:
+        yield
+    except (RuntimeError, ValueError, LookupError) as error:
+        if isinstance(error, UnsupportedModel) or is_out_of_memory(error):
+            raise
+        try:
+            with torch.no_grad():
+                network.outputs(x, state)
+        except Exception:
+            raise error from None
+        raise UnsupportedModel(some_alone(network, x, error)) from error
 
 
 def _compare(outputs: Callable[[slice], Tensor], whole: Tensor, part: slice, limit: float) -> str | None:

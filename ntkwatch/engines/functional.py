@@ -33,11 +33,10 @@ from ntkwatch.engines.memory import backing_off, is_out_of_memory, limit_bytes
 from ntkwatch.model import (
     Network,
     UnsupportedModel,
+    as_batch,
     batch_size,
     inputs_of,
-    is_per_example,
-    leaves,
-    map_leaves,
+    take,
 )
 from ntkwatch.plain import eager
 
@@ -123,16 +122,16 @@ class Functional:
         self, network: Network, block: Any, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor] | None
     ) -> dict[str, Tensor]:
         """Per-example Jacobians, {name: [n, C, *shape]}."""
-        n = batch_size(inputs_of(block))
-        rows = [leaf for leaf in leaves(block) if is_per_example(leaf, n)]
+        known = as_batch(block)
+        if any(known.differentiated):  # which no transform of torch.func lets a model do inside
+            return _one_by_one(network, known, parameters, state)
         rest = {name: value for name, value in (state or {}).items() if name not in parameters}
 
         def f(theta: dict[str, Tensor], *row: Tensor) -> Tensor:
-            given = iter(row)
-            one = map_leaves(lambda leaf: next(given)[None] if is_per_example(leaf, n) else leaf, block)
-            return network.outputs(one, {**rest, **theta})[0]
+            return network.outputs(known.with_rows([t[None] for t in row], 1), {**rest, **theta})[0]
 
         try:
+            rows = known.per_example()
             with math_attention(), eager():
                 return vmap(jacrev(f), (None, *(0 for _ in rows)))(dict(parameters), *rows)
         except UnsupportedModel:
@@ -142,6 +141,19 @@ class Functional:
                 raise
             first = re.split(r"\n|\. ", str(error).strip())[0] or type(error).__name__
             raise UnsupportedModel(f"torch.func cannot transform this model ({first}){USE_ANOTHER}") from error
+
+
+def _one_by_one(
+    network: Network, block: Any, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Per-example Jacobians by plain backward passes, one example and one output at a time."""
+    at = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    rows = []
+    for i in range(batch_size(block)):
+        f = network.outputs(take(block, slice(i, i + 1)), {**(state or {}), **at})[0]
+        rows.append([torch.autograd.grad(y, [*at.values()], retain_graph=True, materialize_grads=True) for y in f])
+    columns = [torch.stack([torch.stack([g[k] for g in row]) for row in rows]) for k in range(len(at))]
+    return dict(zip(at, columns, strict=True))
 
 
 def trained_at(network: Network, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -1,16 +1,21 @@
-"""Which module to name when a model is refused: found by its kind, or by what it is given in a forward pass."""
+"""Why a model is refused and what to do instead: which module couples examples, which attribute keeps state."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ntkwatch.model import Network
+from ntkwatch.batch import as_batch
+from ntkwatch.engines.state import Reset, resets, written
+from ntkwatch.model import Network, batch_size, inputs_of, is_per_example, leaves
+from ntkwatch.reading import at, name_of
 
 
 def suspect(network: Network) -> str:
@@ -20,6 +25,97 @@ def suspect(network: Network) -> str:
         if norm and "Instance" not in type(module).__name__ and (module.training or not module.track_running_stats):
             return f" (module {name or 'itself'}, {type(module).__name__}, normalises by the batch's own statistics)"
     return ""
+
+
+def coupled(network: Network, x: Any) -> str:
+    """After "an example's output depends on the other examples of its batch": where, and what to do."""
+    by = suspect(network)
+    end = ": the per-example kernel does not exist"
+    return f"{by}{end}" if by else f"{_through(network, x)}{end}; {_by_number(network, x)}"
+
+
+def some_alone(network: Network, x: Any, error: Exception) -> str:
+    """Said of a model that runs on the whole batch, but fails so on some of its examples."""
+    said = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return (
+        f"the model runs on these {batch_size(inputs_of(x))} probes together but not on some of them ({said}): where "
+        f"batches of one size alone go through, examples cannot be told apart{_through(network, x)}; "
+        f"{_by_number(network, x)}"
+    )
+
+
+def _by_number(network: Network, x: Any) -> str:
+    """What to pass where rows are no examples on their own."""
+    reading, n = network.reading(x), batch_size(inputs_of(x))
+    call, whose = f"{reading.code()}[rows]", "batch is"
+    if network.custom_outputs:
+        call, whose = "outputs(model, batch)[rows]", "outputs and batch are"
+    lead = _lead(network, x)
+    return (
+        f"each row of {lead} is taken as one example: where rows are nodes of one graph or parts of one whole, pass "
+        f"their numbers as probes, torch.arange({n}), with outputs=lambda model, rows: {call}, where {whose} what you "
+        "pass now"
+    )
+
+
+def _lead(network: Network, x: Any) -> str:
+    """What of a batch its rows are counted in, by name."""
+    reading, value = network.reading(x), as_batch(x).value
+    names = [*network.call.signature.required, "the probes"]
+    for place in reading.places:
+        if is_per_example(at(value, place), batch_size(inputs_of(x))):
+            return name_of(value, place) if place else names[0]
+    return "the probes"
+
+
+def _through(network: Network, x: Any) -> str:
+    """Tensors that may relate the rows of a batch to each other, by name: those of n × n."""
+    batch = as_batch(x)
+    n = batch.n
+    square = [name for name, t in network.buffers.items() if t.ndim >= 2 and t.shape[0] == t.shape[1] == n]
+    shared = [leaf for leaf, own in zip(leaves(batch), batch.rows, strict=True) if isinstance(leaf, Tensor) and not own]
+    square += [f"the probes' own {list(leaf.shape)}" for leaf in shared if leaf.ndim >= 2]
+    return f", perhaps through {', '.join(square[:2])}" if square else ""
+
+
+def unrepeatable(network: Network, x: Any, outputs: Callable[[slice], Tensor], whole: Tensor, limit: Tensor) -> str:
+    """Said where two forward passes on the same probes differ: by chance, or by state that the model keeps."""
+    n = len(whole)
+
+    def again(seed: int | None = None) -> Tensor:
+        if seed is not None:
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002  the guard around puts it back
+        return outputs(slice(0, n))
+
+    names = written(network.module, again)
+    if not names or not bool(((again(0) - again(0)).abs() > limit).any()):
+        return "two forward passes on the same probes differ: the model draws random numbers in eval mode"
+    kept = ", ".join(f"{prefix}.{name}" if prefix else name for prefix, name in names)
+    said = f"two forward passes on the same probes differ: the model keeps state between calls ({kept})"
+    call = "outputs(model, batch)" if network.custom_outputs else network.reading(x).code()
+    code = resets(network.module, names, lambda way: _repeats(outputs, n, limit, way))
+    if code is None:
+        return f"{said}: set it to what it is at the start of a sequence in outputs=, before the model is called there"
+    own = ", where outputs is your own of now" if network.custom_outputs else ""
+    return f"{said}: reset it before each call, outputs=lambda model, batch: ({code}, {call})[-1]{own}"
+
+
+def _repeats(outputs: Callable[[slice], Tensor], n: int, limit: Tensor, way: Sequence[Reset]) -> bool:
+    """Whether examples give the same together, again and each alone, with attributes set back before each pass."""
+    found = []
+    for part in (slice(0, n), slice(0, n), *(slice(i, i + 1) for i in range(n))):
+        try:
+            for reset in way:
+                reset.do()
+            found.append((part, outputs(part)))
+        except Exception:
+            return False
+    whole = found[0][1]
+    return all(
+        one.shape == whole[part].shape and not bool(((one - whole[part]).abs() > limit).any()) for part, one in found
+    )
 
 
 def nested(network: Network, forward: Callable[[], object]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ntkwatch.probes.choose import choose, from_stream, is_streaming
 from ntkwatch.probes.probeset import ProbeSet, Wanted, content_hash, given, resolve
+from ntkwatch.probes.taken import taken
 from ntkwatch.probes.targets import encode_targets
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "given",
     "is_streaming",
     "resolve",
+    "taken",
 ]

@@ -19,10 +19,13 @@ from ntkwatch.probes.labels import as_classes, balanced, label_of, seen_labels
 from ntkwatch.probes.probeset import ProbeSet, Targets
 
 CANDIDATES = 1024  # examples that are loaded, at most, to see their classes
+_VALUES = 3  # different floats that are values, no classes
 _ENOUGH = 4  # … and fewer, once 4n have been seen and no class that was seen is short of its share
 
 
-def choose(loader: Any, n: int = 64, seed: int = 0, source: str = "val", targets: Targets = None) -> ProbeSet:
+def choose(
+    loader: Any, n: int = 64, seed: int = 0, source: str = "val", targets: Targets = None, leading: int | None = None
+) -> ProbeSet:
     """n examples of the loader's dataset, class-balanced where classes can be seen, collated as the loader would.
 
     The same seed gives the same examples with the same random augmentation, whatever else the process has drawn.
@@ -31,6 +34,7 @@ def choose(loader: Any, n: int = 64, seed: int = 0, source: str = "val", targets
         loader: a DataLoader, or a list, tuple, dict or CombinedLoader of them, of which the first is taken.
         source: "val" or "train", kept in the ProbeSet and said in errors.
         targets: None takes those of the batch; or a callable of the batch.
+        leading: how many leading items of a tuple the model takes, the next of which is the label; None: all but one.
 
     Raises:
         ValueError: an empty or streaming dataset, or targets that cannot be matched with the probes.
@@ -51,10 +55,11 @@ def choose(loader: Any, n: int = 64, seed: int = 0, source: str = "val", targets
             raise ValueError(f"the {source} dataset is empty: pass probes= a batch, or a loader with examples")
         if _gives_batches(loader):
             return _from_batches(loader, pool, n, seed, source, targets, which)
-        indices, how = _indices(dataset, pool, n, seed)
-        items = [_item(dataset, i, seed) for i in indices]
-        if not _as_seen(dataset, indices, items):  # a wrapper that reorders shows the labels of what it wraps
-            indices, how = _indices(dataset, pool, n, seed, trusted=False)
+        loaded: dict[int, Any] = {}
+        indices, how = _indices(dataset, pool, n, seed, leading, loaded)
+        items = [loaded[i] if i in loaded else _item(dataset, i, seed) for i in indices]
+        if not _as_seen(dataset, indices, items, leading):  # a wrapper that reorders shows the labels of what it wraps
+            indices, how = _indices(dataset, pool, n, seed, leading, trusted=False)
             items = [_item(dataset, i, seed) for i in indices]
         _seed_process(seed, len(dataset))
         batch = (getattr(loader, "collate_fn", None) or default_collate)(items)
@@ -169,29 +174,38 @@ def _from_batches(loader: Any, pool: Tensor, n: int, seed: int, source: str, tar
 # ── which examples ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _indices(dataset: Any, pool: Tensor, n: int, seed: int, trusted: bool = True) -> tuple[list[int], str]:
+def _indices(
+    dataset: Any,
+    pool: Tensor,
+    n: int,
+    seed: int,
+    leading: int | None,
+    loaded: dict[int, Any] | None = None,
+    trusted: bool = True,
+) -> tuple[list[int], str]:
+    """Which examples, and how they were chosen; the few that showed no classes are kept in `loaded`."""
     generator = _generator(seed)
     if len(pool) <= n:
         return pool.tolist(), f"all {len(pool)} examples{_asked(len(pool), n)}"
-    seen = seen_labels(dataset) if trusted else None
+    seen = seen_labels(dataset, leading) if trusted else None
     if seen is not None:
         classes, where = as_classes(seen[0][pool], len(pool)), seen[1]
         assert classes is not None
         chosen = pool[balanced(classes, n, generator)].tolist()
         return chosen, _balance(n, len(pool), int(classes.max()) + 1, where)
     candidates = pool[torch.randperm(len(pool), generator=generator, device="cpu")[:CANDIDATES]].tolist()
-    classes = _look(dataset, candidates, n, seed)
+    classes = _look(dataset, candidates, n, seed, leading, {} if loaded is None else loaded)
     if classes is None:
         return candidates[:n], f"{n} of {len(pool)} examples, uniformly: no class labels are seen"
     chosen = [candidates[i] for i in balanced(classes, n, generator)]
     return chosen, _balance(n, len(pool), int(classes.max()) + 1, f"the labels of {len(classes)} candidates")
 
 
-def _as_seen(dataset: Any, indices: list[int], items: list[Any]) -> bool:
+def _as_seen(dataset: Any, indices: list[int], items: list[Any], leading: int | None) -> bool:
     """Whether the labels that were seen from outside decide those of the examples, as far as these show theirs."""
-    seen = seen_labels(dataset)
-    inside = [label_of(item) for item in items]
-    if seen is None or any(label is None for label in inside):
+    seen = seen_labels(dataset, leading)
+    inside = [label_of(item, leading) for item in items]
+    if seen is None or any(label is None or isinstance(label, float) for label in inside):
         return True
     outside = seen[0][indices].tolist()
     return len(set(zip(outside, inside, strict=True))) == len(set(outside))
@@ -205,13 +219,18 @@ def _asked(got: int, n: int) -> str:
     return f" ({n} were asked for)" if got < n else ""
 
 
-def _look(dataset: Any, candidates: list[int], n: int, seed: int) -> Tensor | None:
+def _look(
+    dataset: Any, candidates: list[int], n: int, seed: int, leading: int | None, loaded: dict[int, Any]
+) -> Tensor | None:
     """Classes of the first candidates, until each class seen has its share; None if an example shows none."""
-    labels: list[int | str] = []
-    counts: dict[int | str, int] = {}
+    labels: list[int | float | str] = []
+    counts: dict[int | float | str, int] = {}
     for i in candidates:
-        label = label_of(_item(dataset, i, seed))
-        if label is None:
+        item = _item(dataset, i, seed)
+        if len(loaded) < _VALUES:
+            loaded[i] = item
+        label = label_of(item, leading)
+        if label is None or (isinstance(label, float) and label not in counts and len(counts) == _VALUES - 1):
             return None
         labels.append(label)
         counts[label] = counts.get(label, 0) + 1

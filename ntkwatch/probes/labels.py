@@ -10,40 +10,44 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from ntkwatch.model import LABEL_KEYS
+from ntkwatch.batch import LABEL_KEYS
 
 
-def seen_labels(dataset: Any) -> tuple[Tensor, str] | None:
+def seen_labels(dataset: Any, leading: int | None = None) -> tuple[Tensor, str] | None:
     """(class of each example [len(dataset)], where it was read), or None.
 
-    Read from `.targets`, `.labels`, the last tensor of a TensorDataset, a label column of a table (Hugging Face), and
-    from subsets and concatenations of those. Classes may be integers, booleans or strings; floats are none.
+    Read from `.targets`, `.labels`, the tensor of a TensorDataset after the `leading` ones that a model takes (None:
+    the last), a label column of a table (Hugging Face), and from subsets and concatenations of those. Classes are what
+    `as_classes` says.
     """
     if isinstance(dataset, Subset):
-        inner = seen_labels(dataset.dataset)
+        inner = seen_labels(dataset.dataset, leading)
         if inner is None:
             return None
         return inner[0][torch.as_tensor(list(dataset.indices), dtype=torch.long, device="cpu")], inner[1]
     if isinstance(dataset, ConcatDataset):
-        parts = [seen_labels(part) for part in dataset.datasets]
+        parts = [seen_labels(part, leading) for part in dataset.datasets]
         found = [part for part in parts if part is not None]
         return (torch.cat([labels for labels, _ in found]), found[0][1]) if found and len(found) == len(parts) else None
-    for name, read in _candidates(dataset):
+    for name, read in _candidates(dataset, leading):
         labels = as_classes(read, len(dataset))
         if labels is not None:
             return labels, name
     return None
 
 
-def _candidates(dataset: Any) -> list[tuple[str, Any]]:
+def _candidates(dataset: Any, leading: int | None) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for name in ("targets", "labels"):
         try:
             found.append((f"dataset.{name}", getattr(dataset, name, None)))
         except Exception:  # noqa: BLE001, S112, RUF100  a property of the user's, which may need what is not there yet
             continue
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
-        found.append(("the dataset's last tensor", dataset.tensors[-1]))
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) > (leading or 1):
+        last = len(dataset.tensors) - 1
+        place = last if leading is None else leading
+        which = "last tensor" if place == last else f"tensor {place + 1}"
+        found.append((f"the dataset's {which}", dataset.tensors[place]))
     columns = getattr(dataset, "column_names", None)
     for key in LABEL_KEYS if isinstance(columns, list) else ():
         if key in columns:  # type: ignore[operator]
@@ -52,7 +56,7 @@ def _candidates(dataset: Any) -> list[tuple[str, Any]]:
 
 
 def as_classes(values: Any, n: int) -> Tensor | None:
-    """[n] class numbers 0 … of n integers, booleans or strings; None for anything else."""
+    """[n] class numbers 0 … of n integers, booleans, strings, or floats of two values; None for anything else."""
     if values is None or isinstance(values, str | Mapping):
         return None
     try:
@@ -61,24 +65,30 @@ def as_classes(values: Any, n: int) -> Tensor | None:
         return None
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
-    if array.shape != (n,) or array.dtype.kind not in "biuUS":
+    if array.shape != (n,) or array.dtype.kind not in "biuUSf":
         return None
-    return torch.from_numpy(np.unique(array, return_inverse=True)[1].reshape(-1).astype(np.int64))
+    values, number = np.unique(array, return_inverse=True)
+    if array.dtype.kind == "f" and (len(values) != 2 or not np.isfinite(values).all()):
+        return None
+    return torch.from_numpy(number.reshape(-1).astype(np.int64))
 
 
-def label_of(item: Any) -> int | str | None:
-    """The class of one example as a dataset gives it: under a label key, or last of a tuple; None if it shows none."""
+def label_of(item: Any, leading: int | None = None) -> int | float | str | None:
+    """The class of one example as a dataset gives it: under a label key, or in a tuple after the `leading` inputs.
+
+    leading: None takes the last. None where it shows none; a string is one where nothing else is left, as a path is.
+    """
     if isinstance(item, Mapping):
         value = next((item[key] for key in LABEL_KEYS if key in item), None)
-    elif isinstance(item, tuple | list) and len(item) > 1:
-        value = item[-1]
+    elif isinstance(item, tuple | list):
+        rest = item[max(1, len(item) - 1) if leading is None else leading :]
+        value = next((each for each in rest if not isinstance(each, str)), next(iter(rest), None))
     else:
         return None
     if isinstance(value, Tensor | np.ndarray | np.generic):
-        whole = (not value.is_floating_point()) if isinstance(value, Tensor) else value.dtype.kind in "biu"
         size = value.numel() if isinstance(value, Tensor) else value.size
-        return int(value.item()) if whole and size == 1 else None
-    return value if isinstance(value, int | str) else None
+        value = value.item() if size == 1 else None
+    return value if isinstance(value, int | float | str) else None
 
 
 def balanced(classes: Tensor, n: int, generator: torch.Generator) -> list[int]:

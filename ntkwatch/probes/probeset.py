@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ntkwatch.batch import of_objects
 from ntkwatch.misfits import check_form, giver_of_batches
-from ntkwatch.model import batch_size, inputs_of, map_leaves, targets_of
+from ntkwatch.model import Network, batch_size, inputs_of, map_leaves
+from ntkwatch.reading import likely_targets
 
 Targets = Tensor | Callable[[Any], Any] | None
 
@@ -25,6 +27,7 @@ class ProbeSet:
     batch: as the loader would give it, collated, n rows. targets: as they are there, [n] ints (classes), [n] or [n, k]
     floats, or None. source: "val", "train" or "given". how: one sentence on how they were chosen. indices: into the
     dataset. hash, targets_hash: sha256 of the inputs and of the targets as they were first given, before any cast.
+    own: the targets were read from the batch, by the form alone; `for_network` reads them as a model takes the batch.
     """
 
     batch: Any
@@ -34,9 +37,11 @@ class ProbeSet:
     indices: tuple[int, ...] | None
     hash: str
     targets_hash: str | None
+    own: bool = False
+    n: int | None = None  # where a model has shown it
 
     def __len__(self) -> int:
-        return batch_size(self.inputs)
+        return batch_size(self.inputs) if self.n is None else self.n
 
     @property
     def inputs(self) -> Any:
@@ -71,7 +76,8 @@ class ProbeSet:
         if n == 0:
             raise ValueError("probes= holds no rows; pass at least two examples")
         raw = _as_targets(targets(batch) if callable(targets) else targets, "targets=")
-        raw = targets_of(batch) if raw is None else raw
+        own = raw is None
+        raw = likely_targets(batch) if raw is None else raw
         if raw is not None and (raw.ndim == 0 or len(raw) != n):
             if targets is not None:
                 raise ValueError(f"targets= gives {list(raw.shape)} for {n} probes; it must have a row for each")
@@ -79,8 +85,23 @@ class ProbeSet:
         return cls(
             batch, None if raw is None else raw.detach().clone(), source, how,
             None if indices is None else tuple(int(i) for i in indices),
-            content_hash(inputs_of(batch)), None if raw is None else content_hash(raw),
+            content_hash(inputs_of(batch)), None if raw is None else content_hash(raw), own,
         )  # fmt: skip
+
+    def for_network(self, network: Network) -> ProbeSet:
+        """The same inputs, with the targets that a network's forward leaves; those that were given stay.
+
+        A few of the probes may be run through the network.
+        """
+        n = network.batch(self.batch).n
+        if not self.own:
+            return replace(self, n=n)
+        raw = network.targets(self.batch)
+        raw = None if raw is None or raw.ndim == 0 or len(raw) != n else raw
+        if _equal(raw, self.targets):  # perhaps in the type that training casts them to
+            return replace(self, n=n)
+        digest = None if raw is None else content_hash(raw)
+        return replace(self, n=n, targets=None if raw is None else raw.detach().clone(), targets_hash=digest)
 
 
 def _frozen(leaf: Any) -> Any:
@@ -88,7 +109,13 @@ def _frozen(leaf: Any) -> Any:
     with torch.inference_mode(False), torch.no_grad():
         if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc":
             return torch.from_numpy(leaf.copy())
-        return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and bool((a.cpu() == b.cpu()).all())
 
 
 def _as_targets(raw: Any, name: str) -> Tensor | None:
@@ -179,6 +206,8 @@ def resolve(probes: Any) -> Wanted:
         raise ValueError(
             f"probes= takes no {kind}, got {type(probes).__name__}; pass a batch of it, {how}, or 'train' or 'val'"
         )
+    if (said := of_objects(probes)) is not None:
+        raise ValueError(f"probes=: {said}")
     raise ValueError(
         f"probes={probes!r} is not understood; use 'train', 'val', how many examples (2 or more), "
         "a tensor [n, …], a batch or a ProbeSet"

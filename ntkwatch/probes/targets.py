@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,8 @@ def encode_targets(raw: Tensor | None, n_outputs: int) -> tuple[Tensor | None, s
     - integers or booleans [n] (or [n, 1]) are classes: one-hot [n, n_outputs]. With one output the classes are 0 and 1:
       a column of −1 and 1 (as a logit's sign), and −1, 1 stay.
     - integers [n, n_outputs] of zeros and ones are several labels each, and taken as floats.
-    - floats [n] or [n, k]: rows that are distributions (0 to 1, sum 1: one-hot, smoothed, mixed up) as they are,
+    - floats [n] of exactly two values, and one column [n, 1] of −1 and 1, are classes as well.
+    - other floats [n] or [n, k]: rows that are distributions (0 to 1, sum 1: one-hot, smoothed, mixed up) as they are,
       otherwise each column standardised to mean 0 and variance 1 (a constant column to 0).
     """
     if raw is None:
@@ -25,6 +28,8 @@ def encode_targets(raw: Tensor | None, n_outputs: int) -> tuple[Tensor | None, s
         y = y[:, 0]
     if y.ndim not in (1, 2):
         return None, f"targets of shape {list(y.shape)} are not one class or one row of values for each probe"
+    if (two := two_values(y)) is not None:
+        return _checked(_of_two(y, *two, n_outputs), y)
     if y.is_floating_point():
         return _checked(_values(y.double()), y)
     if y.ndim == 2:
@@ -32,6 +37,36 @@ def encode_targets(raw: Tensor | None, n_outputs: int) -> tuple[Tensor | None, s
             return None, f"targets of shape {list(y.shape)} are sequences of ids, not one class for each probe"
         return _checked(_values(y.double()), y)
     return _classes(y.long(), n_outputs)
+
+
+def two_values(y: Tensor) -> tuple[float, float] | None:
+    """The two values of floats [n], or −1 and 1 of a column [n, 1], which are classes; None of anything else."""
+    if not y.is_floating_point() or y.ndim not in (1, 2) or y.shape[1:] not in ((), (1,)):
+        return None
+    values = y.unique().tolist()
+    if len(values) != 2 or not all(map(math.isfinite, values)) or (y.ndim == 2 and values != [-1, 1]):
+        return None
+    return values[0], values[1]
+
+
+def _of_two(y: Tensor, low: float, high: float, n_outputs: int) -> Tensor:
+    """A column of −1 and 1 for one output; else one-hot, of the values themselves where they are class ids."""
+    is_high = (y.reshape(-1) == high).long()
+    if n_outputs == 1:
+        return 2.0 * is_high.double()[:, None] - 1.0
+    ids = low >= 0 and high < n_outputs and low == int(low) and high == int(high)
+    numbers = torch.where(is_high == 1, int(high), int(low)) if ids else is_high
+    return torch.nn.functional.one_hot(numbers, n_outputs).double()
+
+
+def kind(raw: Tensor, n_outputs: int) -> str:
+    """What targets are taken as, in words."""
+    encoded, why = encode_targets(raw, n_outputs)
+    if encoded is None:
+        return f"undefined: {why}"
+    if two_values(raw) is not None or (not raw.is_floating_point() and raw.numel() == len(raw)):
+        return f"{len(raw.unique())} classes"
+    return "values" if raw.is_floating_point() else "several labels each"
 
 
 def _classes(y: Tensor, n_outputs: int) -> tuple[Tensor | None, str | None]:
