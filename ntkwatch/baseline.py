@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ntkwatch.diagnostics import Motion
+from ntkwatch.engines.rounding import rounded_otherwise
 from ntkwatch.engines.tangent import jvp
 from ntkwatch.model import Network, batch_size, inputs_of
 from ntkwatch.statistics import calibrated_statistics, running_statistics, untracked_statistics
@@ -65,8 +66,11 @@ class Baseline:
             return f"{len(unfrozen)} parameters train now that did not at the baseline ({unfrozen[0]}, …)"
         direction = {name: p.detach() - start[name] for name, p in network.parameters.items()}
         f_0, j0_delta_theta, how = jvp(network, batch, start, direction)
-        delta_f = outputs.detach().double() - f_0.detach().double()
-        return Motion(delta_f.cpu(), j0_delta_theta.detach().double().cpu(), how)
+        # The tangent at θ_0 once more, rounded otherwise: what changes is rounding.
+        f_r, j_r, _ = jvp(network, batch, rounded_otherwise(network, start, outputs.dtype), direction)
+        f, f_0, j, f_r, j_r = (t.detach().double().cpu() for t in (outputs, f_0, j0_delta_theta, f_r, j_r))
+        rounded_to = str(network.rounding(outputs.dtype)).removeprefix("torch.")
+        return Motion(f - f_0, j, how, f_r - f_0, j_r - j, rounded_to)
 
 
 def first_statistics(network: Network, batches: Sequence[Any]) -> tuple[dict[str, Tensor], str | None]:

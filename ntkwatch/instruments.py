@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from ntkwatch.baseline import NO_THETA_0
 from ntkwatch.engines.base import Engine, Kernel, Reduction, UnsupportedModel
 from ntkwatch.engines.functional import Functional
+from ntkwatch.engines.rounding import rounding_error
 from ntkwatch.losses import LossAt
 from ntkwatch.metrics.undefined import Undefined
 from ntkwatch.model import Network, batch_size, inputs_of
@@ -188,6 +189,16 @@ class Instruments:
     def eps(self, outputs: Tensor) -> float:
         """The rounding of outputs, relative."""
         return torch.finfo(self.network.rounding(outputs.dtype)).eps
+
+    def rounding(self, outputs: Tensor) -> float:
+        """The norm of the rounding error of the outputs [n, C] as they are now, as measured."""
+        return self.once(
+            "rounding", lambda: float(rounding_error(self.network, self.batch, self.state, outputs).norm())
+        )
+
+    def rounded_to(self, outputs: Tensor) -> str:
+        """The type that makes it."""
+        return str(self.network.rounding(outputs.dtype)).removeprefix("torch.")
 
     def gradient_steps(self, loss: LossAt) -> Iterator[tuple[Tensor, float]]:
         """(Δf [n, C], η) of one gradient step on the probes, each at half the η before; the parameters stay.

@@ -32,7 +32,7 @@ def told(diagnostics: str | Sequence[str] | None, **settings: object) -> dict[st
 
 PRICED: dict[str, tuple[str, str, float]] = {
     "features": ("feature_angle", "+ a forward pass at θ_0 and one at θ_t", 2 * FORWARD),
-    "Taylor": ("taylor_ratio", "+ a forward-mode product at θ_0", 2 * FORWARD),
+    "Taylor": ("taylor_ratio", "+ two forward-mode products at θ_0", 4 * FORWARD),
     "gradients": ("neural_feature_correlation_mean", "+ C backward passes", (1 + 2 * C) * FORWARD),
     "Θ": ("zero_modes_full", "+ eigenvalues of Θ [nC, nC]", 6.0 * (N * C) ** 3),
     "weights": ("spectral_update_max", "+ singular values of the weights", 14.0 * (16 * 4 * 4 + C * 16 * C)),

@@ -86,7 +86,7 @@ def test_the_presets() -> None:
     assert select(["full", "sign_angle"]) == tuple(n for n in DIAGNOSTICS if n in FULL or n == "sign_angle")
     assert reduction(select("default")) == "any"
     assert list(costs(select("default"))) == [
-        "a forward-mode product at θ_0",
+        "two forward-mode products at θ_0",
         "a second kernel, in models with BatchNorm",
     ], "all that the default costs beyond its kernel"
     assert select(["default", "gcv"]) == select([*DEFAULT, "gcv"])

@@ -93,7 +93,7 @@ def test_error_bars_stand_beside_the_numbers() -> None:
 
 
 VERDICTS: dict[str, tuple[str, ...]] = {
-    "lazy": ("next to linear", "hardly turned", "unchanged", "inside the edge", "passed"),
+    "lazy": ("next to linear", "hardly turned", "unchanged", "inside the edge", ": not decided: kinks"),
     "unmoved": ("Nothing has moved yet", "the learning rate is 0"),
 }
 

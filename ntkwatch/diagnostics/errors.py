@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ntkwatch import metrics
 from ntkwatch.diagnostics.diagnostic import Compute, Diagnostic, Price
-from ntkwatch.diagnostics.laziness import moved
+from ntkwatch.diagnostics.laziness import taylor_ratio
 from ntkwatch.diagnostics.view import View, known
 from ntkwatch.metrics.undefined import Undefined
 
@@ -29,7 +29,8 @@ def _alignment(view: View) -> Arguments:
 
 
 def _taylor(view: View) -> Arguments:
-    motion = moved(view)
+    taylor_ratio(view)  # where it is undefined, so is its error
+    motion = known(view.motion)
     return metrics.taylor_ratio, (), (motion.delta_f, motion.j0_delta_theta)
 
 

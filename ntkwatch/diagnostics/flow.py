@@ -8,7 +8,8 @@ from torch import Tensor
 from ntkwatch import metrics
 from ntkwatch.diagnostics.diagnostic import Diagnostic, Price
 from ntkwatch.diagnostics.optimisation import lr_weighted
-from ntkwatch.diagnostics.view import View, ask, known
+from ntkwatch.diagnostics.rounding import above_rounding, forecast_rounding
+from ntkwatch.diagnostics.view import Motion, View, ask, known
 from ntkwatch.forecast import NO_FORECAST
 from ntkwatch.metrics.undefined import Undefined
 
@@ -43,12 +44,19 @@ def forecast_error(view: View) -> Tensor:
     """How far the run left the linearised network trained on the same batches.
 
     Formula: ‖Δf − Δf̂‖/(‖Δf‖ + ‖Δf̂‖), Δf̂ the motion of the linearised network under a copy of the optimizer
-    Range: [0, 1]; undefined while nothing moved, and unless a LinearForecast is attached
+    Range: [0, 1]; undefined while nothing moved beyond rounding, and unless a LinearForecast is attached
     Source: Lee et al. 2019; the symmetric ratio is this library's
     Pitfalls: usually, not always, at least taylor_ratio: the two trajectories part, the linearisation is the same
     """
     lazy, motion = _finite(known(view.f_lazy)), known(view.motion)
-    return ask("taylor_ratio", motion.delta_f, lazy - view.baseline_outputs)
+    predicted = lazy - view.baseline_outputs
+    return _apart(motion, predicted, forecast_rounding(motion, predicted))
+
+
+def _apart(motion: Motion, predicted: Tensor, rounding: float) -> Tensor:
+    """‖Δf − Δf̂‖/(‖Δf‖ + ‖Δf̂‖); undefined where the rounding error of the difference makes it."""
+    value = ask("taylor_ratio", motion.delta_f, predicted)
+    return above_rounding(value, rounding / float(motion.delta_f.norm() + predicted.norm()), motion.rounded_to)
 
 
 def forecast_start_error(view: View) -> float:
@@ -113,7 +121,7 @@ def flow_error(view: View) -> Tensor:
     Pitfalls: those of loss_if_flow: it means something where the probes are the training set
     """
     motion = known(view.motion)
-    return ask("taylor_ratio", motion.delta_f, flowed(view) - view.baseline_outputs)
+    return _apart(motion, flowed(view) - view.baseline_outputs, float(motion.f_rounding.norm()))
 
 
 START = "forecast_start_error"

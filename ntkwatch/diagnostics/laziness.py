@@ -11,33 +11,32 @@ from torch import Tensor
 
 from ntkwatch import metrics
 from ntkwatch.diagnostics.diagnostic import Compute, Diagnostic, Price
-from ntkwatch.diagnostics.view import Motion, View, ask, known
+from ntkwatch.diagnostics.rounding import above_rounding, departure_rounding, moved
+from ntkwatch.diagnostics.view import View, ask, known
 from ntkwatch.metrics.undefined import Undefined
 
 HALVINGS = 20  # of the self-test's step, at most
-CLEAR = 10  # times the outputs' rounding: an error that tells something
+CLEAR = 10  # times the outputs' rounding error: an error that tells something
 LARGEST = 2**24  # entries of a weight: above, its singular values cost more than the probe
 
 
-def moved(view: View) -> Motion:
-    """The motion since the baseline; raises `Undefined` below the resolution of the outputs."""
-    motion = known(view.motion)
-    resolution = 100 * torch.finfo(view.outputs.dtype).eps * float(view.outputs.double().norm())
-    if float(motion.delta_f.norm()) <= resolution:
-        raise Undefined("no motion yet: the outputs have not moved beyond rounding since the baseline")
-    return motion
-
-
 def taylor_ratio(view: View) -> Tensor:
-    """‖Δf − J_0Δθ‖ / (‖Δf‖ + ‖J_0Δθ‖), undefined while nothing has moved."""
+    """‖Δf − J_0Δθ‖ / (‖Δf‖ + ‖J_0Δθ‖), undefined while nothing has moved, and where rounding makes it.
+
+    Rounding error is that of the coarsest type in the model (autocast included), measured by rounding the weights
+    otherwise; it makes what is not three times as large, unless it is below 0.001.
+    """
     motion = moved(view)
-    return ask("taylor_ratio", motion.delta_f, motion.j0_delta_theta)
+    value = ask("taylor_ratio", motion.delta_f, motion.j0_delta_theta)
+    error = departure_rounding(motion) / float(motion.delta_f.norm() + motion.j0_delta_theta.norm())
+    return above_rounding(value, error, motion.rounded_to)
 
 
 def linearization_error(view: View) -> Tensor:
     """‖Δf − J_0Δθ‖/‖Δf‖, the raw form of taylor_ratio."""
     motion = moved(view)
-    return ask("linearization_error", motion.delta_f, motion.j0_delta_theta)
+    value = ask("linearization_error", motion.delta_f, motion.j0_delta_theta)
+    return above_rounding(value, departure_rounding(motion) / float(motion.delta_f.norm()), motion.rounded_to)
 
 
 def parameter_distance(view: View) -> float:
@@ -59,7 +58,8 @@ def statistics_shift(view: View) -> float:
     """What BatchNorm's running statistics alone changed in the outputs.
 
     Formula: ‖f(θ_t, s_t) − f(θ_t, s_0)‖/‖f(θ_t, s_0)‖, s the running statistics, s_0 the baseline's
-    Range: [0, ∞); undefined where the outputs are zero; absent in models without running statistics
+    Range: [0, ∞); undefined where the outputs are zero or the change is below their rounding; absent in models without
+        running statistics
     Source: the definition
     Pitfalls: taylor_ratio, kernel_angle and the rest are at s_0 and leave this out
     """
@@ -67,7 +67,11 @@ def statistics_shift(view: View) -> float:
     frozen = view.outputs.double()
     if float(frozen.norm()) == 0:
         raise Undefined("the outputs are zero")
-    return float((view.statistics_outputs.double() - frozen).norm() / frozen.norm())
+    shift = float((view.statistics_outputs.double() - frozen).norm() / frozen.norm())
+    if shift == 0 or view.instruments is None:
+        return shift
+    error = view.instruments.rounding(view.outputs) / float(frozen.norm())
+    return above_rounding(shift, error, view.instruments.rounded_to(view.outputs))
 
 
 def statistics_angle(view: View) -> Tensor:
@@ -166,8 +170,8 @@ Pitfalls: counterexamples are known: a correlation, not a law; convolutions are 
 
 
 # ── the self-test ─────────────────────────────────────────────────────────────────────────────────────────────────────
-def _step_errors(view: View) -> tuple[float, float, bool]:
-    """One-step errors at η and η/2 on the baseline, and whether the second stands clear of rounding.
+def _step_errors(view: View) -> tuple[float, float, bool, float]:
+    """One-step errors at η and η/2 on the baseline, whether the second stands clear of rounding, and the first's own.
 
     η is halved for as long as it does: in a ReLU net that is trained already, large steps cross kinks, and then a right
     kernel's error stalls there, and a wrong one's falls.
@@ -176,48 +180,48 @@ def _step_errors(view: View) -> tuple[float, float, bool]:
         raise Undefined("a self-test of the baseline: see the first probe")
     loss, theta, model = known(view.loss), known(view.theta), view.ask_model()
 
-    def errors() -> tuple[float, float, bool]:
-        found: list[float] = []
+    def errors() -> tuple[float, float, bool, float]:
+        found: list[tuple[float, float]] = []  # each error, and how much of it rounding makes
         for df, lr in itertools.islice(model.gradient_steps(loss), HALVINGS + 1):
             error = float(ask("one_step_error", df, theta, loss.gradient, lr))
-            rounding = model.eps(view.outputs) * float(view.outputs.double().norm() / df.norm())
-            clear = error > CLEAR * rounding
-            if clear or len(found) < 2:
-                found.append(error)
-            if not clear and len(found) >= 2:
+            rounding = float(model.rounding(view.outputs) / df.norm())
+            if len(found) >= 2 and error <= CLEAR * rounding:
                 break
-        return found[-2], found[-1], clear or len(found) > 2
+            found.append((error, rounding))
+        (whole, at_whole), (half, at_half) = found[-2:]
+        return whole, half, half > CLEAR * at_half, at_whole
 
     return model.once("one_step", errors)
 
 
 def one_step_error(view: View) -> float:
     """Self-test at the first probe: a gradient step as small as rounding allows against what Θ predicts for it."""
-    return _step_errors(view)[0]
+    error, _, _, rounding = _step_errors(view)
+    return above_rounding(error, rounding, view.ask_model().rounded_to(view.outputs))
 
 
 def one_step_halving(view: View) -> float:
     """Self-test at the first probe: how the one-step error falls when the step is halved; ½ where all is right.
 
-    Formula: one_step_error(η/2)/one_step_error(η), η the least of η_0, η_0/2, … η_0/2¹⁹ with an error at η/2 above ten
-        times the outputs' rounding; η_0 = eps^⅓·‖θ‖/‖∇𝓛‖, eps that of the outputs' dtype
+    Formula: one_step_error(η/2)/one_step_error(η), η the least of η_0, η_0/2, … η_0/2¹⁹ with an error at η/2 above
+        ten times the outputs' rounding error; η_0 = eps^⅓·‖θ‖/‖∇𝓛‖, eps that of the outputs' dtype
     Range: [0, ∞), ½ where all is right; 1 where the kernel is wrong (mode, tied or frozen parameters, dropout);
         undefined where both errors are rounding (a linear model) and after the first probe
     Source: Jacot et al. 2018 (df/dt = −Θ∇_f𝓛)
     Pitfalls: in between, kinks lie closer to the probes than rounding can step: in float32 a ReLU net that has trained
         on them; use float64, or held-out probes, to decide
     """
-    whole, half, clear = _step_errors(view)
+    whole, half, clear, _ = _step_errors(view)
     if not clear:
         raise Undefined(f"the one-step error is rounding ({half:.1e}): nothing is left to halve")
     return half / whole
 
 
-TANGENT = Price("a forward-mode product at θ_0", passes=2)
-STATISTICS = Price("a second kernel, in models with BatchNorm", kernels=1)
+TANGENT = Price("two forward-mode products at θ_0", passes=4)
+STATISTICS = Price("a second kernel, in models with BatchNorm", passes=1, kernels=1)
 SINGULAR = Price("singular values of the weights", weights=14)
 BACKWARD = Price("C backward passes", passes=1, per_output=2)
-STEPS = Price("gradient steps on a copy, at the first probe", passes=15)
+STEPS = Price("gradient steps on a copy, at the first probe", passes=16)
 LAZINESS: dict[str, Diagnostic] = {
     "taylor_ratio": Diagnostic(taylor_ratio, default=True, cost=TANGENT),
     "parameter_distance": Diagnostic(parameter_distance, default=True),

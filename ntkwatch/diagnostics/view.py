@@ -27,12 +27,16 @@ T = TypeVar("T")
 class Motion:
     """How the outputs and parameters moved since the baseline, at the baseline's BatchNorm statistics.
 
-    delta_f, j0_delta_theta: [n, C]; how: which differentiation gave J_0 Δθ.
+    delta_f, j0_delta_theta: [n, C]; how: which differentiation gave J_0 Δθ. f_rounding, j_rounding: [n, C], estimates
+    of the rounding errors of f_0 and J_0 Δθ; rounded_to: the type that makes them.
     """
 
     delta_f: Tensor
     j0_delta_theta: Tensor
     how: str
+    f_rounding: Tensor
+    j_rounding: Tensor
+    rounded_to: str
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ from ntkwatch.metrics.undefined import Undefined, metric, nan
 
 
 def _motion(df: Tensor, jdtheta: Tensor, f: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """‖Δf − J_0Δθ‖, ‖Δf‖, ‖J_0Δθ‖; undefined at no motion."""
+    """‖Δf − J_0Δθ‖, ‖Δf‖, ‖J_0Δθ‖; undefined at no motion, and below rounding."""
     df, jdtheta = alike(df, jdtheta, ("df", "jdtheta"))
     moved, linear = finite(df, "df").norm(), finite(jdtheta, "jdtheta").norm()
     noise = 0.0 if f is None else 100 * torch.finfo(f.dtype).eps * float(real(f, "f").norm())
-    if moved == 0 or moved <= noise:
+    if moved == 0:
         raise Undefined("the outputs have not moved yet")
+    if moved <= noise:
+        raise Undefined(f"the motion is below rounding: the outputs moved by {moved:.1e}, no more than 100·eps·‖f‖")
     return (df - jdtheta).norm(), moved, linear
 
 
@@ -30,7 +32,8 @@ def taylor_ratio(df: Tensor, jdtheta: Tensor, f: Tensor | None = None) -> Tensor
     Range: [0, 1]; undefined at Δf = 0 and, with f given, where ‖Δf‖ ≤ 100·eps·‖f‖
     Source: linearisation of Lee et al. 2019 and Chizat et al. 2019; the symmetric ratio is this library's
     Pitfalls: shrinking a ReLU net moves it at angle 0: read it beside kernel_scale and kernel_angle; read it at matched
-        training loss, for it grows along a run
+        training loss, for it grows along a run; in reduced precision (autocast, bfloat16 weights) outputs round by more
+        than a lazy network moves them: what is recorded is held against that, as measured
 
     >>> round(float(taylor_ratio(torch.tensor([[3.0]]), torch.tensor([[1.0]]))), 12)
     0.5

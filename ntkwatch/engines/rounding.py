@@ -1,0 +1,37 @@
+"""How large the rounding error of a forward pass is: measured, by rounding the weights otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ntkwatch.model import Network
+
+SEED = 0x6E746B77  # not one that scripts use: from its stream come their weights, and draws would be aligned with them
+
+
+def rounded_otherwise(network: Network, state: Mapping[str, Tensor] | None, outputs: torch.dtype) -> dict[str, Tensor]:
+    """`state` with each trained weight changed by up to half a last digit of what outputs of that type are rounded to.
+
+    What a forward pass rounds on its way, it then rounds otherwise, and weights that are cast (autocast) are cast to
+    other neighbours: the outputs change by about the rounding error that they had.
+    """
+    half = torch.finfo(network.rounding(outputs)).eps / 2
+    draw = torch.Generator().manual_seed(SEED)
+    moved = dict(state or {})
+    for name, p in network.parameters.items():
+        here = moved.get(name, p).detach()
+        wide = here.to(torch.promote_types(here.dtype, torch.float32))
+        by = half * (2 * torch.rand(here.shape, generator=draw) - 1).to(wide)
+        moved[name] = (wide + by * wide).to(here.dtype)
+    return moved
+
+
+def rounding_error(network: Network, x: Any, state: Mapping[str, Tensor] | None, outputs: Tensor) -> Tensor:
+    """An estimate of the rounding error of the outputs [n, C] of `x` at `state`, float64 on the CPU."""
+    with torch.no_grad():
+        other = network.outputs(x, rounded_otherwise(network, state, outputs.dtype))
+    return (other.double() - outputs.to(other.device).double()).cpu()
