@@ -68,9 +68,8 @@ def _text(value: Any) -> bool:
 
 
 def _kernel(value: Any) -> bool:
-    return (
-        isinstance(value, Tensor) and value.is_floating_point() and value.layout is torch.strided and not value.is_meta
-    )
+    plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+    return plain and value.is_floating_point() and bool(torch.isfinite(value).all())
 
 
 def _values(value: Any) -> bool:
@@ -112,13 +111,13 @@ SESSION: dict[str, Check] = {
 def _located(record: str, identity: str | None, near: Iterable[Path]) -> Path:
     """The record's folder: as it was written, or where the run's folder has been copied or moved to.
 
-    A copy that lies with the checkpoint, or with the log, comes before the original. States of before records had an
-    identity are looked for elsewhere only where nothing is left at their path.
+    A copy that lies with the checkpoint comes before the original. The record of a state of before
+    records had an identity is looked for elsewhere only where nothing is left at its path.
     """
     written = Path(record)
     moved = (place for folder in near for place in _places(written, folder))
     if identity is None:
-        return written if _identity(written) is not None else next((p for p in moved if _identity(p)), written)
+        return written if _identity(written) is not None else next((p for p in moved if _identity(p) == ""), written)
     return next((place for place in moved if _identity(place) == identity), written)
 
 
@@ -140,9 +139,8 @@ def _identity(folder: Path) -> str | None:
 
 
 def near(trainer: Any, log: Path) -> list[Path]:
-    """Where to look for a record that has moved: with the log, and with the checkpoint."""
+    """Where to look for a record that has moved: with the checkpoint, and with the log."""
     checkpoint = getattr(trainer, "ckpt_path", None)
-    found = [log.parent]
     if isinstance(checkpoint, str | os.PathLike) and checkpoint:
-        found.append(Path(os.path.abspath(os.fspath(checkpoint))).parent)
-    return found
+        return [Path(os.path.abspath(os.fspath(checkpoint))).parent, log.parent]
+    return [log.parent]
