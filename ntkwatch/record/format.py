@@ -58,7 +58,11 @@ def safe_name(name: str) -> str:
 def inside(root: Path, *parts: str) -> Path:
     """``root/parts``, refused where it would leave ``root`` (by ``..``, an absolute part or a link)."""
     path = root.joinpath(*parts)
-    if not path.resolve().is_relative_to(root.resolve()):
+    try:
+        stays = path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError):  # a link to itself; a name that no file can have
+        stays = False
+    if not stays:
         raise DamagedRecord(f"{path} lies outside the record {root}; restore the record from its source.")
     return path
 

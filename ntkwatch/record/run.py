@@ -264,7 +264,7 @@ def _records(path: Path) -> list[Path]:
         return _siblings(path / HOME)[-1:]
     found: list[Path] = []
     for parent, below, files in os.walk(path):
-        if {MANIFEST, INDEX} <= {*files, *below}:
+        if MANIFEST in (held := {*files, *below}) and (INDEX in held or Path(parent).name == HOME):
             found.append(Path(parent))
             below.clear()
     return list(dict.fromkeys(_siblings(folder)[-1] for folder in sorted(found, key=_natural)))

@@ -47,6 +47,9 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
             _expect(_square(tensor) and len(tensor) == rows, name)
         elif name in SHAPES:
             _expect(SHAPES[name](tensor), name)
+    if LIMIT in tensors:
+        _expect(LIMIT_ROWS in tensors and _are_rows(tensors[LIMIT_ROWS], len(tensors[LIMIT]), rows), LIMIT_ROWS)
+        _expect(LIMIT_NNGP not in tensors or tensors[LIMIT_NNGP].shape == tensors[LIMIT].shape, LIMIT_NNGP)
 
 
 def check_depth(value: Any) -> None:
@@ -165,6 +168,12 @@ def _children(item: Any) -> list[Any]:
 
 def _square(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1] > 0
+
+
+def _are_rows(tensor: Tensor, count: int, of: int | None) -> bool:
+    """So many rows of a kernel of `of` probes?"""
+    within = of is None or (int(tensor.min()) >= 0 and int(tensor.max()) < of)
+    return len(tensor) == count and within
 
 
 def _is_kernel(kernel: Tensor) -> bool:
