@@ -172,8 +172,7 @@ def _square(tensor: Tensor) -> bool:
 
 def _are_rows(tensor: Tensor, count: int, of: int | None) -> bool:
     """So many rows of a kernel of `of` probes?"""
-    within = of is None or (int(tensor.min()) >= 0 and int(tensor.max()) < of)
-    return len(tensor) == count and within
+    return len(tensor) == count > 0 and int(tensor.min()) >= 0 and (of is None or int(tensor.max()) < of)
 
 
 def _is_kernel(kernel: Tensor) -> bool:
