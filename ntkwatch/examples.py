@@ -47,8 +47,8 @@ def settle(
             found = _by_shape(raw, len(flat[lead]))
     except Exception:  # whoever runs it next says so
         return found
-    doubtful = [i for i in inputs if i != lead and is_per_example(flat[i], found.n)]
-    ways = itertools.islice(_ways(found, doubtful), _TRIED if doubtful else 0)
+    doubtful = [i for i in reversed(inputs) if is_per_example(flat[i], found.n)]
+    ways = itertools.islice(_ways(found, doubtful), _TRIED if len(doubtful) > 1 else 0)
     return next((way for way in ways if _agrees(way, whole, outputs, limit)), found)
 
 
@@ -69,8 +69,8 @@ def _by_shape(raw: Any, n: int) -> Batch:
 
 
 def _ways(batch: Batch, doubtful: Sequence[int]) -> Iterator[Batch]:
-    """With none of the leaves shared, with one of them, with two, …"""
-    for count in range(len(doubtful) + 1):
+    """With none of the leaves shared, with one of them, with two, …: all but one at most."""
+    for count in range(len(doubtful)):
         for shared in itertools.combinations(doubtful, count):
             rows = tuple(own and i not in shared for i, own in enumerate(batch.rows))
             yield dataclasses.replace(batch, rows=rows)
