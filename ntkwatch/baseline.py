@@ -74,15 +74,24 @@ class Baseline:
 
 
 def first_statistics(network: Network, batches: Sequence[Any]) -> tuple[dict[str, Tensor], str | None]:
-    """BatchNorm's statistics s_0 by name, calibrated on these batches where none has been tracked, and what to say."""
+    """BatchNorm's statistics s_0 by name, calibrated where none has been tracked, and what to say.
+
+    batches: the probes, then others to calibrate on, which are left out where the network does not take them.
+    """
     if not untracked_statistics(network.module):
         return {name: b.detach().clone() for name, b in running_statistics(network.module).items()}, None
+    try:
+        return calibrated_statistics(network, batches), _calibrated_on(batches)
+    except Exception:
+        if len(batches) == 1:
+            raise
+    return calibrated_statistics(network, batches[:1]), _calibrated_on(batches[:1])  # another form, or too large
+
+
+def _calibrated_on(batches: Sequence[Any]) -> str:
     rows = sum(batch_size(inputs_of(batch)) for batch in batches)
-    said = (
-        f"BatchNorm has tracked no batch yet: the baseline uses statistics calibrated on {rows} rows "
-        "(the probes and the first training batch)"
-    )
-    return calibrated_statistics(network, batches), said
+    which = "the probes and the first training batch" if len(batches) > 1 else "the probes"
+    return f"BatchNorm has tracked no batch yet: the baseline uses statistics calibrated on {rows} rows ({which})"
 
 
 def parameter_distances(network: Network, baseline: Baseline | None) -> dict[str, tuple[float, float]] | str:

@@ -11,30 +11,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ntkwatch import probes as probing
+from ntkwatch.beginning import Beginning
 from ntkwatch.checkpoint import VERSION
-from ntkwatch.checks import check_arguments, check_choice
+from ntkwatch.checks import check_choice
 from ntkwatch.continuation import Continuation
 from ntkwatch.default_device import ours
-from ntkwatch.diagnostics import select
 from ntkwatch.distributed import Ranks, sharded
 from ntkwatch.failures import Failures
 from ntkwatch.following import Follower, follow
 from ntkwatch.grid import Grid
 from ntkwatch.interruption import Ended, signals_later
 from ntkwatch.joint import jointly
-from ntkwatch.opening import Opening, Settings
+from ntkwatch.opening import Opening
 from ntkwatch.outcome import Outcome
 from ntkwatch.record import Measurement
 from ntkwatch.schedule import Schedule
 from ntkwatch.session import Session
+from ntkwatch.settings import Settings
 from ntkwatch.sinks import publish
-from ntkwatch.trainer import log, logged_at, others_warnings, show_columns, stays_out, true_precision
+from ntkwatch.trainer import Moment, now, others_warnings, show_columns, stays_out, true_precision
 
 if TYPE_CHECKING or "lightning.pytorch" not in sys.modules:
     from pytorch_lightning import Callback
 else:  # the import name that the run already uses: a second copy of the package would cost seconds
     from lightning.pytorch import Callback
+
+Work = Callable[[], Measurement | None]
 
 
 class NTKWatch(Callback):
@@ -84,20 +86,11 @@ class NTKWatch(Callback):
     ) -> None:
         super().__init__()
         check_choice("on_error", on_error, ("warn", "raise"))
-        select(diagnostics)
-        apart = {"targets": targets, "loggers": loggers, "resample": resample, "save_kernels": save_kernels}
-        check_arguments(reduction, engine, seed, outputs=outputs, loss=loss, hparams=hparams, **apart)
-        wanted = probing.resolve(probes)
-        if resample and wanted.data is not None:
-            raise ValueError("resample=True draws fresh probes each time: pass a number, 'val' or 'train' as probes=")
-        monitor = {
-            "outputs": outputs, "loss": loss, "reduction": reduction, "engine": engine,
-            "diagnostics": diagnostics, "seed": seed,
-        }  # fmt: skip
-        self._settings = Settings(
-            wanted, targets, every, budget, resample, save_kernels, loggers, dict(hparams or {}), seed, monitor
-        )
-        self._explicit = wanted.data is not None or outputs is not None or targets is not None
+        self._settings = Settings.checked(
+            probes, every, budget, seed, outputs=outputs, targets=targets, loss=loss, reduction=reduction,
+            engine=engine, diagnostics=diagnostics, resample=resample, save_kernels=save_kernels,
+            loggers=loggers, hparams=hparams,
+        )  # fmt: skip
         self._on_error, self._outcome = on_error, Outcome()
         self._earlier = Continuation()
         self._forget()
@@ -106,15 +99,16 @@ class NTKWatch(Callback):
         """A clean slate for one fit; a checkpoint's state is loaded after this."""
         self._earlier.begin()
         self._outcome.keep(None)
-        self._failures = Failures(self._on_error, self._explicit, self._note)
+        self._failures = Failures(self._on_error, self._settings.explicit, self._note)
         self._session: Session | None = None
         self._follower: Follower | None = None
         self._ranks = Ranks.detect()
         self._restored: dict[str, Any] | None = None
         self._step = self._global_step = 0
         self._probed_at: int | None = None
+        self._beginning: Beginning | None = None  # until the baseline is measured
         self._values: dict[str, float] = {}  # the newest defined ones, on every rank
-        self._begun = self._continued = self._trial = self._completed = False
+        self._trial = self._completed = False
         self._hide_columns: Callable[[], None] | None = None
         self.schedule = Schedule(self._settings.every, self._settings.budget)
         self._grid = Grid(self._settings.every, self.schedule)
@@ -161,25 +155,24 @@ class NTKWatch(Callback):
         for clock in (self.schedule, self._grid):
             clock.start()
         self._hide_columns = show_columns(trainer, self._values)
-        self._together(trainer, "the look at model and probes", partial(self._prepare, trainer, pl_module), start=True)
+        opening = Opening(self._settings, trainer, pl_module, self._trial)
+        self._beginning = Beginning(opening, self._restored, self._earlier.why)
+        self._together(trainer, "the look at model and probes", self._beginning.prepare, start=True)
+        self._session = self._beginning.session
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """K_0, before the first training step; the first batch calibrates BatchNorm and gives streamed probes."""
-        if self._failures.off is not None or self._begun:
+        """K_0, before the first training step; later, though at θ_0, where a stream gives its probes batch by batch."""
+        if self._failures.off is not None or self._beginning is None:
             return
-        self._begun = True
-        self._together(trainer, "settling the baseline", partial(self._begin, trainer, pl_module, batch), start=True)
-        self._continued = self._failures.shared(self._ranks, self._continued, False)
+        look = partial(self._beginning.add, batch, now(trainer, self._step))
+        self._together(trainer, "gathering the probes", look, start=True)
         if self._failures.off is None:
-            earlier = self._restored if self._continued else None
-            fit = (trainer, pl_module, self._session, self._settings, earlier)
-            self._follower = follow(*fit, self._ranks, self._failures)
-        if self._failures.off is None and not self._continued:
-            if self._restored is None:
-                self._grid.due(self._step)
-            self._together(trainer, "the baseline probe", partial(self._baseline, trainer), start=True)
-        if self._failures.off is None and self._session is not None:
-            self._session.tell_unfollowed()
+            self._begin(trainer, pl_module, self._beginning, waits=True)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """What a stream has given in a whole epoch is what there is."""
+        if self._failures.off is None and self._beginning is not None:
+            self._begin(trainer, pl_module, self._beginning, waits=False)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """For the linear forecast: a scheduler changes the learning rates of this step before the batch ends."""
@@ -198,15 +191,15 @@ class NTKWatch(Callback):
             return  # gradients are being accumulated
         self._global_step = trainer.global_step
         self._step += 1
-        if self._failures.off is None and not self._trial and self._grid.due(self._step):
+        if self._beginning is None and self._failures.off is None and not self._trial and self._grid.due(self._step):
             # Lightning counts this batch only after its hooks, and what it logs of the next one stands there.
-            self._probe(trainer, last=False, batches=1)
+            self._probe(trainer, now(trainer, self._step, batches=1))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """The last step is always measured."""
         self._completed = True
         if self._failures.off is None and not self._trial and self._probed_at not in (None, self._step):
-            self._probe(trainer, last=True)
+            self._probe(trainer, now(trainer, self._step), last=True)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")
@@ -222,6 +215,7 @@ class NTKWatch(Callback):
             self._failures.quietly("closing the loggers", partial(self._session.finish, self._completed))
             self._earlier.keep(self.state_dict(), pl_module)  # for the next fit, and `trainer.save_checkpoint`
             self._session = None
+        self._beginning = None
         if self._follower is not None:
             self._follower.close()
             self._follower = None
@@ -251,53 +245,60 @@ class NTKWatch(Callback):
         return self._outcome.summary() or self._failures.instead_of_a_summary(step)
 
     # ── one probe ─────────────────────────────────────────────────────────────────────────────────────────────────
-    def _probe(self, trainer: Any, last: bool, batches: int = 0) -> None:
+    def _probe(self, trainer: Any, at: Moment, last: bool = False) -> None:
         def work() -> Measurement | None:
             due = last or self._grid.asked or self.schedule.due(self._step)
-            return self._measure(trainer, last, batches) if due else None
+            return self._measure(trainer, at, last) if due else None
 
         self._together(trainer, f"the probe at step {self._step}", work)
 
-    def _measure(self, trainer: Any, last: bool = False, batches: int = 0) -> Measurement:
-        """batches: how many the loggers' x axis is behind."""
+    def _measure(self, trainer: Any, at: Moment, last: bool = False) -> Measurement:
         assert self._session is not None
-        optimizers, logged = trainer.optimizers, logged_at(trainer)
+        optimizers = trainer.optimizers
         with true_precision(trainer):
             return self._session.probe(
-                self._step,
+                at.step,
                 lambda: self.schedule.overhead,
                 last=last,
-                x=None if logged is None else logged + batches,
-                optimizer=optimizers[0] if len(optimizers) == 1 else None,
-                global_step=trainer.global_step,
-                epoch=trainer.current_epoch,
+                x=at.x,
+                optimizer=optimizers[0] if len(optimizers) == 1 and not at.late else None,
+                global_step=at.global_step,
+                epoch=at.epoch,
             )
 
-    def _prepare(self, trainer: Any, pl_module: Any) -> None:
-        self._session = self._opening(trainer, pl_module).before_training()
+    # ── the baseline ──────────────────────────────────────────────────────────────────────────────────────────────
+    def _begin(self, trainer: Any, pl_module: Any, beginning: Beginning, waits: bool) -> None:
+        """K_0 and all that is done once, if rank 0 has the probes for it."""
+        settled = self._failures.shared(self._ranks, beginning.start(waits), None)
+        if settled is None:
+            return
+        start, self._beginning = Moment(*settled), None
 
-    def _opening(self, trainer: Any, pl_module: Any) -> Opening:
-        return Opening(self._settings, trainer, pl_module, trial=self._trial)
+        def baseline() -> Measurement:
+            self.schedule.due(start.step)
+            with beginning.at_start():
+                return self._measure(trainer, start)
 
-    def _begin(self, trainer: Any, pl_module: Any, batch: Any) -> None:
-        """What is done once: engine, BatchNorm's statistics, or the record of a resumed run."""
-        if self._session is None:
-            self._session = self._opening(trainer, pl_module).from_stream(batch, (self._restored or {}).get("session"))
-        with true_precision(trainer):
-            self._continued = self._session.goes_on(self._restored, self._earlier.why)
-            if not self._continued:
-                self._session.begin([trainer.precision_plugin.convert_input(batch)])
-                self._ranks.foresee(self._session.foreseen, len(self._session.monitor.probes))
-        for line in self._session.introduction():
-            log.info(f"NTKWatch: {line}")
-        self._outcome.keep(self._session.record)
+        self._together(trainer, "settling the baseline", partial(beginning.begin, self._ranks), start=True)
+        self._session = beginning.session
+        continued = self._failures.shared(self._ranks, beginning.continued, False)
+        if self._session is not None:
+            self._outcome.keep(self._session.record)
+        if self._failures.off is None:
+            fit = (trainer, pl_module, self._session, self._settings, self._restored if continued else None)
+            self._follower = follow(*fit, self._ranks, self._failures, start.late)
+        if self._failures.off is None and not continued:
+            if self._restored is None:
+                self._grid.due(start.step)
+            self._together(trainer, "the baseline probe", baseline, True, start.step)
+        if self._failures.off is None and self._session is not None:
+            self._session.tell_unfollowed()
 
-    def _baseline(self, trainer: Any) -> Measurement:
-        self.schedule.due(self._step)
-        return self._measure(trainer)
+    def _together(self, trainer: Any, what: str, work: Work, start: bool = False, step: int | None = None) -> None:
+        """Rank 0 works, every rank learns how it went: the same values, the same error, the same switch-off.
 
-    def _together(self, trainer: Any, what: str, work: Callable[[], Measurement | None], start: bool = False) -> None:
-        """Rank 0 works, every rank learns how it went: the same values, the same error, the same switch-off."""
+        step: where a measurement stands, if not at the present one.
+        """
 
         def timed() -> Measurement | None:
             if trainer.received_sigterm:
@@ -312,11 +313,11 @@ class NTKWatch(Callback):
             if done.failure is not None:
                 self._failures.probe(what, done.failure, done.error, start)
             elif done.said is not None:
+                self._probed_at = self._step if step is None else step
                 self._learn(trainer, done.value, done.said)
 
     def _learn(self, trainer: Any, measurement: Measurement | None, values: Mapping[str, float]) -> None:
         self._failures.succeeded()
-        self._probed_at = self._step
         if self._session is not None:
             self._outcome.keep(self._session.record, measurement)
         self._values.update({tag: value for tag, value in values.items() if tag.startswith("ntk/")})

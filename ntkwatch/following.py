@@ -17,10 +17,10 @@ from ntkwatch.followable import clipping, why_not
 from ntkwatch.forecast import LinearForecast, Stepped
 from ntkwatch.model import Network
 from ntkwatch.monitor import Monitor
-from ntkwatch.opening import Settings
 from ntkwatch.probes import content_hash
 from ntkwatch.record import FORECASTS, RecordError, Shelf
 from ntkwatch.session import Session
+from ntkwatch.settings import Settings
 from ntkwatch.shadow import NotRepeatable
 from ntkwatch.trainer import log, true_precision, warn
 
@@ -30,6 +30,10 @@ NOT_NAMED = (
 )
 SAID = "the linear forecast adds two to three training steps to each of the run's: in ntk/overhead, outside budget="
 NOT_SAVED = "the forecast is not in the checkpoint, and it needs every batch since the baseline"
+LATE = (
+    "the forecast needs every batch since the baseline, and the probes of this stream were there only some batches "
+    "later: pass a batch as probes="
+)
 OTHER_WEIGHTS = "the weights are not those that the checkpoint's forecast was saved beside"
 
 
@@ -172,6 +176,7 @@ def follow(
     earlier: Mapping[str, Any] | None,
     ranks: Ranks,
     failures: Failures,
+    late: bool = False,
 ) -> Follower | None:
     """A follower on every rank where a diagnostic that needs one was asked for by name; else rank 0's monitor is told.
 
@@ -181,6 +186,7 @@ def follow(
         session: rank 0's; None elsewhere.
         earlier: the callback's state, where the session has just resumed it.
         failures: are told of what goes wrong later; they switch off where a rank does not come.
+        late: batches were trained on since the baseline.
     """
 
     def end(reason: str) -> None:
@@ -189,6 +195,9 @@ def follow(
 
     if not names_forecast(settings.monitor["diagnostics"]):
         end(NOT_NAMED)
+        return None
+    if late:
+        end(LATE)
         return None
     if ranks.first():
         log.info(f"NTKWatch: {SAID}")

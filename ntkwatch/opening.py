@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from ntkwatch import probes as probing
 from ntkwatch.manifest import optimizers
 from ntkwatch.monitor import Monitor
 from ntkwatch.place import place_of
 from ntkwatch.plain import unwrap
-from ntkwatch.probes import ProbeSet
+from ntkwatch.probes import FEWEST, Gathered, ProbeSet
 from ntkwatch.reading import Signature
 from ntkwatch.session import Session, stored_probes
+from ntkwatch.settings import Settings
 from ntkwatch.sinks import Sinks
 from ntkwatch.trainer import as_in_training, hyperparameters, probe_loader, warn
 
 TRIAL = 4  # probes under fast_dev_run
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user passed to `NTKWatch`, checked; `monitor` holds what goes to the Monitor as it is."""
-
-    wanted: probing.Wanted
-    targets: Tensor | Callable[[Any], Tensor] | None
-    every: str | int | Sequence[int] | Callable[[int], bool]
-    budget: float | None
-    resample: bool
-    save_kernels: bool
-    loggers: Sequence[Any] | None
-    hparams: Mapping[str, Any]
-    seed: int
-    monitor: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,17 +39,24 @@ class Opening:
         probes = self._choose(self.settings.seed)
         return self._open(probes) if probes is not None else None
 
-    def from_stream(self, batch: Any, state: Mapping[str, Any] | None) -> Session:
+    def stream(self) -> Gathered:
+        """What gathers the probes of a stream."""
+        return Gathered(self._n)
+
+    def from_stream(self, stream: Gathered, state: Mapping[str, Any] | None) -> Session:
         """The session on the first rows of the stream, or on the rows that the record of a resumed run keeps."""
-        targets = self.settings.targets
-        probes = probing.from_stream([batch], self._n, source="train", targets=targets)
-        return self._open(probes if state is None else stored_probes(state, probes, targets), streamed=True)
+        targets, kept = self.settings.targets, None
+        if state is not None:
+            kept = stored_probes(state, stream.probes(), targets)
+        return self._open(kept or stream.probes(targets), streamed=True)
 
     def _choose(self, seed: int) -> ProbeSet | None:
         settings = self.settings
         if settings.wanted.data is not None:
             return probing.given(settings.wanted.data, settings.targets)
         source, loader = probe_loader(self.trainer, settings.wanted.split)
+        if source == "val" and settings.wanted.split is None and probing.is_streaming(loader):
+            source, loader = probe_loader(self.trainer, "train")
         if probing.is_streaming(loader):
             return None
         leading = Signature.of(unwrap(self.pl_module)).leading
@@ -75,9 +65,9 @@ class Opening:
     def _open(self, probes: ProbeSet, streamed: bool = False) -> Session:
         settings, trainer = self.settings, self.trainer
         hparams = hyperparameters(trainer, settings.hparams)
-        monitor = Monitor(
-            self.pl_module, as_in_training(trainer, probes, settings.seed), hparams=hparams, **settings.monitor
-        )
+        self._tell_if_few(probes)
+        ready = probes if streamed else as_in_training(trainer, probes, settings.seed)
+        monitor = Monitor(self.pl_module, ready, hparams=hparams, **settings.monitor)
         loggers = trainer.loggers if settings.loggers is None else settings.loggers
         place = None if self.trial else place_of(trainer)
         if place is not None and place.said is not None:
@@ -97,6 +87,14 @@ class Opening:
                 "budget": settings.budget,
             },
         )
+
+    def _tell_if_few(self, probes: ProbeSet) -> None:
+        wanted = self.settings.wanted
+        if wanted.data is None and not self.trial and len(probes) < min(FEWEST, wanted.n):
+            warn(
+                f"there are only {len(probes)} probes ({probes.how}), and the angle between so small kernels says "
+                "little: pass a batch of more examples, as NTKWatch(probes=next(iter(DataLoader(dataset, 64))))"
+            )
 
     def _fresh(self, step: int) -> ProbeSet:
         probes = self._choose(self.settings.seed + 1_000_003 * (step + 1))

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 KNOWN = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-NO_OPTIMIZER = "no optimizer is known: give measure(step, optimizer=...); a run with several has no one rule"
+NO_OPTIMIZER = (
+    "no optimizer is known: give measure(step, optimizer=...); a run with several has no one rule, and a baseline that "
+    "waited for the rows of a stream has lost its own"
+)
 
 
 @dataclass(frozen=True)

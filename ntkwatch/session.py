@@ -265,16 +265,25 @@ def _tensors(probes: ProbeSet) -> list[Tensor]:
     return [leaf for leaf in leaves(probes.batch) if isinstance(leaf, Tensor)]
 
 
-def stored_probes(state: Mapping[str, Any], like: ProbeSet, targets: Any = None) -> ProbeSet:
-    """The probes that the state's record keeps, in the form of `like`; `like` itself where it keeps none."""
+def keeps_probes(state: Mapping[str, Any]) -> bool:
+    """Whether the state's record says that it keeps its probes: those of a stream, which cannot be found again."""
+    try:
+        return "probes_sha256" in load_run(Path(state["record"])).manifest
+    except RecordError:
+        return False
+
+
+def stored_probes(state: Mapping[str, Any], like: ProbeSet, targets: Any = None) -> ProbeSet | None:
+    """The probes that the state's record keeps, in the form of `like`; None where it keeps none."""
     folder = Path(state["record"])
     try:
         sha256 = load_run(folder).manifest.get("probes_sha256")
         stored = load_tensors(folder, PROBES_FILE, sha256) if sha256 else {}
     except RecordError:
-        return like
+        return None
     if len(stored) != len(_tensors(like)):
-        return like
+        return None
     in_order = iter([stored[name] for name in sorted(stored)])
     batch = map_leaves(lambda leaf: next(in_order) if isinstance(leaf, Tensor) else leaf, like.batch)
-    return ProbeSet.from_batch(batch, targets=targets, source=like.source, how=like.how)
+    how = f"the rows of the {like.source} stream that the record keeps"
+    return ProbeSet.from_batch(batch, targets=targets, source=like.source, how=how)

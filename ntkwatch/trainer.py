@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ntkwatch.guard import leave_no_trace
-from ntkwatch.probes import ProbeSet
+from ntkwatch.probes import ProbeSet, batches_of, form_of
 
 # A child of the logger that Lightning has a handler for, under the import name in use.
 log = logging.getLogger(
@@ -69,13 +69,40 @@ def _some(loaders: Any) -> Any:
     return None if isinstance(loaders, (list, tuple, dict)) and not loaders else loaders
 
 
-def logged_at(trainer: Any) -> int | None:
-    """Where on the loggers' x axis Lightning puts what the module logs of a batch that starts now; None: not known.
+def calibration(trainer: Any, batch: Any, probes: ProbeSet) -> list[Any]:
+    """Of a first training batch, what BatchNorm may be calibrated on beside the probes: of several loaders, the batch
+    of the first one whose batches are of the probes' form, else of the first."""
+    singles = (
+        [] if batch is None else [each for each in batches_of(trainer.train_dataloader, batch) if each is not None]
+    )
+    if len(singles) > 1:
+        form = form_of(probes.batch, row_shapes=False)
+        singles.sort(key=lambda each: form_of(each, row_shapes=False) != form)  # a stable sort
+    return singles[:1]
 
-    It counts batches after which an optimizer may step: with manual optimization every batch.
+
+class Moment(NamedTuple):
+    """Where a run stands: its step, and what is recorded and logged beside it.
+
+    x: on the loggers' axis, where Lightning puts what the module logs of a batch that starts then; None: not known.
+    late: batches have been trained on since.
+    """
+
+    step: int
+    global_step: int
+    epoch: int
+    x: int | None
+    late: bool = False
+
+
+def now(trainer: Any, step: int, batches: int = 0) -> Moment:
+    """The present moment. batches: how many Lightning has still to count.
+
+    On the x axis it counts batches after which an optimizer may step: with manual optimization every batch.
     """
     count = getattr(getattr(trainer.fit_loop, "epoch_loop", None), "_batches_that_stepped", None)
-    return count if isinstance(count, int) else None
+    x = count + batches if isinstance(count, int) else None
+    return Moment(step, trainer.global_step, trainer.current_epoch, x)
 
 
 @contextmanager

@@ -15,6 +15,9 @@ FLOORS = {
     4: {
         "callback",
         "opening",
+        "gathering",
+        "settings",
+        "beginning",
         "trainer",
         "following",
         "followable",
@@ -35,6 +38,7 @@ FLOORS = {
         "monitor",
         "manifest",
         "baseline",
+        "initial",
         "diagnostics",
         "instruments",
         "checks",

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data import default_collate
 from torch.utils.data._utils.collate import default_convert
 
 from ntkwatch.guard import leave_objects
-from ntkwatch.model import batch_size, inputs_of, is_per_example, leaves, map_leaves, take
+from ntkwatch.model import batch_size, inputs_of
 from ntkwatch.probes.labels import as_classes, balanced, label_of, seen_labels
+from ntkwatch.probes.loaders import first_of, is_streaming
 from ntkwatch.probes.probeset import ProbeSet, Targets
+from ntkwatch.probes.stream import Gathered
 
 CANDIDATES = 1024  # examples that are loaded, at most, to see their classes
 _VALUES = 3  # different floats that are values, no classes
@@ -46,7 +46,7 @@ def choose(
         )
     if is_streaming(loader):
         raise ValueError(f"the {source} loader only streams: use from_stream on its first batches")
-    loader, which = _first(loader)
+    loader, which = first_of(loader)
     dataset = loader.dataset
     held = (dataset, getattr(loader, "collate_fn", None))
     with leave_objects(*held), torch.inference_mode(False), torch.no_grad():
@@ -70,55 +70,7 @@ def choose(
         return ProbeSet.from_batch(batch, targets, source, f"{how}{which}, seed {seed}", rows)
 
 
-def is_streaming(loader: Any) -> bool:
-    """Whether the loader's examples can only be had in turn: an IterableDataset, or no dataset that can be indexed."""
-    dataset = getattr(_first(loader)[0], "dataset", None)
-    if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
-        return True
-    try:
-        len(dataset)
-    except (TypeError, NotImplementedError):
-        return True
-    return False
-
-
-def from_stream(
-    batches: Sequence[Any], n: int = 64, source: str = "train", targets: Targets = None, how: str | None = None
-) -> ProbeSet:
-    """The first n rows of the first batches of a stream; fewer where there are fewer, or where batches do not fit
-    together (padded to other lengths): then the first batch alone."""
-    if not batches:
-        raise ValueError(f"the {source} loader gave no batch: pass probes= a batch")
-    joined = _join(batches, n)
-    rows = min(batch_size(inputs_of(joined)), n)
-    said = how or f"the first {rows} rows of the {source} stream{_asked(rows, n)}"
-    probes = take(joined, slice(0, rows)) if batch_size(inputs_of(joined)) > rows else joined
-    if isinstance(targets, Tensor) and len(targets) > rows:
-        raise ValueError(
-            f"targets= has {len(targets)} rows for {rows} probes of a stream; pass a callable of the batch"
-        )
-    return ProbeSet.from_batch(probes, targets, source, said)
-
-
 # ── loaders ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _first(loader: Any) -> tuple[Any, str]:
-    """The first of several loaders, and a clause that says so."""
-    several = 0
-    while True:
-        if not hasattr(loader, "dataset"):
-            loader = getattr(loader, "iterables", loader)  # Lightning's CombinedLoader
-        if isinstance(loader, Mapping):
-            parts = list(loader.values())
-        elif isinstance(loader, tuple | list):
-            parts = list(loader)
-        else:
-            return loader, f", from the first of {several} loaders" if several > 1 else ""
-        if not parts:
-            return None, ""
-        several = max(several, len(parts))
-        loader = parts[0]
 
 
 def _pool(loader: Any, size: int) -> Tensor:
@@ -161,14 +113,13 @@ def _gives_batches(loader: Any) -> bool:
 def _from_batches(loader: Any, pool: Tensor, n: int, seed: int, source: str, targets: Targets, which: str) -> ProbeSet:
     convert = getattr(loader, "collate_fn", None) or default_convert
     order = pool[torch.randperm(len(pool), generator=_generator(seed), device="cpu")]
-    batches, rows = [], 0
+    gathered = Gathered(n)
     for i in order.tolist():
-        batches.append(convert(_item(loader.dataset, i, seed)))
-        rows += batch_size(inputs_of(batches[-1]))
-        if rows >= n:
+        gathered.add(convert(_item(loader.dataset, i, seed)))
+        if gathered.complete:
             break
-    how = f"{min(rows, n)} rows of {len(batches)} of the {len(pool)} batches that the dataset gives{which}, seed {seed}"
-    return from_stream(batches, n, source, targets, how)
+    read = f"{gathered.batches} of the {len(pool)} batches that the dataset gives"
+    return gathered.probes(targets, source, f"{len(gathered)} rows of {read}{which}, seed {seed}")
 
 
 # ── which examples ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -259,40 +210,3 @@ def _seed_process(seed: int, index: int) -> None:
     torch.default_generator.manual_seed(number)  # not torch.manual_seed: that also seeds a GPU that has not started
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(number)
-
-
-# ── joining batches ──────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _join(batches: Sequence[Any], n: int) -> Any:
-    """The first batches joined until n rows are there; as far as they fit together."""
-    joined = batches[0]
-    for batch in islice(batches, 1, None):
-        wider = _concatenated(joined, batch) if batch_size(inputs_of(joined)) < n else None
-        if wider is None:
-            break
-        joined = wider
-    return joined
-
-
-def _concatenated(a: Any, b: Any) -> Any:
-    """The rows of a, then those of b; None where leaves differ in number, type or shape of a row."""
-    first, second = leaves(a), leaves(b)
-    if len(first) != len(second) or any(type(x) is not type(y) for x, y in zip(first, second, strict=True)):
-        return None
-    rest = iter(second)
-    n, m = batch_size(inputs_of(a)), batch_size(inputs_of(b))
-    fits = True
-
-    def join(x: Any) -> Any:
-        nonlocal fits
-        y = next(rest)
-        if is_per_example(x, n) and is_per_example(y, m):
-            fits &= x.shape[1:] == y.shape[1:] and x.dtype == y.dtype
-            return torch.cat([x, y]) if fits else x
-        if isinstance(x, list | tuple) and len(x) == n and len(y) == m:
-            return type(x)([*x, *y])
-        return x
-
-    joined = map_leaves(join, a)
-    return joined if fits else None

@@ -70,7 +70,7 @@ class ProbeSet:
             ValueError: a loader, a dataset, no dense tensor with a row per example among the inputs, no rows, or
                 targets of another length.
         """
-        batch = map_leaves(_frozen, batch)
+        batch = map_leaves(frozen, batch)
         check_form(batch)
         n = batch_size(inputs_of(batch))
         if n == 0:
@@ -104,7 +104,7 @@ class ProbeSet:
         return replace(self, n=n, targets=None if raw is None else raw.detach().clone(), targets_hash=digest)
 
 
-def _frozen(leaf: Any) -> Any:
+def frozen(leaf: Any) -> Any:
     """A copy of one's own: the loader or the user may write into theirs."""
     with torch.inference_mode(False), torch.no_grad():
         if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc":

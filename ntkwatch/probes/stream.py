@@ -1,0 +1,133 @@
+"""Probes of a stream: the rows of its first batches, gathered as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ntkwatch.model import batch_size, inputs_of, is_per_example, leaves, map_leaves, take
+from ntkwatch.probes.probeset import ProbeSet, Targets, content_hash, frozen
+
+FEWEST = 8  # probes below which angles say little
+MOST_BATCHES = 8  # that are read for each probe asked for, where few of them fit together
+MOST_BYTES = 2**30  # of rows that are kept meanwhile
+
+
+class Gathered:
+    """Copies of the rows of batches, up to n that can be one batch: alike in form, and in the shape of a row.
+
+    Batches that do not fit together (padded to other lengths) are gathered apart, and the most rows of one form become
+    the probes.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.batches = 0
+        self._rows: dict[Hashable, list[Any]] = {}
+        self._counts: dict[Hashable, int] = {}
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        """Rows that fit together."""
+        return max(self._counts.values(), default=0)
+
+    def add(self, batch: Any) -> None:
+        """Look at one more batch; rows beyond n are not kept."""
+        self.batches += 1
+        form, size = form_of(batch), batch_size(inputs_of(batch))
+        room = self.n - self._counts.get(form, 0)
+        if min(size, room) <= 0:
+            return
+        kept = map_leaves(_on_cpu, take(batch, slice(0, room)) if size > room else batch)
+        self._rows.setdefault(form, []).append(kept)
+        self._counts[form] = self._counts.get(form, 0) + min(size, room)
+        self._bytes += sum(leaf.numel() * leaf.element_size() for leaf in leaves(kept) if isinstance(leaf, Tensor))
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are as many rows as angles need, be they fewer than n."""
+        return len(self) >= min(FEWEST, self.n)
+
+    @property
+    def complete(self) -> bool:
+        """Whether there are n rows, or further batches are not worth waiting for.
+
+        That is after n batches with FEWEST rows that fit together, after MOST_BATCHES · n, or above MOST_BYTES.
+        """
+        given_up = self.batches >= MOST_BATCHES * self.n or self._bytes > MOST_BYTES
+        return len(self) >= self.n or given_up or (self.batches >= self.n and self.enough)
+
+    def probes(self, targets: Targets = None, source: str = "train", how: str | None = None) -> ProbeSet:
+        """The probes that there are; raises ValueError where there are none, or targets= do not fit."""
+        if not len(self):
+            raise ValueError(f"the {source} loader gave no batch with rows: pass probes= a batch")
+        form = max(self._counts, key=lambda each: self._counts[each])
+        rows = self._counts[form]
+        if isinstance(targets, Tensor) and len(targets) > rows:
+            raise ValueError(
+                f"targets= has {len(targets)} rows for {rows} probes of a stream; pass a callable of the batch"
+            )
+        return ProbeSet.from_batch(_joined(self._rows[form]), targets, source, how or self._how(rows, source))
+
+    def _how(self, rows: int, source: str) -> str:
+        asked = f" ({self.n} were asked for)" if rows < self.n else ""
+        said = f"the first {rows} rows of the {source} stream{asked}"
+        if len(self._rows) > 1:
+            return f"{said} that fit together, of {self.batches} batches in {len(self._rows)} shapes"
+        return said
+
+
+def from_stream(
+    batches: Sequence[Any], n: int = 64, source: str = "train", targets: Targets = None, how: str | None = None
+) -> ProbeSet:
+    """The first n rows of these batches; fewer where there are fewer, or where batches do not fit together."""
+    gathered = Gathered(n)
+    for batch in batches:
+        gathered.add(batch)
+        if gathered.complete:
+            break
+    return gathered.probes(targets, source, how)
+
+
+def form_of(batch: Any, row_shapes: bool = True) -> Hashable:
+    """Equal for batches whose rows can stand in one batch; for those of one kind at least, without `row_shapes`.
+
+    Tensors that have no row for each example, as positions or a mask that all share, must be the same.
+    """
+    keys = tuple(batch) if isinstance(batch, Mapping) else None
+    n = batch_size(inputs_of(batch))
+    kind = type(batch) if row_shapes else None  # a list of two and a pair are of one kind
+    return (kind, keys, *(_form(leaf, n, row_shapes) for leaf in leaves(batch)))
+
+
+def _form(leaf: Any, n: int, row_shapes: bool) -> tuple[Any, ...]:
+    if not isinstance(leaf, Tensor):
+        return (type(leaf),)
+    if not row_shapes:
+        return leaf.dtype, leaf.ndim
+    if is_per_example(leaf, n):
+        return leaf.dtype, leaf.layout, tuple(leaf.shape[1:])
+    return leaf.dtype, tuple(leaf.shape), content_hash(leaf)
+
+
+def _on_cpu(leaf: Any) -> Any:
+    return frozen(leaf.detach().cpu().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf)
+
+
+def _joined(batches: Sequence[Any]) -> Any:
+    """The rows of batches of one form, one after the other; what they share is the first's."""
+    sizes = [batch_size(inputs_of(batch)) for batch in batches]
+    columns = zip(*map(leaves, batches), strict=True)
+
+    def join(first: Any) -> Any:
+        column = next(columns)
+        if is_per_example(first, sizes[0]):
+            return torch.cat([rows.detach() for rows in column]).requires_grad_(first.requires_grad)
+        if isinstance(first, list | tuple) and all(len(x) == n for x, n in zip(column, sizes, strict=True)):
+            return type(first)(item for leaf in column for item in leaf)
+        return first
+
+    return map_leaves(join, batches[0])
