@@ -2,10 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := OMP_NUM_THREADS=2 $(BIN)/python
+JOBS ?= 2
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" -n $(JOBS) --dist worksteal
 STAMP := .venv/.installed
 PEERS := .venv-peers
 
-.PHONY: setup demo test soak mutants gpu check bench bench-jax claims clean
+.PHONY: setup demo test quick test-portable soak mutants gpu check bench bench-jax claims clean
 
 setup: $(STAMP)
 
@@ -23,8 +25,14 @@ check: setup           ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: setup check      ## everything that CI runs
-	$(RUN) -m pytest -m "not soak"
+test: setup check      ## everything that CI runs, on two cores; JOBS=8 on eight
+	$(TEST)
+
+quick: setup           ## a seeded sample of every file's tests, in under 5 minutes
+	$(TEST) --quick
+
+test-portable: setup   ## the numeric tests as on other CPUs and with other numbers of threads; FLAGS="--setting NAME FILE"
+	$(BIN)/python -m tests.portable --jobs $(JOBS) $(FLAGS)
 
 soak: setup            ## the long sweeps, with their full counts
 	$(RUN) -m pytest -m soak -s

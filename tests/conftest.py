@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from quick import sample
 
 collect_ignore = ["typed_user.py"]  # for mypy alone: the search for doctests would run it
 
@@ -21,10 +22,19 @@ for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):  # a shell's, or re
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the engines' and the trust tests put their models")
+    parser.addoption("--quick", action="store_true", help="a seeded sample of each file's tests, see quick.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["NTKWATCH_DEVICE"] = config.getoption("--device")  # read by device.py, in processes of a test's own too
+
+
+@pytest.hookimpl(trylast=True)  # of what -m and -k leave
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        kept = sample(item.nodeid for item in items)
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
+        items[:] = [item for item in items if item.nodeid in kept]
 
 
 @pytest.fixture(autouse=True)
