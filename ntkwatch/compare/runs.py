@@ -97,9 +97,9 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 
 
 def seed_of(run: Run) -> int | None:
-    """The run's training seed, where its hyperparameters hold one."""
+    """The run's training seed, where its hyperparameters hold one that a table's 64 bits hold."""
     seeds = (run.hparam(name) for name in SEED_NAMES)
-    return next((int(seed) for seed in seeds if seed is not None), None)
+    return next((int(seed) for seed in seeds if seed is not None and abs(seed) < 2**63), None)
 
 
 def plain(rows: pd.DataFrame) -> list[dict[str, Any]]:
