@@ -314,7 +314,7 @@ class NTKWatch(Callback):
                 self._failures.probe(what, done.failure, done.error, start)
             elif done.said is not None:
                 self._probed_at = self._step if step is None else step
-                self._learn(trainer, done.value, done.said)
+                self._failures.quietly(f"telling of {what}", partial(self._learn, trainer, done.value, done.said))
 
     def _learn(self, trainer: Any, measurement: Measurement | None, values: Mapping[str, float]) -> None:
         self._failures.succeeded()

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ntkwatch.interruption import Ended, check
 
-NAMESPACES = ("c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "symm_mem")
+PARTNERS = ("process_group", "group_name", "ranks", "peer")  # an operation that communicates takes one of these
 NAMES_GROUPS = "_process_group_name"  # what torch calls first for every new group, before it counts or waits
 MODE = ("__torch_dispatch__", "refuse", "refuse_group")  # functions of modes, between an operation and who asks for it
 LIBRARIES = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities")
@@ -41,6 +41,7 @@ class Alone(TorchDispatchMode):
         super().__init__()
         self.refused: CollectiveError | None = None
         self._local: set[Any] = set()  # operations that are known not to communicate
+        self._ended = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -48,13 +49,23 @@ class Alone(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        check()
+        if not self._ended:
+            self._check()
         if func not in self._local:
-            if func.namespace not in NAMESPACES or func.__name__.startswith("wait_tensor"):
+            partners = _partners(func, args, kwargs or {})
+            if partners is None:
                 self._local.add(func)
-            elif not _alone_in_it(func, args, kwargs or {}):
+            elif not _of_one(partners):
                 self.refuse(str(func))
         return func(*args, **(kwargs or {}))
+
+    def _check(self) -> None:
+        """At any operation, so that a long pass ends too: once, since what then puts the model back is operations."""
+        try:
+            check()
+        except Ended:
+            self._ended = True
+            raise
 
     def refuse(self, operation: str) -> None:
         """Ends the probe."""
@@ -87,14 +98,21 @@ def alone() -> Iterator[None]:
         raise Ended(mode.refused)
 
 
-def _alone_in_it(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the group that an operation is for has this one rank; no where that cannot be told."""
-    named = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+def _partners(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Who takes part in an operation; None where it is one that does not communicate."""
+    schema = getattr(func, "_schema", None)  # higher-order operations have none
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return next((given.get(name, name) for name in PARTNERS if name in names), None)
+
+
+def _of_one(group: Any) -> bool:
+    """Whether it is a group, or the name of one, that has this rank alone; no where that cannot be told."""
     try:
-        if "group_name" in named:
-            return int(dist.distributed_c10d._resolve_process_group(named["group_name"]).size()) == 1
-        return int(dist.ProcessGroup.unbox(named["process_group"]).size()) == 1
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        named = isinstance(group, str)
+        found: Any = dist.distributed_c10d._resolve_process_group if named else dist.ProcessGroup.unbox
+        return int(found(group).size()) == 1
+    except (AttributeError, RuntimeError, TypeError, ValueError, KeyError):
         return False
 
 

@@ -69,8 +69,8 @@ class Ranks:
         most = math.inf if self.size == 1 else FORESEEN * self.timeout
         if seconds > most:
             raise TooLong(
-                f"a probe of {probes} examples may take some {seconds:.3g} s, more than the {most:.3g} s that are left "
-                f"to rank 0 while the others wait; {max(1, int(probes * most / seconds))} would do"
+                f"a probe of {probes} examples may take some {seconds:.0f} s, more than the {most:.0f} s that rank 0 "
+                f"has while the others wait; {max(1, int(probes * most / seconds))} would do"
             )
 
     def first(self) -> bool:
@@ -141,6 +141,7 @@ class Ranks:
             raise RanksError(f"rank {self.rank} does not {what}: an earlier collective failed ({own.broken})")
         try:
             if own.group is None:
+                self._arrive()
                 own.group = weakref.ref(dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout)))
             collective(own.group())
         except Exception as error:
@@ -149,6 +150,18 @@ class Ranks:
                 f"rank {self.rank} waited to {what} with {self.size} ranks and one did not come within "
                 f"{self.timeout:g} s ({own.broken}); training goes on, look at the log of the other ranks"
             ) from error
+
+    def _arrive(self) -> None:
+        """Waits for all ranks before a group is made: torch counts its groups, and a rank that made one more than the
+        others would never again make one with them."""
+        store = dist.distributed_c10d._get_default_store()
+        keys = [f"ntkwatch/{self.timeout!r}/{rank}" for rank in range(self.size)]
+        store.set(keys[self.rank], "here")
+        try:
+            store.wait(keys, timedelta(seconds=self.timeout))
+        except Exception:
+            store.delete_key(keys[self.rank])
+            raise
 
 
 @dataclass

@@ -14,11 +14,12 @@ PATIENCE = 3  # failures in a row before probing is switched off
 MISFIT = "pass outputs=, targets= or probes= to NTKWatch (on_error='raise' shows the traceback)"
 FEWER = "pass fewer probes to NTKWatch, as probes=16, or leave it more memory (on_error='raise' shows the traceback)"
 LESS = (
-    "pass fewer probes to NTKWatch, as probes=16, or give the ranks more time, as "
-    "DDPStrategy(timeout=datetime.timedelta(minutes=30))"
+    "pass fewer probes to NTKWatch, as probes=16; where the process group's timeout is under 10 minutes, a longer one "
+    "helps, as DDPStrategy(timeout=datetime.timedelta(minutes=10))"
 )
 WITHOUT = (
-    "pass outputs= to NTKWatch, a function (model, batch) -> [n, C] that needs no other rank, or train on one device"
+    "pass an outputs= to NTKWatch, a function (model, batch) -> [n, C], or a loss=, that needs no other rank, or train "
+    "on one device"
 )
 # What is nobody's argument that does not fit: kind -> what happened, and what to do.
 KINDS = {"memory": ("ran out of memory", FEWER), "time": ("failed", LESS), "collective": ("was refused", WITHOUT)}

@@ -27,7 +27,7 @@ class Ended(BaseException):
 
 
 def check() -> None:
-    """Ends the probe that this is called in, where there is a reason to; called between passes of the model."""
+    """Ends the probe that this is called in, where there is a reason to; called before every pass of the model."""
     if _pending:
         raise Ended()
     if _deadlines and time.monotonic() > _deadlines[-1][0]:

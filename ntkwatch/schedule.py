@@ -91,8 +91,8 @@ class Schedule:
             return self._fire(step)
         if step <= self._seen:
             return last and step != self.last_fired and self._fire(step)
-        depth = self._grid.depth(self._seen, step)
-        self._seen = step
+        seen, self._seen = self._seen, step  # also where a function of the user's fails: it is not asked again
+        depth = self._grid.depth(seen, step)
         if last or (depth is not None and self._allows(step, depth)):
             return self._fire(step)
         return False
