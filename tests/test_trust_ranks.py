@@ -11,23 +11,18 @@ from typing import Any
 import pytest
 import trust_ranks
 from scripts import fault_of
-from trust_ranks import CELLS, COLLECTIVES, EVERIES, FAILS, LEGAL, MINDS, MISSING, SLOW, STEPS
+from trust_ranks import CELLS, COLLECTIVES, EVERIES, FAILS, LEGAL, MINDS, MISSING, PHASES, SLOW, STEPS
 
 from ntkwatch.failures import KINDS
 
 LONGEST = 60.0  # seconds of one run: a hang is one of torch's timeouts, 5 minutes and more
 SAMPLE = [
-    *list(FAILS)[::5], "the last probe, rank 0, an error", "forward: all_gather", "forward: with_gradients",
+    *list(FAILS)[::5], "a probe, rank 0, memory", "the last probe, rank 0, an error", "forward: all_gather", "forward: with_gradients",
     "forward: in_backward", "forward: all_to_all", "forward: own_group", "forward: caught", "loss=", *LEGAL, *SLOW,
     *list(MINDS)[::2], "every: a function that fails on rank 0", *MISSING,
 ]  # fmt: skip
 ALL = [0, 2, 3, 5]
 OFF = "switched off: "
-PHASE_SAYS = {
-    "choosing probes": "the look at model and probes", "preparing": "the look at model and probes",
-    "self-check": "settling the baseline", "baseline": "the baseline probe", "a probe": "the probe at step 2",
-    "writing": "the probe at step 2", "logging": "the probe at step 3", "the last probe": "the probe at step 5",
-}  # fmt: skip
 KIND_SAYS = {"an error": r"failed \(Planted: no such thing\)", "memory": r"ran out of memory \(.*can't allocate memory"}
 MEASURED = {"a probe": [0, 3, 5], "writing": [0, 3, 5], "logging": [0, 2, 5], "the last probe": [0, 2, 3]}
 DEAF_MEASURED = {"self-check": [], "baseline": [0], "a probe": [0, 2], "writing": [0, 2], "logging": [0, 2, 3]}
@@ -62,7 +57,7 @@ def assert_failure_is_known(cell: str, ranks: list[dict[str, Any]]) -> None:
     if where == "rank 0":
         off = OFF if phase not in MEASURED else ""
         for rank in ranks:
-            assert_said(cell, rank, f"{off}{PHASE_SAYS[phase]} {KIND_SAYS[kind]}")
+            assert_said(cell, rank, f"{off}{PHASES[phase][2]} {KIND_SAYS[kind]}")
     elif phase == "the last probe":  # they do not meet again
         assert_said(cell, first)
         assert_said(cell, second)
@@ -141,5 +136,5 @@ def test_every_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_sample_has_every_phase_and_kind() -> None:
-    assert {cell.split(", ")[0] for cell in SAMPLE if cell in FAILS} == set(trust_ranks.PHASES)
+    assert {cell.split(", ")[0] for cell in SAMPLE if cell in FAILS} == set(PHASES)
     assert len(EVERIES) == len(MINDS)

@@ -32,7 +32,6 @@ from trust_configs import QUIET
 from trust_harness import quieten
 from trust_ranks_models import FORWARDS, REFUSED, all_reduce
 
-import ntkwatch.callback
 from ntkwatch import NTKWatch, load_run
 
 STEPS = 5
@@ -91,15 +90,15 @@ class Cell:
 
 
 # ── a rank that fails in a phase ───────────────────────────────────────────────────────────────────────────────────
-PHASES: dict[str, tuple[str, int, int]] = {  # on rank 0, what fails and at which call; in which of the ranks' meetings
-    "choosing probes": ("ntkwatch.opening.probing.choose", 1, 1),
-    "preparing": ("ntkwatch.opening.Monitor", 1, 1),
-    "self-check": ("ntkwatch.engines.auto.self_check", 1, 2),
-    "baseline": ("ntkwatch.monitor.Monitor.measure", 1, 3),
-    "a probe": ("ntkwatch.monitor.Monitor.measure", 2, 4),
-    "writing": ("ntkwatch.record.RecordWriter.append", 2, 4),
-    "logging": ("ntkwatch.sinks.Sinks.write", 3, 5),
-    "the last probe": ("ntkwatch.monitor.Monitor.measure", 4, 6),
+PHASES: dict[str, tuple[str, int, str]] = {  # on rank 0, what fails and at which call; what the ranks then do together
+    "choosing probes": ("ntkwatch.opening.probing.choose", 1, "the look at model and probes"),
+    "preparing": ("ntkwatch.opening.Monitor", 1, "the look at model and probes"),
+    "self-check": ("ntkwatch.engines.auto.self_check", 1, "settling the baseline"),
+    "baseline": ("ntkwatch.monitor.Monitor.measure", 1, "the baseline probe"),
+    "a probe": ("ntkwatch.monitor.Monitor.measure", 2, "the probe at step 2"),
+    "writing": ("ntkwatch.record.RecordWriter.append", 2, "the probe at step 2"),
+    "logging": ("ntkwatch.sinks.Sinks.write", 3, "the probe at step 3"),
+    "the last probe": ("ntkwatch.monitor.Monitor.measure", 4, "the probe at step 5"),
 }
 KINDS: dict[str, Exception] = {"an error": Planted("no such thing"), "memory": MemoryError("can't allocate memory")}
 
@@ -117,30 +116,28 @@ def failing(name: str, at: int, error: Exception) -> contextlib.AbstractContextM
     return mock.patch(name, wrapped)
 
 
-def deaf(meeting: int, error: Exception) -> contextlib.AbstractContextManager[Any]:
-    """In that meeting of the ranks this one cannot take what rank 0 sends."""
-    inner, calls = ntkwatch.callback.jointly, [0]
+def deaf(to: str, error: Exception) -> contextlib.AbstractContextManager[Any]:
+    """This rank cannot take what rank 0 sends of that."""
+    inner = NTKWatch._together
 
     def loads(_: bytes) -> Any:
         raise error
 
-    def wrapped(*args: Any) -> Any:
-        calls[0] += 1
-        if calls[0] != meeting:
-            return inner(*args)
-        with mock.patch("ntkwatch.distributed.pickle", SimpleNamespace(dumps=pickle.dumps, loads=loads)):
-            return inner(*args)
+    def wrapped(watch: NTKWatch, trainer: Any, what: str, *args: Any, **kwargs: Any) -> None:
+        torn = SimpleNamespace(dumps=pickle.dumps, loads=loads)
+        with mock.patch("ntkwatch.distributed.pickle", torn) if what == to else contextlib.nullcontext():
+            inner(watch, trainer, what, *args, **kwargs)
 
-    return mock.patch("ntkwatch.callback.jointly", wrapped)
+    return mock.patch("ntkwatch.callback.NTKWatch._together", wrapped)
 
 
 def fails(phase: str, where: int, error: Exception) -> Cell:
-    name, at, meeting = PHASES[phase]
+    name, at, together = PHASES[phase]
 
     def fault() -> contextlib.AbstractContextManager[Any]:
         if own_rank() != where:
             return contextlib.nullcontext()
-        return failing(name, at, error) if where == 0 else deaf(meeting, error)
+        return failing(name, at, error) if where == 0 else deaf(together, error)
 
     return Cell(fault=fault)
 
