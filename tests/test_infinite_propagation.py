@@ -149,6 +149,7 @@ def test_nominal_seconds_grow_as_the_work_does() -> None:
 
 @pytest.mark.soak
 def test_nominal_seconds_are_within_a_factor_of_a_few() -> None:
+    import statistics
     import time
 
     relu = [Dense(1.4), Relu()]
@@ -160,9 +161,12 @@ def test_nominal_seconds_are_within_a_factor_of_a_few() -> None:
         "stream": (Serial(*relu, Residual(Dense(1.4)), Relu(), Dense()), (128, 8)),
         "softmax": (Serial(Dense(), infinite.SoftmaxAttention(head_size=16), GlobalAvgPool(), Dense()), (8, 8, 8)),
     }
+    ratios = {}
     for name, (spec, shape) in cases.items():
         x, began = torch.randn(*shape, dtype=torch.float64), time.process_time()
         infinite.kernel(spec, x, generator=torch.Generator().manual_seed(0))
         spent, nominal = time.process_time() - began, infinite.nominal_seconds(spec, x)
         print(f"{name}: nominal {nominal:.3f} s, spent {spent:.3f} s")
-        assert 1 / 10 < nominal / spent < 10, name
+        ratios[name] = nominal / spent
+    usual = statistics.median(ratios.values())  # how fast this machine is, and how busy
+    assert all(1 / 10 < ratio / usual < 10 for ratio in ratios.values()), ratios
