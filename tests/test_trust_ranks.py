@@ -17,9 +17,9 @@ from ntkwatch.failures import KINDS
 
 LONGEST = 60.0  # seconds of one run: a hang is one of torch's timeouts, 5 minutes and more
 SAMPLE = [
-    *list(FAILS)[::5], "a probe, rank 0, memory", "the last probe, rank 0, an error", "forward: all_gather", "forward: with_gradients",
-    "forward: in_backward", "forward: all_to_all", "forward: own_group", "forward: caught", "loss=", *LEGAL, *SLOW,
-    *list(MINDS)[::2], "every: a function that fails on rank 0", *MISSING,
+    *list(FAILS)[::5], "a probe, rank 0, memory", "the last probe, rank 0, an error", "forward: all_gather",
+    "forward: with_gradients", "forward: in_backward", "forward: all_to_all", "forward: own_group", "forward: caught",
+    "loss=", *LEGAL, *SLOW, *list(MINDS)[::2], "every: a function that fails on rank 0", *MISSING,
 ]  # fmt: skip
 ALL = [0, 2, 3, 5]
 OFF = "switched off: "
