@@ -55,3 +55,22 @@ def reduced(theta: Tensor, reduction: str) -> Tensor:
         return torch.einsum("ncmd->nm", theta) / c
     blocks = torch.stack([theta[:, i, :, i] for i in range(c)])
     return blocks if reduction == "blocks" else sum(blocks) / c
+
+
+def trained_ntk(module: nn.Module, batch: Any) -> Tensor:
+    """Θ [n, C, n, C] of what training sees: `.grad` after `backward()`, of one example and output at a time."""
+    network = Network(module)
+    kept = {name: p.grad for name, p in network.parameters.items()}
+    rows: dict[str, list[Tensor]] = {name: [] for name in network.parameters}
+    n, outputs = batch_size(inputs_of(batch)), network.outputs(take(batch, slice(0, 1))).shape[1]
+    for i in range(n):
+        for c in range(outputs):
+            for p in network.parameters.values():
+                p.grad = None
+            network.outputs(take(batch, slice(i, i + 1)))[0, c].backward()
+            for name, p in network.parameters.items():
+                rows[name].append((torch.zeros_like(p) if p.grad is None else p.grad.to_dense()).flatten())
+    for name, p in network.parameters.items():
+        p.grad = kept[name]
+    j = [torch.stack(each).unflatten(0, (n, outputs)) for each in rows.values()]
+    return torch.stack([torch.einsum("ncp,mdp->ncmd", each, each) for each in j]).sum(0)

@@ -145,7 +145,7 @@ def plan(
     wanted = Wanted(richest(reduction, layers), layers, precision, chunk_size)
     with leave_no_trace(network.module), explained(network, x), _or_of_fewer_parameters():
         x = network.batch(x)
-        return make_plan(choose(network, x, engine), network, x, wanted)
+        return make_plan(choose(network, x, engine, chunk_size), network, x, wanted)
 
 
 def _kernel(
@@ -171,7 +171,7 @@ def _kernel(
     with leave_no_trace(network.module), _or_of_fewer_parameters():
         with explained(network, x1):
             x1 = network.batch(x1)
-            chosen = choose(network, x1, engine).engine
+            chosen = choose(network, x1, engine, chunk_size).engine
         with explained(network, x1 if x2 is None else x2):
             x2 = None if x2 is None else network.batch(x2)
             return chosen.kernel(

@@ -1,10 +1,13 @@
 """Which engine, and why: a documented list that can be asked.
 
 1. Where an example's output depends on the others of its batch, or is random, no engine is taken: there is no kernel.
-2. An engine asked for by name is taken if it agrees with plain per-example backward passes on a few probes.
+   Nor is one where gradients arrive through `.grad`, and cannot be told apart by example.
+2. An engine asked for by name is taken if it agrees with plain backward passes: entry by entry on a few probes, one
+   example at a time (`selfcheck`), and in weighted sums over all of them (`sumcheck`).
 3. "auto" takes layerwise if it agrees so.
 4. Else functional, if torch.func can transform the model and agrees.
-5. Else the model is refused with both reasons.
+5. Else layerwise passes one example and one output at a time, where that was no statement on the model.
+6. Else the model is refused with all reasons.
 """
 
 from __future__ import annotations
@@ -22,11 +25,15 @@ from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.engines.memory import check_free, first_line, is_out_of_memory, ran_out
 from ntkwatch.engines.selfcheck import self_check
 from ntkwatch.engines.separation import few, leaves_at, outputs_at
-from ntkwatch.model import Network, UnsupportedModel
+from ntkwatch.engines.sumcheck import SumCheck
+from ntkwatch.model import Network, UnsupportedModel, batch_size, inputs_of
 
 # Relative to the kernel. Two correct float32 paths differ by 1e-6 to 1e-4 (a ReLU at 0 may fall either way); a
 # forgotten use or a mixed-up layout is off by whole per cents. In float64, many a model still takes norms in float32.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 3e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+_FAILURES = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,17 @@ class Choice:
     error: float | None
 
 
-def choose(network: Network, x: Any, engine: str = "auto") -> Choice:
-    """The engine for this model on these probes, by the list above.
+@dataclass(frozen=True)
+class _Trial:
+    """How an engine did: its error where there is one, why it is not taken, whether that is said of the model."""
+
+    error: float | None = None
+    why_not: str | None = None
+    final: bool = False
+
+
+def choose(network: Network, x: Any, engine: str = "auto", chunk_size: int | None = None) -> Choice:
+    """The engine for this model on these probes, by the list above; checked in blocks of `chunk_size` probes at most.
 
     Raises:
         ValueError: an unknown engine.
@@ -50,7 +66,7 @@ def choose(network: Network, x: Any, engine: str = "auto") -> Choice:
         raise ValueError(f"engine must be 'auto', 'layerwise' or 'functional', got {engine!r}")
     check_free(network.device)
     try:
-        return _choose(network, x, engine)
+        return _choose(network, x, engine, chunk_size)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -58,26 +74,45 @@ def choose(network: Network, x: Any, engine: str = "auto") -> Choice:
     raise ran_out("in the self-check, which takes a few probes", network.device, reason)
 
 
-def _choose(network: Network, x: Any, engine: str) -> Choice:
+def _choose(network: Network, x: Any, engine: str, chunk_size: int | None) -> Choice:
     with math_attention():
         with of_some(network, x):
             network.inside = types_inside(outputs_at(network, few(x), None, leaves_at(network, None)))
         check_uncoupled(network, x)
+    sums = _sums(network, x, chunk_size)
     reasons: list[str] = []
-    for candidate in (Layerwise(uncoupled=True), Functional()):
-        if engine not in ("auto", candidate.name):
+    final = False
+    for candidate in (Layerwise(uncoupled=True), Functional(), Layerwise(uncoupled=True, alone=True)):
+        alone = isinstance(candidate, Layerwise) and candidate.alone
+        if engine not in ("auto", candidate.name) or (alone and final):
             continue
-        error, reason = _trial(candidate, network, x)
-        if error is not None and reason is None:
-            why = (
-                f"layerwise cannot do this model ({reasons[0]}); "
-                if reasons
-                else "asked for, and " * (engine != "auto")
-            )
-            return Choice(candidate, f"{candidate.name}: {why}agrees with plain backward passes to {error:.0e}", error)
-        said = str(reason).removesuffix(USE_ANOTHER if engine == "auto" else "")
+        trial = _trial(candidate, network, x, sums)
+        if trial.error is not None and trial.why_not is None:
+            return Choice(candidate, _reason(candidate, trial.error, engine, reasons), trial.error)
+        final = final or trial.final
+        said = str(trial.why_not).removesuffix(USE_ANOTHER if engine == "auto" else "")
         reasons.append(said if said in reasons else _whose(candidate, said, engine))
     raise UnsupportedModel("; and ".join(dict.fromkeys(reasons)))
+
+
+def _sums(network: Network, x: Any, chunk_size: int | None) -> SumCheck:
+    """Plain backward passes over all probes."""
+    try:
+        return SumCheck(network, x, chunk_size)
+    except _FAILURES as failure:
+        if is_out_of_memory(failure) or isinstance(failure, UnsupportedModel):
+            raise
+        raise UnsupportedModel(f"a plain backward pass of the model fails: {first_line(failure)}") from failure
+
+
+def _reason(engine: Engine, error: float, asked: str, reasons: list[str]) -> str:
+    """Why this engine, in one line."""
+    why = "asked for, and " if asked != "auto" else ""
+    if reasons:
+        why = f"layerwise cannot do this model ({reasons[0]}); "
+    if isinstance(engine, Layerwise) and engine.alone:
+        why = f"one pass for each example and output, as nothing else can do this model ({reasons[0]}); "
+    return f"{engine.name}: {why}agrees with plain backward passes to {error:.0e}"
 
 
 def _whose(candidate: Engine, reason: str, asked: str) -> str:
@@ -87,17 +122,29 @@ def _whose(candidate: Engine, reason: str, asked: str) -> str:
     return reason if asked == "auto" else f"layerwise: {reason}"
 
 
-def _trial(engine: Engine, network: Network, x: Any) -> tuple[float | None, str | None]:
-    """(relative error, None) where it agrees; (error or None, why not) where it does not."""
+def _trial(engine: Engine, network: Network, x: Any, sums: SumCheck) -> _Trial:
+    """The engine beside plain backward passes: on a few probes, then on all."""
     try:
         error, worst = self_check(engine, network, x)
+        if not _within(error, network):
+            return _Trial(error, _off(error, worst, "plain backward passes"))
+        if batch_size(inputs_of(x)) > batch_size(inputs_of(few(x))):
+            more, worst = sums.error(engine)
+            if not _within(more, network):
+                return _Trial(more, _off(more, worst, "plain backward passes over all probes"))
+            error = max(error, more)
+        return _Trial(error)
     except UnsupportedModel as refusal:
-        return None, str(refusal)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError) as failure:
+        return _Trial(why_not=str(refusal), final=isinstance(engine, Layerwise))
+    except _FAILURES as failure:
         if is_out_of_memory(failure):
             raise
-        return None, first_line(failure)
-    tolerance = _TOLERANCE.get(network.rounding(torch.float64), 3e-3)
-    if error <= tolerance:
-        return error, None
-    return error, f"the self-check found it off by {error:.1e} against plain backward passes, most in {worst}"
+        return _Trial(why_not=first_line(failure))
+
+
+def _within(error: float, network: Network) -> bool:
+    return error <= _TOLERANCE.get(network.rounding(torch.float64), 3e-3)
+
+
+def _off(error: float, worst: str, what: str) -> str:
+    return f"the self-check found it off by {error:.1e} against {what}, most in {worst}"

@@ -72,7 +72,7 @@ class Capture:
         if recipe is None or not transfers(recipe, self.graph, self.n):
             recipe = separate(self.graph, f, self.n)
         self.recipe = recipe
-        self.cotangents = _cotangents(f, summed)
+        self.cotangents = cotangents(f, summed)
 
     def groups(self) -> list[slice]:
         """Outputs in groups of which the largest node's gradients fit in a moderate amount of memory."""
@@ -169,7 +169,7 @@ class Capture:
         return node_bytes(self.graph, self.graph.nodes[number]) if written is None else written
 
 
-def _cotangents(f: Tensor, summed: bool) -> PerOutput:
+def cotangents(f: Tensor, summed: bool) -> PerOutput:
     """C of [n, C]: one output after the other, for all examples at once; one of ones when summed."""
     if summed:
         return PerOutput(torch.ones_like(f.detach())[None])

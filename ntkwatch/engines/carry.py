@@ -11,14 +11,15 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from ntkwatch.engines.factors import Dense, Factor, Outer
-from ntkwatch.engines.graph import Graph, pull, rearranges
+from ntkwatch.engines.graph import Graph, pull, rearranges, variable_of
+from ntkwatch.engines.memory import is_out_of_memory
 from ntkwatch.engines.outputs import PerOutput
 from ntkwatch.engines.rules import operand_shape
 
 
 def leaf_below(node: Node) -> Node | None:
     """The leaf that a chain of rearrangements leads to, None where the chain does something else."""
-    while not hasattr(node, "variable"):
+    while variable_of(node) is None:
         if not rearranges(node) or node.name() == "PermuteBackward0":
             return None
         child = node.next_functions[0][0]
@@ -30,7 +31,7 @@ def leaf_below(node: Node) -> Node | None:
 def carry(node: Node, found: Factor) -> Factor | None:
     """The factor in the leaf's own order of entries; None where it must be pulled back."""
     reshaped = False
-    while not hasattr(node, "variable"):
+    while variable_of(node) is None:
         if node.name() in ("TBackward0", "TransposeBackward0"):
             if reshaped or not isinstance(found, Outer) or not _last_two(node) or not _matrices(node, found):
                 return None
@@ -107,6 +108,8 @@ def _pull_each(node: Node, grads: Sequence[Tensor | None], k: int, shape: tuple[
     with torch.no_grad():
         try:
             stacked = torch.func.vmap(one)(*flat)
-        except RuntimeError:
+        except Exception as error:  # what an operation or a Function raises that knows of no batch
+            if is_out_of_memory(error):
+                raise
             stacked = torch.stack([one(*(g[i] for g in flat)) for i in range(len(flat[0]))])
     return stacked.unflatten(0, lead)

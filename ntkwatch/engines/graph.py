@@ -6,6 +6,7 @@ into its AccumulateGrad node, however the module came to use it: tied, reused, r
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -133,9 +134,7 @@ def walk(outputs: Tensor, parameters: Mapping[str, Tensor]) -> Graph:
                 consumers[child].append((node, k))
                 used[child].add(number)
     names = {id(p): name for name, p in parameters.items()}
-    leaves = {
-        names[id(v)]: node for node in order if (v := getattr(node, "variable", None)) is not None and id(v) in names
-    }
+    leaves = {names[id(v)]: node for node in order if (v := variable_of(node)) is not None and id(v) in names}
     return Graph(root, tuple(order), consumers, {node: sorted(s) for node, s in used.items()}, leaves)
 
 
@@ -176,6 +175,16 @@ def types_inside(outputs: Tensor) -> frozenset[torch.dtype]:
     nodes = [] if outputs.grad_fn is None else _post_order(outputs.grad_fn)
     met = {meta.dtype for node in nodes for meta in node._input_metadata}
     return frozenset(dtype for dtype in met if dtype.is_floating_point or dtype.is_complex)
+
+
+def bytes_inside(outputs: Tensor) -> int:
+    """Of all that a forward pass gave on its way to the outputs; nested tensors do not say."""
+    nodes = [] if outputs.grad_fn is None else _post_order(outputs.grad_fn)
+    total = 0
+    for node in nodes:
+        with contextlib.suppress(RuntimeError):
+            total += sum(m.dtype.itemsize * math.prod(int(size) for size in m.shape) for m in node._input_metadata)
+    return total
 
 
 def digits(n: int, base: int) -> list[Tensor]:
@@ -245,8 +254,8 @@ def _all_seen(parts: Tensor) -> bool:
 def pull(node: Node, grads: Sequence[Tensor | None], k: int, shape: tuple[int, ...]) -> Tensor:
     """The gradient of one input, of shape `shape`, of one node: its own backward formula and nothing upstream of it."""
     apply: Any = node if callable(node) else node.apply  # type: ignore[attr-defined]
-    result = apply(*grads)
-    result = result[k] if isinstance(result, tuple) else result
+    result = apply(*(_filled(node, grads) if is_function(node) else grads))
+    result = result[_argument(node, k)] if isinstance(result, tuple) else result
     if result is None:
         return next(g for g in grads if g is not None).new_zeros(shape)
     if result.is_sparse:
@@ -256,6 +265,33 @@ def pull(node: Node, grads: Sequence[Tensor | None], k: int, shape: tuple[int, .
         result = result.sum(list(range(extra)))
     summed = [d for d, size in enumerate(shape) if size == 1 and result.shape[d] != 1]
     return (result.sum(summed, keepdim=True) if summed else result).reshape(shape)
+
+
+def variable_of(node: Any) -> Tensor | None:
+    """The tensor whose gradient a node accumulates; None of other nodes, a Function may keep one of that name."""
+    return None if is_function(node) else getattr(node, "variable", None)
+
+
+def is_function(node: Any) -> bool:
+    """Whether a node is of an `autograd.Function`, whose backward pass is Python code of the model's."""
+    return isinstance(node, torch._C._FunctionBase)
+
+
+def _argument(node: Any, k: int) -> int:
+    """Which of a node's results belongs to input `k`: a Function has one for each argument, an edge for each tensor."""
+    if not is_function(node):
+        return k
+    needed = [i for i, needs in enumerate(node.needs_input_grad) if needs]
+    return needed[sum(child is not None for child, _ in node.next_functions[:k])]
+
+
+def _filled(node: Any, grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """A Function's output gradients with zeros where there are none, as the engine hands them in."""
+    known = next(g for g in grads if g is not None)
+    metas = node._input_metadata
+    return [
+        known.new_zeros(tuple(m.shape), dtype=m.dtype) if g is None else g for g, m in zip(grads, metas, strict=True)
+    ]
 
 
 def rearranges(node: Node) -> bool:

@@ -14,7 +14,9 @@ from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.coupling import Sizes, check_uncoupled
 from ntkwatch.engines.functional import quiet
 from ntkwatch.engines.memory import backing_off, limit_bytes
+from ntkwatch.engines.one_by_one import one_by_one
 from ntkwatch.engines.prediction import Prediction, predict, try_forward
+from ntkwatch.engines.returned import only_returned
 from ntkwatch.engines.run import WHOLE, Run
 from ntkwatch.engines.separation import Separation, separate_few
 from ntkwatch.engines.signs import SignRun
@@ -28,12 +30,14 @@ class Layerwise:
     """Exact: one forward and C backward passes to the activations, then the cheapest contraction per parameter.
 
     uncoupled: whoever asks has passed the probes of the first kernel to `check_uncoupled`.
+    alone: factors from plain backward passes of one example and one output each, for models of which nothing else is
+    right.
     """
 
     name = "layerwise"
 
-    def __init__(self, uncoupled: bool = False) -> None:
-        self._uncoupled, self._sizes = uncoupled, Sizes()
+    def __init__(self, uncoupled: bool = False, alone: bool = False) -> None:
+        self._uncoupled, self.alone, self._sizes = uncoupled, alone, Sizes()
         self._recipes: weakref.WeakKeyDictionary[Network, Separation | None] = weakref.WeakKeyDictionary()
         self._chunks: weakref.WeakKeyDictionary[Network, dict[Any, int]] = weakref.WeakKeyDictionary()
 
@@ -57,7 +61,7 @@ class Layerwise:
             MemoryError: one probe at a time is too much.
         """
         rich, precision = richest(reduction, layers), at_hand(precision, network.device)
-        with quiet():
+        with quiet(), only_returned(network):
             recipe = self.recipe(network, x1, state)
             run = (SignRun if signed else Run)(network, state, rich, precision, recipe, layers)
             theta = self._backing_off(run, x1, x2, chunk_size)
@@ -76,7 +80,7 @@ class Layerwise:
             if not self._uncoupled:
                 check_uncoupled(network, x, state)
             self._sizes.add(network, x)
-            self._recipes[network] = separate_few(network, x, state)
+            self._recipes[network] = (one_by_one if self.alone else separate_few)(network, x, state)
         return self._recipes[network]
 
     def chunk(self, run: Run, x1: Any, x2: Any = None) -> tuple[int, Prediction | None]:

@@ -19,6 +19,7 @@ from ntkwatch.engines.shapes import quickly
 from ntkwatch.engines.values import Answers, Described, Lists
 
 T = TypeVar("T")
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 SHARE = 0.25  # of what is free: a guest in somebody's training run takes no more
 MIB = 1 << 20
 _LEAST = 32 * MIB
@@ -50,12 +51,13 @@ class LiveStorages(TorchDispatchMode):
             return known
         answer = None if self.answers is None else self.answers.give(func, args, kwargs)
         result = func(*args, **(kwargs or {})) if answer is None else answer()
-        new = [t for t in _tensors(result) if t.untyped_storage()._cdata not in self._known]
+        new = [s for t in _tensors(result) for s in storages(t) if s._cdata not in self._known]
         if new:
-            given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-            for t in new:
-                if t.untyped_storage()._cdata not in given:
-                    self._watch(t)
+            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            given = {storage._cdata for t in tensors for storage in storages(t)}
+            for storage in new:
+                if storage._cdata not in given:
+                    self._watch(storage)
         return result
 
     def rise(self, run: Callable[[], T]) -> tuple[T, int]:
@@ -71,8 +73,7 @@ class LiveStorages(TorchDispatchMode):
         """Counts `size` more bytes as having been alive for a moment."""
         self.peak = max(self.peak, self.now + size)
 
-    def _watch(self, t: Tensor) -> None:
-        storage = t.untyped_storage()
+    def _watch(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
             self._known.add(key)
@@ -131,6 +132,19 @@ class Forward(LiveStorages):
         if func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
         return result
+
+
+def storages(t: Tensor) -> list[torch.UntypedStorage]:
+    """Of a tensor: one, or those of what a sparse one consists of; none that torch does not give."""
+    if t.layout is torch.sparse_coo:
+        parts = [t._indices(), t._values()]
+    elif t.layout in _COMPRESSED:
+        rows = t.layout in (torch.sparse_csr, torch.sparse_bsr)
+        parts = [t.crow_indices(), t.col_indices()] if rows else [t.ccol_indices(), t.row_indices()]
+        parts.append(t.values())
+    else:
+        parts = [t] if t.layout is torch.strided else []
+    return [part.untyped_storage() for part in parts]
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:

@@ -81,3 +81,9 @@ def _filled(grads: tuple[Tensor | None, ...]) -> PerOutput | None:
 def _grad(start: Start, wanted: Sequence[GradientEdge], cotangent: Tensor) -> tuple[Tensor | None, ...]:
     starts: Any = [start]
     return torch.autograd.grad(starts, wanted, [cotangent], retain_graph=True, allow_unused=True)
+
+
+def in_row(g: Tensor) -> Tensor:
+    """A gradient as real numbers in a row."""
+    g = g.detach() if g.layout is torch.strided else g.detach().to_dense()
+    return (torch.view_as_real(g.resolve_conj()) if g.is_complex() else g).flatten()

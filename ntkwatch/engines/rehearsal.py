@@ -18,6 +18,7 @@ from ntkwatch.engines.costs import Cost, choose
 from ntkwatch.engines.factors import Dense, Factor, Outer, Rows
 from ntkwatch.engines.machines import machine
 from ntkwatch.engines.memory import LiveStorages, Repeats
+from ntkwatch.engines.one_by_one import OneByOne
 from ntkwatch.engines.outputs import PerOutput
 from ntkwatch.engines.run import Run
 from ntkwatch.engines.seen import Replay, Seen
@@ -60,7 +61,7 @@ class Rehearsal(Run):
         self.counter.peak += int(sizes * ((whole / part) ** 2 - 1))
         return found
 
-    def capture(self, block: Any) -> Capture:
+    def capture(self, block: Any) -> Capture | OneByOne:
         """With the layouts and the answers of the block's real pass, if there was one."""
         seen = self.seen.get(id(block))
         return super().capture(block) if seen is None else Replay(self, block, seen, self.counter)
@@ -70,7 +71,7 @@ class Rehearsal(Run):
         repeats = Repeats(self.counter)
         return _Remembering(reduction, dtype, same, self.in_blocks, repeats=repeats, distinct=self.distinct)
 
-    def groups(self, one: Capture) -> list[slice]:
+    def groups(self, one: Capture | OneByOne) -> list[slice]:
         """The first."""
         found, outputs = super().groups(one), range(len(one.cotangents))
         self._groups = len(outputs) / len(outputs[found[0]])

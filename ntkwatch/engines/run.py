@@ -14,6 +14,7 @@ from ntkwatch.engines.base import Precision, Reduction, reduce, work_dtype
 from ntkwatch.engines.blocks import assemble
 from ntkwatch.engines.capture import Capture, Found
 from ntkwatch.engines.contract import Contractor
+from ntkwatch.engines.one_by_one import OneByOne
 from ntkwatch.engines.separation import Separation
 from ntkwatch.model import Network, batch_size, inputs_of
 
@@ -40,7 +41,7 @@ class Run:
         sizes1 = [batch_size(inputs_of(b)) for b in blocks1]
         sizes2 = None if blocks2 is None else [batch_size(inputs_of(b)) for b in blocks2]
         others = blocks1 if blocks2 is None else blocks2
-        row: dict[int, Capture] = {}  # the block that a row of cells shares
+        row: dict[int, Capture | OneByOne] = {}  # the block that a row of cells shares
 
         def cell(i: int, j: int) -> dict[str, Tensor]:
             if i not in row:
@@ -60,11 +61,13 @@ class Run:
         kernels = 16 * n * n * (kept + 5 * entries.get(self.reduction, 1))
         return n * (2 * self.recipe.saved + 8 * outputs * self.recipe.captured) + kernels
 
-    def capture(self, block: Any) -> Capture:
-        """A forward pass of a block."""
+    def capture(self, block: Any) -> Capture | OneByOne:
+        """A forward pass of a block, or what makes one for each example."""
+        if self.recipe is not None and self.recipe.alone:
+            return OneByOne(self.network, block, self.state, self.reduction == "sum", self.recipe)
         return Capture(self.network, block, self.state, summed=self.reduction == "sum", recipe=self.recipe)
 
-    def _contract(self, one: Capture, two: Capture) -> dict[str, Tensor]:
+    def _contract(self, one: Capture | OneByOne, two: Capture | OneByOne) -> dict[str, Tensor]:
         """One block of each kernel; zero where the outputs do not depend on the parameter."""
         (n, c), m, device = one.outputs.shape, len(two.outputs), one.outputs.device
         reduction = self.reduction if c > 1 else "trace"  # of one output they are all the same
@@ -97,7 +100,7 @@ class Run:
         """What contracts the factors of a pair of blocks."""
         return Contractor(reduction, dtype, same, self.in_blocks)
 
-    def groups(self, one: Capture) -> list[slice]:
+    def groups(self, one: Capture | OneByOne) -> list[slice]:
         """Outputs that are taken together."""
         return one.groups()
 
@@ -105,7 +108,7 @@ class Run:
         """Called before every contraction."""
 
 
-def _pairs(one: Capture, two: Capture, outputs: slice) -> Iterator[tuple[Found, Found]]:
+def _pairs(one: Capture | OneByOne, two: Capture | OneByOne, outputs: slice) -> Iterator[tuple[Found, Found]]:
     """The factors of two captures, parameter by parameter; one at a time where both give them in one order."""
     if one is two:
         for found in one.factors(outputs):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ntkwatch.engines.base import Engine
 from ntkwatch.engines.functional import math_attention
+from ntkwatch.engines.passes import in_row
 from ntkwatch.engines.separation import few
 from ntkwatch.model import Network, UnsupportedModel, inputs_of, leaves, take
 
@@ -17,13 +18,14 @@ _STRETCH = 1 << 16  # terms of one float32 product
 
 
 class Mixed(Network):
-    """A network that shows two outputs: a mixture of all of its own, and one of them as it is.
+    """A network that shows a mixture of all of its outputs, and beside it one of them as it is where `beside`.
 
-    A mistake in any output shows in the mixture, at the cost of two outputs however many there are.
+    A mistake in any output shows in the mixture, at the cost of two outputs, or one, however many there are.
     """
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, beside: bool = True) -> None:
         self.__dict__.update(copy.copy(network.__dict__))
+        self._beside = beside
 
     def _checked(self, result: Any, batch: Any) -> Tensor:
         f = super()._checked(result, batch)
@@ -31,7 +33,8 @@ class Mixed(Network):
         if c == 1:
             return f
         mixture = torch.cos(2.4 * torch.arange(c) + 1)  # as good as random, and allowed under vmap
-        return torch.stack([f @ mixture.to(f), f[:, c // 2]], 1)
+        mixed = f @ mixture.to(f)
+        return torch.stack([mixed, f[:, c // 2]], 1) if self._beside else mixed[:, None]
 
 
 def self_check(engine: Engine, network: Network, x: Any) -> tuple[float, str]:
@@ -51,7 +54,7 @@ def self_check(engine: Engine, network: Network, x: Any) -> tuple[float, str]:
     right = _reference(mixed, probes, w)
     whole = torch.stack(list(right.values())).sum(0)
     if not bool(torch.isfinite(whole).all()):
-        raise UnsupportedModel(_not_finite(network, probes))
+        raise UnsupportedModel(not_finite(network, probes))
     zero = torch.zeros_like(whole)
     off = {
         name: float((_forms(kernel.layers[name], w) - g if name in kernel.layers else zero - g).abs().max())
@@ -63,7 +66,7 @@ def self_check(engine: Engine, network: Network, x: Any) -> tuple[float, str]:
     return (error / scale if scale else error), max(off, key=off.__getitem__)
 
 
-def _not_finite(network: Network, probes: Any) -> str:
+def not_finite(network: Network, probes: Any) -> str:
     """Where the NaN or infinity comes from: the weights, else the probes, else what the model makes of both."""
     module = network.module
     bad = next((name for name, p in [*module.named_parameters(), *module.named_buffers()] if _spoilt(p)), None)
@@ -93,17 +96,14 @@ def _reference(network: Network, x: Any, w: Tensor) -> dict[str, Tensor]:
     for i, weights in enumerate(w):
         with math_attention():
             f = network.outputs(take(x, slice(i, i + 1)))
-        rows.append([_real(g) for g in torch.autograd.grad(f, parameters, weights[None], allow_unused=True)])
+        grads = torch.autograd.grad(f, parameters, weights[None], allow_unused=True)
+        rows.append([None if g is None else wide_row(g) for g in grads])
     return {name: _products(each) for name, each in zip(network.parameters, zip(*rows, strict=True), strict=True)}
 
 
-def _real(g: Tensor | None) -> Tensor | None:
-    """The gradient as real numbers in a row, in float32 at least."""
-    if g is None:
-        return None
-    g = g.to_dense() if g.is_sparse else g
-    g = torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
-    return g.to(torch.promote_types(g.dtype, torch.float32)).flatten()
+def wide_row(g: Tensor) -> Tensor:
+    """A gradient as real numbers in a row, in float32 at least."""
+    return in_row(g.to(torch.promote_types(g.dtype, torch.float32)))
 
 
 def _products(rows: tuple[Tensor | None, ...]) -> Tensor:

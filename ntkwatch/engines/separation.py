@@ -53,6 +53,7 @@ class Separation:
     captured: float = 0.0  # bytes per example and output of the gradients at the boundary
     outputs: int = 1
     batched: bool = True  # whether backward passes for all outputs at once are as right as in turn
+    alone: bool = False  # examples are passed through one by one, and there is no boundary
 
     @functools.cached_property
     def edges(self) -> dict[int, list[tuple[int, Layout | Scattered]]]:
@@ -176,7 +177,7 @@ def _read_layouts(
     passes = [_backward_once(f, graph, nodes, u * code) for code in (torch.ones_like(codes[0]), *codes)]
     found: dict[Node, tuple[Layout | Scattered | None, bool]] = {}
     for node in nodes:
-        if any(g is not None and g.is_nested for g in passes[0][node]):
+        if any(g is not None and (g.is_nested or g.layout is not torch.strided) for g in passes[0][node]):
             found[node] = None, True
             continue
         readings = [

@@ -10,7 +10,7 @@ from torch import Tensor
 from ntkwatch.engines.factors import Dense, Factor
 from ntkwatch.engines.graph import Layout, Scattered, pull
 from ntkwatch.engines.outputs import PerOutput
-from ntkwatch.engines.rules.use import Use, operand_shape, rule, scaled, sum_over
+from ntkwatch.engines.rules.use import Use, is_dense, operand_shape, rule, scaled, sum_over
 
 # Sums over positions: bias, scale, normalisation ----------------------------------------------------------------------
 
@@ -74,7 +74,7 @@ def _added_second(use: Use) -> Factor | None:
 @rule(("MulBackward0", 0), ("MulBackward0", 1))
 def _multiplied(use: Use) -> Factor | None:
     other = use.node._saved_other if use.k == 0 else use.node._saved_self
-    if not isinstance(other, Tensor) or other.is_complex():
+    if not isinstance(other, Tensor) or other.is_complex() or not is_dense(other):
         return None
     return _fold(use, other.detach())
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ntkwatch.engines.factors import Columns, Factor, Outer, Rows
 from ntkwatch.engines.graph import Layout, Scattered
-from ntkwatch.engines.rules.use import Use, operand_shape, rule, scaled
+from ntkwatch.engines.rules.use import Use, is_dense, operand_shape, rule, scaled
 
 # Matrix products: a [n, G, S, p], g C of [n, G, S, q] -----------------------------------------------------------------
 
@@ -21,7 +21,7 @@ from ntkwatch.engines.rules.use import Use, operand_shape, rule, scaled
 def _mm_weight(use: Use) -> Factor | None:
     """x @ W with x [R, p], W [p, q]."""
     x = use.node._saved_mat1 if hasattr(use.node, "_saved_mat1") else use.node._saved_self
-    if not isinstance(use.layout, Layout) or use.layout.dim != 0:
+    if not isinstance(use.layout, Layout) or use.layout.dim != 0 or not is_dense(x):
         return None
     g = use.by_example(scaled(use.node, use.g))
     return Outer(Columns.of(use.examples(x.detach())[:, None]), g.over(lambda t: t.unsqueeze(-3)), a_first=True)
@@ -30,9 +30,9 @@ def _mm_weight(use: Use) -> Factor | None:
 @rule(("AddmmBackward0", 1), ("MmBackward0", 0))
 def _mm_left_weight(use: Use) -> Factor | None:
     """W @ x with W [r, p], x [p, R]."""
-    if not isinstance(use.layout, Layout) or use.layout.dim != 1:
-        return None
     x = use.node._saved_mat2.detach()
+    if not isinstance(use.layout, Layout) or use.layout.dim != 1 or not is_dense(x):
+        return None
     a = use.examples(x).transpose(1, 2)[:, None]
     g = use.by_example(scaled(use.node, use.g))
     return Outer(Columns.of(a), g.over(lambda t: t.transpose(-2, -1).unsqueeze(-3)))
@@ -61,6 +61,8 @@ def _linear_scattered_rows(use: Use) -> Factor | None:
     """Rows in any order and number per example: gathered by owner, padded with zeros."""
     assert isinstance(use.layout, Scattered)
     x = (use.node._saved_mat1 if hasattr(use.node, "_saved_mat1") else use.node._saved_self).detach()
+    if not is_dense(x):
+        return None
     g, index = scaled(use.node, use.g), use.layout.rows
     pad_x = torch.cat([x, x.new_zeros(1, x.shape[1])])
     pad_g = g.over(lambda t: torch.nn.functional.pad(t, (0, 0, 0, 1)))

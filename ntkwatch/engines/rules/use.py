@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import Node
 
 from ntkwatch.engines.factors import Dense, Factor
-from ntkwatch.engines.graph import Layout, Scattered, pull
+from ntkwatch.engines.graph import Layout, Scattered, pull, variable_of
 from ntkwatch.engines.outputs import PerOutput
 
 
@@ -91,6 +91,11 @@ def _complex(use: Use) -> bool:
     return any(g is not None and g.dtype.is_complex for g in use.grads)
 
 
+def is_dense(t: Tensor) -> bool:
+    """Whether what a node multiplies with has a number for every entry: of a sparse matrix there are no rows."""
+    return t.layout is torch.strided
+
+
 def masked(use: Use) -> Dense:
     """One backward of this single node per example and output."""
     owners = _owners(use)
@@ -128,7 +133,7 @@ def operand_shape(node: Node, k: int) -> tuple[int, ...]:
     """The shape of input `k` of a node: that of the output it is the gradient for."""
     child, number = node.next_functions[k]
     assert child is not None
-    variable = getattr(child, "variable", None)
+    variable = variable_of(child)
     if variable is not None:
         return tuple(variable.shape)
     return tuple(child._input_metadata[number].shape)

@@ -1,0 +1,85 @@
+"""Jacobians from plain backward passes: one example, one output and one forward pass at a time.
+
+Right wherever autograd is, also where a graph can be gone through once only (a Function that frees what it saved), or
+where an operation has no formula that can be called by itself. It takes n·C forward and backward passes, and the
+memory of a block's whole Jacobian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ntkwatch.engines.capture import Found, cotangents
+from ntkwatch.engines.factors import Dense
+from ntkwatch.engines.graph import bytes_inside
+from ntkwatch.engines.outputs import PerOutput
+from ntkwatch.engines.passes import in_row
+from ntkwatch.engines.separation import Separation, few, leaves_at, outputs_at
+from ntkwatch.model import Network, take
+
+RULE = "one pass for each example and output"
+_GROUP_BYTES = 1 << 28  # of Jacobians that are made together
+
+
+def one_by_one(network: Network, x: Any, state: Mapping[str, Tensor] | None = None) -> Separation | None:
+    """What stands for a separation where examples are passed through alone; None where nothing is trained."""
+    f = outputs_at(network, few(x), state, leaves_at(network, state))
+    if f.grad_fn is None:
+        return None
+    n, outputs = f.shape
+    held = float(sum(p.numel() * p.element_size() for p in network.parameters.values()))
+    saved = bytes_inside(f) / n
+    return Separation(n, (), (), frozenset(), True, saved, held, outputs, batched=False, alone=True)
+
+
+class OneByOne:
+    """A block's factors, as `Capture` gives them; the graph is made anew for each.
+
+    Args:
+        summed: take Σ_c f_c for the one output.
+    """
+
+    def __init__(
+        self, network: Network, x: Any, state: Mapping[str, Tensor] | None, summed: bool, recipe: Separation
+    ) -> None:
+        self._network, self._x, self._state, self.recipe = network, x, state, recipe
+        with torch.no_grad():
+            self.outputs = network.outputs(x, state).detach()
+        self.n = self.outputs.shape[0]
+        self.cotangents = cotangents(self.outputs, summed)
+
+    def groups(self) -> list[slice]:
+        """Outputs in groups of which the Jacobians fit in a moderate amount of memory."""
+        outputs = len(self.cotangents)
+        size = max(1, int(_GROUP_BYTES / max(1.0, self.n * self.recipe.captured)))
+        return [slice(i, min(i + size, outputs)) for i in range(0, outputs, size)]
+
+    def factors(self, outputs: slice = slice(None)) -> Iterator[Found]:
+        """Every trained parameter, once, for some of the outputs."""
+        found = [self._jacobians(cotangent) for cotangent in PerOutput(self.cotangents.parts[outputs])]
+        for name, each in zip(self._network.parameters, zip(*found, strict=True), strict=True):
+            yield Found(name, Dense(PerOutput(each)), RULE)
+
+    def _jacobians(self, cotangent: Tensor) -> list[Tensor]:
+        """Of one output: [n, P] by parameter."""
+        first = self._gradients(0, cotangent)
+        if isinstance(first[0], FakeTensor):  # a plan: the others are as large
+            return [g.new_empty(self.n, len(g)) for g in first]
+        rows = [first, *(self._gradients(i, cotangent) for i in range(1, self.n))]
+        return [torch.stack(each) for each in zip(*rows, strict=True)]
+
+    def _gradients(self, i: int, cotangent: Tensor) -> list[Tensor]:
+        rows = slice(i, i + 1)
+        leaves = leaves_at(self._network, self._state)
+        f = outputs_at(self._network, take(self._x, rows), self._state, leaves)
+        if f.grad_fn is None:
+            return [in_row(torch.zeros_like(leaf)) for leaf in leaves.values()]
+        grads = torch.autograd.grad(f, list(leaves.values()), cotangent[rows], allow_unused=True)
+        return [
+            in_row(torch.zeros_like(leaf) if g is None else g) for g, leaf in zip(grads, leaves.values(), strict=True)
+        ]
