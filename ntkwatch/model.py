@@ -237,7 +237,7 @@ def _trained(module: nn.Module, params: str | Sequence[str] | None) -> dict[str,
             "the model has no trained parameter: every one has requires_grad=False, or there is none"
         )
     if params is None:
-        return trained
+        return _dense(trained)
     globs = [params] if isinstance(params, str) else list(params)
     if not globs:
         raise ValueError("params: an empty list matches no trained parameter; None takes all of them")
@@ -246,7 +246,18 @@ def _trained(module: nn.Module, params: str | Sequence[str] | None) -> dict[str,
             raise ValueError(
                 f"params: {glob!r} matches no trained parameter; there are {', '.join(list(trained)[:8])}…"
             )
-    return {name: p for name, p in trained.items() if any(fnmatch.fnmatchcase(name, g) for g in globs)}
+    return _dense({name: p for name, p in trained.items() if any(fnmatch.fnmatchcase(name, g) for g in globs)})
+
+
+def _dense(trained: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Them, unless one is sparse, of which layouts differ in what they take as its gradient."""
+    for name, p in trained.items():
+        if p.layout is not torch.strided:
+            raise UnsupportedModel(
+                f"parameter {name} is sparse ({p.layout}): train its values as a dense parameter, and make the matrix "
+                "in forward, as torch.sparse_coo_tensor(indices, values, size)"
+            )
+    return trained
 
 
 def _check_devices(module: nn.Module, trained: Mapping[str, Tensor]) -> None:
