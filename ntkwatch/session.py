@@ -19,6 +19,7 @@ from ntkwatch.model import leaves, map_leaves
 from ntkwatch.monitor import Monitor
 from ntkwatch.probes import ProbeSet
 from ntkwatch.record import (
+    MANIFEST,
     Measurement,
     Owner,
     RecordError,
@@ -199,10 +200,14 @@ class Session:
             monitor.calibration,
             f"a probe takes, beyond one kernel: {'; '.join(extra)}" if extra else None,
             str(monitor.limit) if needs_limit(monitor.diagnostics) else None,
-            f"record {self.folder}" if self.folder is not None else None,
+            f"record {self.folder}" if self._is_free() else None,
             f"the record begins with another's, since {self._branched}" if self._branched else None,
         ]
         return [line for line in lines if line is not None]
+
+    def _is_free(self) -> bool:
+        """Whether the record is, or will be, in `folder` itself; where another is there, a warning will say."""
+        return self.folder is not None and (self._writer is not None or not (self.folder / MANIFEST).exists())
 
     def finish(self, completed: bool = False) -> None:
         """Leave everything on disk, and say in the record that the run is over; completed: that it came to its end."""
@@ -236,7 +241,7 @@ class Session:
                 self.resume(restored["session"], restored["step"])
                 return True
         except (RecordError, OSError) as error:
-            why_not = f"the earlier record cannot be continued ({error})"
+            why_not = f"the earlier record cannot be continued ({str(error).rstrip('.')})"
             self._writer = None
             self._let_go()
         self._anew = why_not
@@ -249,6 +254,8 @@ class Session:
         where a branch cannot be written.
         """
         earlier = Earlier.read(state, step, self.monitor)
+        run = earlier.run
+        history = {at: run.eigenvalues(at) for at in run.steps if at <= step}  # before anything is written or restored
         if self.folder is not None:
             changes = {"hparams": self.monitor.hparams, **self._extra}
             self._owner, self._writer, self._branched = earlier.go_on(self.folder, self._is_log, changes)
@@ -256,8 +263,6 @@ class Session:
             if self._branched and not (self._is_log and self.folder.parent != earlier.run.folder.parent):
                 self._warn(f"{self._branched}: this run goes on from step {step} in a record of its own, {self.folder}")
         self.monitor.restore(earlier.baseline, earlier.previous, earlier.travelled, earlier.limit)
-        run = earlier.run
-        history = {at: run.eigenvalues(at) for at in run.steps if at <= step}
         self.sinks.start({**run.manifest, **self._extra}, history)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.probes import ProbeSet, batches_of, form_of
+from ntkwatch.words import printable
 
 # A child of the logger that Lightning has a handler for, under the import name in use.
 log = logging.getLogger(
@@ -24,7 +25,8 @@ TRUE_PRECISION = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-tru
 
 
 def warn(message: str) -> None:
-    """One warning that cannot raise: under `-W error` it is logged instead."""
+    """One warning that cannot raise (under `-W error` it is logged) nor, whatever it quotes, steer a terminal."""
+    message = "\n".join(map(printable, message.splitlines()))
     try:
         warnings.warn(f"NTKWatch: {message}", stacklevel=2)
     except Warning:

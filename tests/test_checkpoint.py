@@ -247,6 +247,42 @@ def test_a_folder_that_another_run_has_taken_is_not_written_into(run: Path, tmp_
     assert "holds the record of another run now" in said[0]
 
 
+LOSSES = {
+    "a snapshot is lost": lambda record: (record / "snapshots" / "step_00000002.safetensors").unlink(),
+    "the index is lost": lambda record: (record / "metrics.jsonl").unlink(),
+    "the baseline is lost": lambda record: (record / "baseline.safetensors").unlink(),
+    "the baseline is another's": lambda record: shutil.copy(
+        record / "snapshots" / "step_00000002.safetensors", record / "baseline.safetensors"
+    ),
+    "the manifest is a folder": lambda record: (
+        (record / "manifest.json").unlink(),
+        (record / "manifest.json").mkdir(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_damaged_record_is_left_as_it_is_and_a_whole_new_one_starts(name: str, run: Path, tmp_path: Path) -> None:
+    record = next((run / "ntkwatch").iterdir())
+    LOSSES[name](record)
+    before = everything(record)
+    watch, _, said = resumed(tmp_path / "rest", run / "a.ckpt")
+    assert load_run(watch.record).steps == [4, 6], name
+    assert load_run(watch.record).metrics["kernel_angle"][4] == 0, name
+    assert len(said) == 1, said
+    assert "cannot be continued" in said[0]
+    assert everything(record) == before, name
+
+
+def test_a_warning_cannot_steer_a_terminal(saved: Path, tmp_path: Path) -> None:
+    def hostile(state: dict[str, Any]) -> None:
+        state["session"].update(record="/tmp/\x1b]0;owned\x07\x1b[2J", id="nobody's")
+
+    _, _, said = resumed(tmp_path, with_state(saved, tmp_path / "b.ckpt", hostile))
+    assert len(said) == 1
+    assert said[0].isprintable(), said
+
+
 def test_other_data_is_never_compared_with_the_first_kernel(saved: Path, tmp_path: Path) -> None:
     """The probes' hash: the checkpoint's own training set is gone, the labels' classes are the same."""
     checkpoint = shutil.copytree(saved, tmp_path / "run") / "a.ckpt"

@@ -18,7 +18,15 @@ No pickle anywhere.
 from __future__ import annotations
 
 from ntkwatch.record.branch import branch
-from ntkwatch.record.format import DamagedRecord, RecordError, load_tensors, read_manifest, safe_name, save_tensors
+from ntkwatch.record.format import (
+    MANIFEST,
+    DamagedRecord,
+    RecordError,
+    load_tensors,
+    read_manifest,
+    safe_name,
+    save_tensors,
+)
 from ntkwatch.record.measurement import Limit, Measurement
 from ntkwatch.record.ownership import Owned, Owner, claim, own
 from ntkwatch.record.run import Run, find_runs, load_run
@@ -28,6 +36,7 @@ from ntkwatch.record.writer import RecordWriter
 
 __all__ = [
     "FORECASTS",
+    "MANIFEST",
     "SCHEMA",
     "DamagedRecord",
     "Limit",
