@@ -10,8 +10,9 @@ import itertools
 from typing import Any
 
 import pytest
-from trust_configs import ENGINES, HOOKS, IMPORT_NAMES, JOBS, Job
+from trust_configs import ENGINES, HOOKS, IMPORT_NAMES, JOBS, STREAMS, Job
 from trust_harness import Driver, MonitorProbe, Tally, observe, real_kernel, reference
+from trust_observe import Observation
 
 Cell = tuple[Job, str, str]
 EVERY_CELL: list[Cell] = list(itertools.product(JOBS, HOOKS, ENGINES))
@@ -73,8 +74,8 @@ def test_every_cell(capsys: pytest.CaptureFixture[str]) -> None:
     assert_all(tally, EVERY_CELL)
 
 
-def watched(job: Job, import_name: str, tally: Tally, **arguments: Any) -> None:
-    """NTKWatch itself in one configuration, counted into `tally`."""
+def watched(job: Job, import_name: str, tally: Tally, before: Observation | None = None, **arguments: Any) -> None:
+    """NTKWatch itself in one configuration, counted into `tally`; before: the job without it, if it is none of JOBS."""
     from ntkwatch import NTKWatch
 
     made: list[Any] = []
@@ -84,7 +85,7 @@ def watched(job: Job, import_name: str, tally: Tally, **arguments: Any) -> None:
         return made[-1:]
 
     name = f"NTKWatch × {job.name} × {import_name}"
-    tally.compare(name, reference(job.name, import_name), observe(job, import_name, watch))
+    tally.compare(name, before or reference(job.name, import_name), observe(job, import_name, watch))
     if all(callback.last is not None and real_kernel(callback.last.kernel) for callback in made) and made:
         tally.recorded += 1
     else:
@@ -99,6 +100,18 @@ def test_the_callback_in_every_configuration_under_both_import_names(capsys: pyt
         print("\n" + tally.line("promise 1, NTKWatch"))
     assert tally.faults() == ""
     assert (tally.cells, tally.recorded) == (28, 28)
+
+
+def test_the_callback_on_streams_whose_probes_come_batch_by_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    """θ_0 is put in the place of the run's weights while the first kernel is measured, some batches late."""
+    tally = Tally()
+    for i, job in enumerate(STREAMS):
+        import_name = list(IMPORT_NAMES)[i % 2]
+        watched(job, import_name, tally, before=observe(job, import_name))
+    with capsys.disabled():
+        print("\n" + tally.line("promise 1, streams"))
+    assert tally.faults() == ""
+    assert (tally.cells, tally.recorded) == (len(STREAMS), len(STREAMS))
 
 
 @pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.soak)])

@@ -88,8 +88,9 @@ def assert_ranks_differ(folder: Path) -> None:
 
 
 def test_a_sample_of_ddp_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run([("ddp", "accumulation 3", WATCHERS[:2]), ("ddp_spawn", "plain", WATCHERS[:1])], tmp_path, capsys)
-    for i in ("0", "1"):
+    runs = [("ddp", "accumulation 3", WATCHERS[:2]), ("ddp_spawn", "plain", WATCHERS[:1])]
+    run([*runs, ("ddp", "stream", WATCHERS[:1])], tmp_path, capsys)
+    for i in ("0", "1", "2"):
         assert_ranks_differ(tmp_path / i)
         assert_naive_is_caught(tmp_path / i)
 
@@ -97,4 +98,4 @@ def test_a_sample_of_ddp_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.soak
 def test_every_ddp_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     every = [(launcher, job.name, WATCHERS) for launcher in LAUNCHERS for job in DDP_JOBS]
-    assert run(every, tmp_path, capsys).cells == 32
+    assert run(every, tmp_path, capsys).cells == 40

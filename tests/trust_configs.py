@@ -8,7 +8,7 @@ breaks the next backward). The data augments with python's, numpy's and torch's 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -19,9 +19,10 @@ import pytorch_lightning
 import torch
 from device import DEVICE
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 FEATURES, CLASSES = 6, 3
 IMPORT_NAMES: dict[str, ModuleType] = {"pytorch_lightning": pytorch_lightning, "lightning.pytorch": lightning.pytorch}
@@ -51,6 +52,17 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         noise = torch.randn(()) + float(np.random.standard_normal()) + random.random()  # noqa: NPY002 (the global one is the point)
         return self.x[index] + self.noise * noise, self.targets[index]
+
+
+class Streamed(IterableDataset[tuple[Tensor, Tensor]]):
+    """The same rows in turn; of several ranks, each reads its own."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows = Augmented(rows, seed)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        return (self.rows[i] for i in range(rank, len(self.rows), size))
 
 
 class Net(nn.Module):
@@ -170,6 +182,21 @@ def swa(pl: ModuleType) -> list[Any]:
     return [pl.callbacks.StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=1)]
 
 
+def streamed() -> tuple[Any, Any]:
+    """Pairs: as many probes as are asked for come with later batches."""
+    return DataLoader(Streamed(24, 1), 2), loader(8, 2, False)
+
+
+STREAMS = [
+    Job("stream", task(), loaders=streamed),
+    Job("stream, accumulation 3", task(), {"accumulate_grad_batches": 3}, loaders=streamed),
+    Job("stream, resume", task(), loaders=streamed, resumed=True, epochs=4),
+    Job("stream, manual, 2 optimizers", task("manual"), loaders=streamed),
+    Job("stream, bf16-mixed", task(), {"precision": "bf16-mixed"}, loaders=streamed),
+    Job("stream, 64-true", task(), {"precision": "64-true"}, loaders=streamed),
+    Job("stream, EMA", task(), callbacks=ema, loaders=streamed),
+    Job("stream, compiled, aot_eager", task(), loaders=streamed, compiled=True),
+]
 JOBS = [
     Job("plain", task()),
     Job("2 workers", task(), loaders=with_workers(persistent=False)),

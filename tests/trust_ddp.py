@@ -14,7 +14,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from torch.nn.functional import cross_entropy
-from trust_configs import QUIET, Job, task
+from trust_configs import QUIET, Job, streamed, task
 from trust_harness import Driver, MonitorProbe, final_state, quieten, real_kernel, seed_all
 from trust_mutants import backward
 from trust_observe import Closing, Observation, Opening
@@ -23,6 +23,7 @@ DDP_JOBS = [
     Job("plain", task()),
     Job("accumulation 3", task(), {"accumulate_grad_batches": 3}),
     Job("manual, 2 optimizers", task("manual")),
+    Job("stream", task(), loaders=streamed),  # the ranks agree on when rank 0 has enough of its rows
     Job("gradients as bucket views", task()),  # .grad is a view of the reducer's bucket
 ]
 LAUNCHERS = {"ddp": "popen", "ddp_spawn": "spawn"}
