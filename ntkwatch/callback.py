@@ -29,12 +29,12 @@ from ntkwatch.schedule import Schedule
 from ntkwatch.session import Session
 from ntkwatch.settings import Settings
 from ntkwatch.sinks import publish
-from ntkwatch.trainer import Moment, now, others_warnings, show_columns, stays_out, true_precision
+from ntkwatch.trainer import Moment, import_names, now, others_warnings, show_columns, stays_out, true_precision
 
-if TYPE_CHECKING or "lightning.pytorch" not in sys.modules:
+if TYPE_CHECKING or not (loaded := import_names()):
     from pytorch_lightning import Callback
-else:  # the import name that the run already uses: a second copy of the package would cost seconds
-    from lightning.pytorch import Callback
+else:  # of the import names that the run uses already: a second copy of the package would cost seconds
+    Callback = type("Callback", tuple(sys.modules[name].Callback for name in loaded), {})
 
 Work = Callable[[], Measurement | None]
 
@@ -69,14 +69,14 @@ class NTKWatch(Callback):
     def __init__(
         self,
         probes: Any = 64,
-        every: str | int | Sequence[int] | Callable[[int], bool] = "log",
+        every: int | Sequence[int] | Callable[[int], bool] | str = "log",
         budget: float | None = 0.02,
         reduction: str = "trace",
         engine: str = "auto",
-        outputs: Callable[[torch.nn.Module, Any], Tensor] | None = None,
-        targets: Tensor | Callable[[Any], Tensor] | None = None,
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
-        diagnostics: str | Sequence[str] = "default",
+        outputs: Callable[[torch.nn.Module, Any], Any] | None = None,
+        targets: Callable[[Any], Any] | Tensor | None = None,
+        loss: Callable[[Tensor, Tensor], Any] | None = None,
+        diagnostics: Sequence[str] | str = "default",
         resample: bool = False,
         save_kernels: bool = True,
         on_error: str = "warn",

@@ -16,6 +16,12 @@ from ntkwatch.guard import leave_no_trace
 from ntkwatch.probes import ProbeSet, batches_of, form_of
 from ntkwatch.words import printable
 
+
+def import_names() -> list[str]:
+    """Those of Lightning's two import names that are loaded, and have a Callback."""
+    return [name for name in ("lightning.pytorch", "pytorch_lightning") if hasattr(sys.modules.get(name), "Callback")]
+
+
 # A child of the logger that Lightning has a handler for, under the import name in use.
 log = logging.getLogger(
     f"{'lightning.pytorch' if 'lightning.pytorch' in sys.modules else 'pytorch_lightning'}.ntkwatch"
@@ -134,10 +140,14 @@ def show_columns(trainer: Any, values: Mapping[str, float]) -> Callable[[], None
 
 
 def hyperparameters(trainer: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the data module, the module and the callback that are numbers, strings or flags; later ones win."""
+    """Those of the data module, the module and the callback that are numbers, strings or flags; later ones win.
+
+    LightningCLI keeps something of its own among them, by a name with an underscore.
+    """
     sources = (getattr(trainer.datamodule, "hparams", {}), getattr(trainer.lightning_module, "hparams", {}), given)
     merged = {str(key): value for source in sources for key, value in dict(source).items()}
-    return {k: v for k, v in merged.items() if isinstance(v, (bool, int, float, str, type(None)))}
+    plain = (bool, int, float, str, type(None))
+    return {k: v for k, v in merged.items() if isinstance(v, plain) and not k.startswith("_")}
 
 
 def as_in_training(trainer: Any, probes: ProbeSet, seed: int) -> ProbeSet:
