@@ -118,12 +118,13 @@ class Wrong(NamedTuple):
 def _do_this(model: nn.Module, batch: Any, probe: Tensor, wrong: Wrong, tried: bool) -> str:
     """The remedy on these probes, and as outputs= where that does it as well."""
     raw = raw_of(batch)
-    place = next((place for place in places_of_tensors(raw) if at(raw, place) is probe), None)
-    where = () if place is None else place
     if not wrong.code:
         return f"{wrong.words}; or {GIVE}"
-    said = f"{wrong.words}, {wrong.code.format(x=source(where, 'probes'))}{wrong.or_else}"
     reading = Caller(model).reading(raw)
+    where = next((place for place in places_of_tensors(raw) if at(raw, place) is probe), ())
+    if wrong.alone and len(reading.places) == 1:  # the layer got what holds the probe
+        where = reading.places[0]
+    said = f"{wrong.words}, {wrong.code.format(x=source(where, 'probes'))}{wrong.or_else}"
     if wrong.alone or where not in reading.places:
         return f"{said}; or {GIVE}"
     call = reading.code(lambda part: wrong.code.format(x=source(part)) if part == where else source(part))

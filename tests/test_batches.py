@@ -284,6 +284,8 @@ BALANCED: dict[str, tuple[Any, int]] = {  # a dataset, how many items of a tuple
     "a part of them": (Subset(TensorDataset(POINTS, RARE.long(), FLAG), range(0, M, 2)), 1),
     "items of a list": ([(x, int(y), f"{i}.png") for i, (x, y) in enumerate(zip(POINTS, RARE, strict=True))], 1),
     "float items": ([(x, float(y), 0.5 * i) for i, (x, y) in enumerate(zip(POINTS, RARE, strict=True))], 1),
+    "pairs before labels": ([((x, x), int(y)) for x, y in zip(POINTS, RARE, strict=True)], 2),
+    "lengths that collate adds": ([(x, int(y)) for x, y in zip(POINTS, RARE, strict=True)], 2),
     "paths before labels": ([(x, f"{i}.png", int(y)) for i, (x, y) in enumerate(zip(POINTS, RARE, strict=True))], 1),
 }
 
@@ -292,7 +294,7 @@ BALANCED: dict[str, tuple[Any, int]] = {  # a dataset, how many items of a tuple
 def test_probes_are_balanced_over_the_label_and_nothing_else(case: str) -> None:
     dataset, leading = BALANCED[case]
     probes = choose(DataLoader(dataset, 8), 20, leading=leading)
-    x = probes.batch[0]
+    x = probes.batch[0] if isinstance(probes.batch[0], Tensor) else probes.batch[0][0]
     rare = {tuple(row.tolist()) for row in POINTS[RARE]}
     share = sum(tuple(row.tolist()) in rare for row in x)
     assert share == 10, f"{case}: {share} of 20 are of the rare class; {probes.how}"

@@ -413,6 +413,8 @@ no_batch(
 no_batch("dataset, to NTKWatch", lambda: TensorDataset(X, Y), r"a batch of it, (?P<x>.*), or", to_a_callback)
 no_batch("sparse", lambda: X.to_sparse(), r"give (?P<x>probes\.to_dense\(\))")
 no_batch("example", lambda: X[0], r"a row, (?P<x>probes\.unsqueeze\(0\))")
+no_batch("dict", lambda: {"img": X, "cls": Y}, r"the tensor alone, (?P<x>probes\['img'\])")
+no_batch("dict, in a tuple", lambda: ({"img": X, "more": X}, Y), r"the tensor alone, (?P<x>probes\[0\]\['img'\])")
 no_batch("inference", lambda: of_inference_mode(), r"give (?P<x>probes\.clone\(\))")
 
 
