@@ -287,3 +287,27 @@ def complex_parameter() -> Made:
             return self.out(torch.fft.ifft(torch.fft.fft(self.a(x)) @ self.w).abs().real)
 
     return Net(), torch.randn(4, 3)
+
+
+class _ProductAndSquare(torch.autograd.Function):
+    """x·w and (x·w)² from one function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, w)
+        return x * w, (x * w) ** 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        both = g + 2 * x * w * h
+        return both * w, (both * x).sum(0)
+
+
+@case(2, "a function of one's own whose two outputs are both used", functional=False)
+def two_outputs() -> Made:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        once, squared = _ProductAndSquare.apply(m.a(x), m.w)
+        return m.b(once.tanh() + squared)
+
+    return Lambda(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 2), w=torch.randn(4)), torch.randn(4, 3)

@@ -164,6 +164,18 @@ def test_two_optimizers_count_batches_not_optimizer_steps(tmp_path: Path) -> Non
     assert watch.last.global_step == 12
 
 
+def test_a_resumed_run_counts_batches_too(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"probes": 12, "budget": None, "every": 2}
+    run = trainer(tmp_path, NTKWatch(**settings), max_epochs=1, max_steps=-1)
+    run.fit(TwoOptimizers(), *loaders())
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    rest = NTKWatch(**settings)
+    trainer(tmp_path, rest, max_epochs=2, max_steps=-1).fit(
+        TwoOptimizers(), *loaders(), ckpt_path=tmp_path / "half.ckpt"
+    )
+    assert steps(rest) == [0, 2, 4, 6, 8, 10, 12]
+
+
 # ── trainers that are special ─────────────────────────────────────────────────────────────────────────────────────────
 def test_fast_dev_run_tries_once_and_writes_nothing(tmp_path: Path) -> None:
     watch = watched(tmp_path, fast_dev_run=True)
@@ -178,6 +190,20 @@ def test_barebones_switches_off(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="switched off.*barebones"):
         trainer(tmp_path, watch, barebones=True, **quiet).fit(Classifier(), loaders()[0])
     assert watch.last is None
+
+
+def test_a_model_whose_parameters_are_spread_over_ranks_is_refused_by_name(tmp_path: Path) -> None:
+    class FSDPModule(nn.Sequential):
+        """As torch's are told: by the name of the class."""
+
+    model = Classifier()
+    model.net = FSDPModule(*model.net)
+    watch = NTKWatch(probes=12)
+    with pytest.warns(UserWarning, match="switched off: net is managed by FSDPModule; sharded parameters cannot be"):
+        trainer(tmp_path, watch, max_steps=3).fit(model, *loaders())
+    assert watch.last is None
+    assert watch.record is None
+    assert model.global_step == 3
 
 
 def test_no_validation_loader_falls_back_to_training(tmp_path: Path) -> None:
@@ -463,6 +489,20 @@ def test_memory_that_runs_out_at_the_start_is_a_warning_whatever_was_passed(
 def test_memory_that_runs_out_raises_where_that_was_asked_for(tmp_path: Path) -> None:
     with pytest.raises(MemoryError, match=r"one forward pass of the probes.*fewer probes"):
         watched(tmp_path, Starved(OUT_OF_MEMORY["GPU"], 0), watch_on_error="raise")
+
+
+class Ends(pl.Callback):
+    """The job is told to end at the third step: Lightning notes that, and ends the run after the batch."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer._signal_connector.received_sigterm |= trainer.global_step == 3
+
+
+def test_no_probe_begins_once_the_job_was_told_to_end(tmp_path: Path) -> None:
+    watch = NTKWatch(probes=12, budget=None, every=1)
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, Ends(), watch).fit(Classifier(), *loaders())
+    assert steps(watch) == [0, 1, 2]
 
 
 def test_on_error_raise_raises(tmp_path: Path) -> None:

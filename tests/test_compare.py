@@ -12,7 +12,7 @@ import torch
 from synthetic import STEPS, write_run, write_sweep
 
 from ntkwatch.compare import CompareError, MismatchError, compare_runs, diff_runs, fit_slope
-from ntkwatch.record import RecordError, load_run
+from ntkwatch.record import RecordError, find_runs, load_run
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +218,15 @@ def test_seed_spread_falls_as_the_root_of_width(tmp_path: Path) -> None:
     write_sweep(tmp_path, widths=(16, 128, 1024), seeds=8, steps=(0,))
     spread = compare_runs(tmp_path).seed_spread
     assert fit_slope(list(spread["x"]), list(spread["spread"])).value == pytest.approx(-0.5, abs=0.1)
+
+
+def test_seed_spread_is_the_unbiased_deviation_over_seeds(sweep: Path) -> None:
+    spread = compare_runs(sweep).seed_spread
+    assert set(spread["runs"]) == {3}
+    for width, found in zip(spread["x"], spread["spread"], strict=True):
+        runs = [run for run in map(load_run, find_runs([sweep])) if run.width == width]
+        kernels = torch.stack([run.kernel(run.steps[0]) for run in runs])
+        assert found == pytest.approx(float(kernels.var(0).sum().sqrt() / kernels.mean(0).norm())), width
 
 
 def test_figures_have_one_for_each_slope(sweep: Path) -> None:

@@ -14,10 +14,10 @@ from ntkwatch.forecast import LinearForecast
 mse = nn.functional.mse_loss
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=0.05),
-    "heavy ball, decay": lambda m: torch.optim.SGD(m.parameters(), lr=0.02, momentum=0.9, weight_decay=0.01),
-    "Nesterov": lambda m: torch.optim.SGD(m.parameters(), lr=0.02, momentum=0.9, nesterov=True),
-    "dampening": lambda m: torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.5, dampening=0.2),
-    "groups": lambda m: torch.optim.SGD([{"params": [m.weight], "lr": 0.1}, {"params": [m.bias]}], lr=0.01),
+    "SGD, heavy ball, decay": lambda m: torch.optim.SGD(m.parameters(), lr=0.02, momentum=0.9, weight_decay=0.01),
+    "SGD, Nesterov": lambda m: torch.optim.SGD(m.parameters(), lr=0.02, momentum=0.9, nesterov=True),
+    "SGD, dampening": lambda m: torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.5, dampening=0.2),
+    "SGD, groups": lambda m: torch.optim.SGD([{"params": [m.weight], "lr": 0.1}, {"params": [m.bias]}], lr=0.01),
     "Adam": lambda m: torch.optim.Adam(m.parameters(), lr=0.02),
     "AdamW": lambda m: torch.optim.AdamW(m.parameters(), lr=0.02, weight_decay=0.1),
     "Adagrad": lambda m: torch.optim.Adagrad(m.parameters(), lr=0.05),
@@ -38,7 +38,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "Adafactor": lambda m: torch.optim.Adafactor(m.parameters(), 0.05),
     "Muon": lambda m: torch.optim.Muon([m.weight], 0.02),
 }
-OPTIMIZERS = {name: make for name, make in OPTIMIZERS.items() if hasattr(torch.optim, name.split(",")[0].split()[0])}
+TOO_NEW = {"Muon", "Adafactor"}  # for some versions of torch
+OPTIMIZERS = {name: make for name, make in OPTIMIZERS.items() if name not in TOO_NEW or hasattr(torch.optim, name)}
 
 
 def batches(count: int = 12) -> list[tuple[Tensor, Tensor]]:

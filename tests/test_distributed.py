@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 from unittest import mock
 
@@ -33,6 +34,26 @@ def test_alone_is_the_identity() -> None:
     assert ranks.broadcast(value) is value, "alone, a value is not even copied"
     joined = ranks.join({"w": value["a"]}, {"w": value["a"]}, ok=False, count=1)
     assert (joined.gradients["w"] is value["a"], joined.failed, joined.count) == (True, (0,), 1)
+
+
+def test_its_group_has_its_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of torch's own half hour, a run would stand still."""
+    asked: dict[str, Any] = {}
+
+    def new_group(**kwargs: Any) -> None:
+        asked.update(kwargs)
+        raise RuntimeError("there is no other rank")
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(dist, "new_group", new_group)
+        store = mock.Mock()  # the other rank has come
+        monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+        with pytest.raises(RanksError, match="there is no other rank"):
+            Ranks(0, 2, timeout=7.0).agree(True)
+    finally:
+        dist.destroy_process_group()
+    assert asked["timeout"] == store.wait.call_args.args[-1] == timedelta(seconds=7)
 
 
 def test_a_plain_module_is_not_sharded() -> None:

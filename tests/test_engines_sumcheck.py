@@ -114,6 +114,23 @@ def test_such_an_engine_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
             ask(module, x, engine="layerwise")  # type: ignore[operator]
 
 
+def test_kernels_of_two_parameters_exchanged_are_found() -> None:
+    """The whole kernel is right then; each parameter's own is not."""
+
+    class Exchanged(Layerwise):
+        def kernel(self, *args: Any, **kwargs: Any) -> Kernel:
+            right = super().kernel(*args, **kwargs)
+            (a, k), (b, l), *others = right.layers.items()
+            return dataclasses.replace(right, layers={a: l, b: k, **dict(others)})
+
+    module, x = probes("mlp", 12, torch.float64)
+    with leave_no_trace(module):
+        network = Network(module)
+        for error, worst in (self_check(Exchanged(), network, x), SumCheck(network, x).error(Exchanged())):
+            assert error > TOLERANCE[torch.float64]
+            assert worst in list(network.parameters)[:2]
+
+
 def test_the_tolerances_are_those() -> None:
     assert {dtype: auto._TOLERANCE[dtype] for dtype in TOLERANCE} == TOLERANCE
 

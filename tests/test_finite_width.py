@@ -86,6 +86,8 @@ def test_the_corrections_are_recovered(tmp_path: Path) -> None:
     n = torch.tensor(WIDTHS, dtype=torch.float64)
     rms = (SPREAD**2 / n * (1 - 1 / SEEDS) + (BIAS / n) ** 2).sqrt()  # over seeds, whose sample variance is exact
     assert wide.table["distance"].tolist() == pytest.approx(rms.tolist(), rel=1e-9)
+    squares = (wide.points["seed_deviation"] ** 2).groupby(wide.points["width"]).mean()
+    assert squares.tolist() == pytest.approx([SPREAD**2 / width for width in WIDTHS], rel=1e-9), "unbiased in the seeds"
     bias, variance = wide.corrections(64)
     assert torch.allclose(bias, BIAS * k_infinite(64) / k_infinite(64).norm())
     assert float(variance.sum()) == pytest.approx(SPREAD**2)

@@ -57,7 +57,6 @@ FLOORS = {
         "calling",
         "examples",
         "parts",
-        "output",
         "model",
         "statistics",
         "guard",

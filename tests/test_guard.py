@@ -307,7 +307,8 @@ def global_flags(net: nn.Module) -> None:
     torch.autograd.set_detect_anomaly(True, check_nan=False)
     torch.set_float32_matmul_precision("medium")
     torch.backends.cudnn.deterministic = not torch.backends.cudnn.deterministic
-    torch.backends.cudnn.enabled = torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+    torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_flash_sdp(False), torch.backends.cuda.enable_math_sdp(False)
     torch.backends.mha.set_fastpath_enabled(not torch.backends.mha.get_fastpath_enabled())
     torch.set_autocast_enabled("cpu", True), torch.set_autocast_dtype("cpu", torch.float16)
@@ -355,6 +356,7 @@ def test_the_snapshot_can_see(probe: Callable[[nn.Module], None]) -> None:
 def test_inside_it_is_evaluation_in_full_precision() -> None:
     net = model()
     torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.benchmark = True  # a flag, there without a GPU too
     saved = precisions()
     try:
         with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), leave_no_trace(net):
@@ -363,16 +365,20 @@ def test_inside_it_is_evaluation_in_full_precision() -> None:
             assert torch.is_grad_enabled()
             assert not torch.is_inference_mode_enabled()
             assert not torch.is_autocast_enabled("cpu")
+            assert not torch.is_autocast_cache_enabled(), "older torch would reuse a probe's cast in training"
             assert torch.get_float32_matmul_precision() == "highest"
             assert not torch.backends.cudnn.allow_tf32
             assert not torch.backends.cuda.matmul.allow_tf32
+            assert not torch.backends.cudnn.benchmark
             out = net(X)
             assert out.dtype == torch.float32
             assert out.requires_grad
             assert not out.is_inference()
         assert precisions() == saved
+        assert torch.backends.cudnn.benchmark
     finally:
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.benchmark = False
 
 
 def test_user_overrides_of_train_are_not_called() -> None:

@@ -172,6 +172,25 @@ def test_degenerate_inputs(name: str) -> None:
         assert float(values[0]) >= -10 * floor, f"{name}: {which} has eigenvalue {float(values[0]):.2e} < -{floor:.2e}"
 
 
+@pytest.mark.parametrize("channels", [6, 37, 333])
+def test_equal_inputs_stay_equal_in_a_chaotic_network(channels: int) -> None:
+    """Their cosine is 1 exactly: a rounding error of the first product would have grown to 1e-8 in thirty layers."""
+    x = torch.randn(40, channels, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    k = infinite.kernel(Serial(*[Dense(2.5, 0.1), Erf()] * 30, Dense()), torch.cat([x, x[:1]]))
+    for value in (k.nngp, k.ntk):
+        assert float((value[0] - value[-1]).abs().max() / value.abs().max()) < 1e-12
+
+
+def test_branches_that_end_in_activations_are_correlated_by_their_means() -> None:
+    """E[(h + g)(h' + g')] of independent branches alike: 2 E[hh'] + 2 E[h] E[h']; of ReLU, E[h] = √(q/2π)."""
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    branch = Serial(Dense(1.3, 0.2), Relu())
+    one, both = infinite.kernel(branch, x), infinite.kernel(infinite.Sum(branch, branch), x)
+    mean = ((1.3**2 * x.square().mean(1) + 0.2**2) / (2 * math.pi)).sqrt()
+    torch.testing.assert_close(both.nngp, 2 * one.nngp + 2 * mean[:, None] * mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(both.ntk, 2 * one.ntk, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_two_sets_and_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel of two sets is a block of the kernel of both; blocks of any size give the same."""

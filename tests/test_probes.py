@@ -288,6 +288,17 @@ def test_a_failing_dataset_leaves_the_random_state_too() -> None:
     assert random.getstate() == python_state
 
 
+@pytest.mark.parametrize("classes", [3, None], ids=["by class", "uniformly"])
+def test_the_choice_is_the_same_whatever_was_drawn_before(classes: int | None) -> None:
+    y = torch.arange(60) % classes if classes else torch.linspace(0, 1, 60)
+    loader = DataLoader(TensorDataset(torch.randn(60, 4), y))
+    chosen = []
+    for seed in range(3):
+        torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)  # noqa: NPY002
+        chosen.append(choose(loader, 12).indices)
+    assert chosen[0] == chosen[1] == chosen[2]
+
+
 def test_augmentation_is_the_same_whatever_was_drawn_before() -> None:
     def probes() -> ProbeSet:
         return choose(DataLoader(Augmented(), collate_fn=noisy_collate), 32, seed=5)

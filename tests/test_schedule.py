@@ -297,6 +297,34 @@ def test_probing_counts_failures_nesting_and_the_running_probe() -> None:
     assert schedule.overhead == pytest.approx(0.25)
 
 
+def test_time_aside_is_overhead_and_takes_no_probe_away() -> None:
+    clock = Clock()
+    schedule = Schedule("log", clock=clock)
+    schedule.start()
+    with schedule.aside():
+        clock.now += 3
+    clock.now += 1
+    assert schedule.overhead == 0.75, "of all the time, three seconds in four"
+    assert schedule.spent == 0, "no probe took it"
+    with schedule.probing():
+        clock.now += 1
+    assert schedule.overhead == pytest.approx(0.8)
+    fired = []
+    for aside in (0.0, 0.125):  # of each step, sixteen times what the run itself takes
+        clock = Clock()
+        schedule, steps = Schedule("log", clock=clock), []
+        for step in range(3_000):
+            with schedule.aside():
+                clock.now += aside
+            clock.now += 1 / 128
+            if schedule.due(step):
+                steps.append(step)
+                with schedule.probing():
+                    clock.now += 0.25
+        fired.append(steps)
+    assert fired[0] == fired[1]
+
+
 def test_time_spent_deciding_not_to_probe_predicts_nothing() -> None:
     clock = Clock()
     schedule = Schedule(10, clock=clock)

@@ -13,8 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 
-import torch
-
 from tests.mutants.planting import Bug
 from tests.mutants.running import Outcome, Workspace
 from tests.mutants.table import BUGS
@@ -33,14 +31,12 @@ def main(arguments: Sequence[str]) -> int:
     if "--list" in arguments:
         print(*(f"{bug.name:<44} {bug.what}" for bug in wanted), sep="\n")
         return 0
-    here = [bug for bug in wanted if bug.on == "cpu" or torch.cuda.is_available()]
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         workspaces = [Workspace(Path(folder) / str(i)) for i in range(WORKERS)]
-        if not controls(workspaces, here):
-            return 1
+        sound = controls(workspaces, wanted)
         print(f"{'planted bug':<44} {'seconds':>7}  caught by")
-        found = list(outcomes(workspaces, here))
-    return total(found, [bug for bug in wanted if bug not in here])
+        found = list(outcomes(workspaces, wanted))
+    return max(total(found), int(not sound))
 
 
 def controls(workspaces: Sequence[Workspace], bugs: Iterable[Bug]) -> bool:
@@ -50,9 +46,11 @@ def controls(workspaces: Sequence[Workspace], bugs: Iterable[Bug]) -> bool:
     shares = [[t for t in tests if files.index(t.partition("::")[0]) % WORKERS == i] for i in range(WORKERS)]
     with ThreadPoolExecutor(WORKERS) as pool:
         pairs = [(w, share) for w, share in zip(workspaces, shares, strict=True) if share]
-        answers = list(pool.map(lambda pair: pair[0].tests(pair[1], limit=1800), pairs))
+        answers = list(pool.map(lambda pair: pair[0].tests(pair[1], limit=1800.0), pairs))
     for code, said in answers:
-        print(f"without a bug: {said}" + ("" if code == 0 else f" (exit code {code})"))
+        print(
+            *(f"without a bug: {line}{'' if code == 0 else ': what it catches is in doubt'}" for line in said), sep="\n"
+        )
     print(f"{len(tests)} tests without a bug in {time.perf_counter() - began:.0f} s", flush=True)
     return all(code == 0 for code, _ in answers)
 
@@ -77,13 +75,10 @@ def outcomes(workspaces: Sequence[Workspace], bugs: Iterable[Bug]) -> Iterator[O
             yield outcome
 
 
-def total(found: Sequence[Outcome], elsewhere: Sequence[Bug]) -> int:
+def total(found: Sequence[Outcome]) -> int:
     """Prints the sums; the exit code."""
     missed = [outcome for outcome in found if not outcome.caught]
-    for bug in elsewhere:
-        print(f"{bug.name:<44} {'-':>7}  needs a GPU (`make gpu`)")
-    print(f"{len(found) + len(elsewhere)} planted, {len(found) - len(missed)} caught, {len(missed)} not", end="")
-    print(f", {len(elsewhere)} that need a GPU: {', '.join(b.name for b in elsewhere)}" if elsewhere else "")
+    print(f"{len(found)} planted, {len(found) - len(missed)} caught, {len(missed)} not")
     for outcome in missed:
         print(f"  {outcome.bug.name}: {outcome.bug.what} ({outcome.said})")
     return int(bool(missed))

@@ -31,7 +31,6 @@ class Bug:
     expression, and in `new` for what it met.
     tests: ids below tests/, one a line, of tests of which one must fail with it.
     within: a function or class whose name others rely on, where `old` occurs more than once in the package.
-    on: the device that it takes to see the bug.
     """
 
     name: str
@@ -41,7 +40,6 @@ class Bug:
     new: str
     tests: str
     within: str | None = None
-    on: str = "cpu"
 
     @property
     def selection(self) -> list[str]:
@@ -71,7 +69,7 @@ class Source:
 
     def places(self, bug: Bug) -> list[Path]:
         """The file of each occurrence of the bug's pattern."""
-        pattern = _parsed(bug.old)
+        pattern, _ = _parsed(bug.old, bug.new)
         inside = None if bug.within is None else {id(node) for node in self._within(bug.within)}
         return [
             path
@@ -96,7 +94,7 @@ class Source:
         if len(places) != 1:
             where = ", ".join(path.name for path in places) or "no file"
             raise PlantingError(f"{bug.name}: its pattern must occur once and is in {where}: {bug.old.strip()!r}")
-        tree = _Replace(_parsed(bug.old), _parsed(bug.new), bug.within).visit(ast.parse(self.texts[places[0]]))
+        tree = _Replace(*_parsed(bug.old, bug.new), bug.within).visit(ast.parse(self.texts[places[0]]))
         return places[0], ast.unparse(ast.fix_missing_locations(tree))
 
 
@@ -113,9 +111,9 @@ class _Replace(ast.NodeTransformer):
             bound = _match(self.old, [node])
             if bound is not None:
                 return _filled(self.new, bound)[0]
+        node = self.generic_visit(node)
         if self.inside and isinstance(self.old[0], ast.stmt):
             self._statements(node)
-        node = self.generic_visit(node)
         self.inside = outside
         return node
 
@@ -130,12 +128,12 @@ class _Replace(ast.NodeTransformer):
 
 
 @cache
-def _parsed(code: str) -> list[ast.AST]:
-    """One expression, or statements."""
-    body = ast.parse(code.strip()).body
-    if len(body) == 1 and isinstance(body[0], ast.Expr):
-        return [body[0].value]
-    return list(body)
+def _parsed(*codes: str) -> tuple[list[ast.AST], ...]:
+    """Expressions where all are single ones, else statements."""
+    bodies = [ast.parse(code.strip()).body for code in codes]
+    if all(len(body) == 1 and isinstance(body[0], ast.Expr) for body in bodies):
+        return tuple([body[0].value] for body in bodies)  # type: ignore[attr-defined]
+    return tuple(list(body) for body in bodies)
 
 
 def _match(pattern: list[ast.AST], nodes: list[ast.AST]) -> Bound | None:

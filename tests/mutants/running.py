@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -45,21 +47,24 @@ class Workspace:
                 shutil.copy2(source, target)
         self.source = Source(folder / "ntkwatch")
 
-    def tests(self, selection: Iterable[str], limit: float = LIMIT) -> tuple[int | None, str]:
-        """pytest's exit code, None where it ran past the limit, and the first failure or the last line it printed."""
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-rfE", "-p", "no:cacheprovider"]
+    def tests(self, selection: Iterable[str], *flags: str, limit: float = LIMIT) -> tuple[int | None, list[str]]:
+        """pytest's exit code, None where it ran past the limit, and the failures, or the last line it printed."""
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-rfE", "-p", "no:cacheprovider", *flags]
         paths = [str(self.folder), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
+        process = subprocess.Popen(
+            [*command, *selection], cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, start_new_session=True,
+        )  # fmt: skip
         try:
-            done = subprocess.run(
-                [*command, *selection], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=limit
-            )
+            printed, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            return None, f"no end within {limit:g} s"
-        lines = [line for line in done.stdout.splitlines() if line.strip()] or done.stderr.splitlines() or [""]
-        first = next((line for line in lines if line.startswith(("FAILED", "ERROR"))), lines[-1])
-        return done.returncode, first
+            return None, [f"no end within {limit:g} s"]
+        finally:
+            _end(process)
+        lines = [line for line in printed.splitlines() if line.strip()] or [""]
+        return process.returncode, [line for line in lines if line.startswith(("FAILED", "ERROR"))] or lines[-1:]
 
     def run(self, bug: Bug) -> Outcome:
         """The bug's own tests, with the bug."""
@@ -70,7 +75,14 @@ class Workspace:
             return Outcome(bug, False, f"no longer applies: {error}", 0.0)
         write(path, text)
         try:
-            code, said = self.tests(bug.selection + (["--device", bug.on] if bug.on != "cpu" else []))
+            code, said = self.tests(bug.selection, "-x")
         finally:
             write(path, self.source.texts[path])
-        return Outcome(bug, code == FAILED, said if code != 0 else "SURVIVES", time.perf_counter() - began)
+        return Outcome(bug, code == FAILED, said[0] if code != 0 else "SURVIVES", time.perf_counter() - began)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Of tests that were cut off, the processes that they started as well."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
