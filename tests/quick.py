@@ -39,6 +39,8 @@ SLOW = {  # seconds of one call (with what it alone sets up), on two cores of 2.
     "tests/test_trust_leaks.py::test_probes_leak_nothing": 14,
     "tests/test_trust_loggers.py::test_failing_outlets_change_nothing": 13,
     "tests/test_trust_mutants.py::test_a_careful_probe_passes": 6,
+    "tests/test_trust_ranks.py::test_a_sample_of_cells": 50,
+    "tests/test_trust_signals.py::test_a_signal_in_a_probe": 17,
 }
 
 

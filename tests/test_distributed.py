@@ -15,7 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ntkwatch.distributed import Ranks, RanksError, sharded
+from ntkwatch import distributed
+from ntkwatch.distributed import Ranks, RanksError, TooLong, sharded
+from ntkwatch.failures import Failures, told
+from ntkwatch.joint import jointly
 
 WORLD = 2
 WAIT = 3  # seconds for a rank that never comes; for one that does, time enough on a busy machine
@@ -192,6 +195,34 @@ def joins_with_one_absent(rank: int) -> Any:
     return {"said": said, "trained": training_goes_on(rank)}
 
 
+def stops_on_rank_0(rank: int) -> Any:
+    """A KeyboardInterrupt of rank 0's goes on its way, and rank 1 does not wait for a rank that is leaving."""
+    ranks, failures = Ranks.detect(), Failures("warn", False)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    try:
+        said = jointly(ranks, failures, interrupted, lambda value: value).failure
+    except KeyboardInterrupt:
+        said = ("KeyboardInterrupt", None)
+    return [said, training_goes_on(rank)]
+
+
+def waits_half_as_long_as_training(rank: int) -> Any:
+    """Our group has our own timeout, which is at most half of training's."""
+    group = dist.distributed_c10d._get_default_group()
+    own = Ranks.detect()
+    own.agree(True)
+    ours = distributed._own_group(own.timeout).group()
+    set_to = ours._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    before = group._get_backend(torch.device("cpu")).options._timeout
+    group._get_backend(torch.device("cpu")).options._timeout = timedelta(seconds=40)
+    short = Ranks.detect().timeout
+    group._get_backend(torch.device("cpu")).options._timeout = before
+    return [own.timeout, set_to, short]
+
+
 def names_what_is_sharded(rank: int) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -229,7 +260,7 @@ def _worker(rank: int, folder: str, tasks: list[tuple[str, bool]], pipe: Any) ->
 TASKS = [
     agrees, names_who_failed, broadcasts, agrees_that_one_raised, cannot_be_sent, leaves_the_random_state,
     works_in_any_mode, joins, joins_with_one_absent, makes_one_group, one_is_absent, one_is_absent_from_the_start,
-    names_what_is_sharded, outlives_its_default_group,
+    names_what_is_sharded, outlives_its_default_group, stops_on_rank_0, waits_half_as_long_as_training,
 ]  # fmt: skip
 
 
@@ -269,6 +300,7 @@ EXPECTED: dict[Callable[..., Any], Any] = {
         [None, 3, [1], [[0.5, 0.5], [0.5, 0.5]], [1]],
     ],
     outlives_its_default_group: [True, 1, True],
+    waits_half_as_long_as_training: [300.0, 300.0, 20.0],
     names_what_is_sharded: ["1.weight is a DTensor", "1 is managed by FSDPModule"],
 }
 
@@ -303,6 +335,21 @@ def test_absence_at_a_step_raises_and_training_goes_on(answers: dict[str, list[A
     assert waiting["trained"] == absent["trained"] == 3.0
 
 
+def test_a_stop_of_rank_0_is_known_before_it_leaves(answers: dict[str, list[Any]]) -> None:
+    first, second = answers["stops_on_rank_0"]
+    assert first == [["KeyboardInterrupt", None], 3.0]
+    assert second == [["was not finished: the run was told to stop (KeyboardInterrupt)", "stopped"], 3.0]
+
+
+def test_a_probe_that_is_foreseen_to_take_too_long_says_how_many_would_do() -> None:
+    ranks = Ranks(0, 2, timeout=100)
+    with pytest.raises(TooLong, match=r"64 examples may take some 80 s, more than the 50 s .*; 40 would") as raised:
+        ranks.foresee(80.0, 64)
+    assert told(raised.value)[1] == "time"
+    ranks.foresee(80.0 * 40 / 64, 40)
+    Ranks(0, 1).foresee(1e6, 64)  # alone, nobody waits
+
+
 def test_what_cannot_be_sent_raises_on_every_rank(answers: dict[str, list[Any]]) -> None:
     for rank in range(WORLD):
         answer = answers["cannot_be_sent"][rank]
@@ -311,7 +358,7 @@ def test_what_cannot_be_sent_raises_on_every_rank(answers: dict[str, list[Any]])
 
 
 def test_no_test_is_left_out() -> None:
-    others = {joins_with_one_absent, one_is_absent, one_is_absent_from_the_start, cannot_be_sent}
+    others = {stops_on_rank_0, joins_with_one_absent, one_is_absent, one_is_absent_from_the_start, cannot_be_sent}
     assert set(TASKS) == set(EXPECTED) | others
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import pickle
@@ -332,6 +333,45 @@ def test_time_spent_deciding_not_to_probe_predicts_nothing() -> None:
         with schedule.probing():
             clock.now += 3.0 if schedule.due(step) else 1e-6
     assert schedule.predicted == 3.0
+
+
+def test_time_aside_is_overhead_and_no_probe_pays_for_it() -> None:
+    """The linear forecast takes its time at every step."""
+    clock = Clock()
+    schedule = Schedule("log", 0.02, allowance=1.0, clock=clock)
+    run = Run(2_000, 0.01, constant(0.02))
+    fired = Run(2_000, 0.01, constant(0.02))
+    fired.play(Schedule("log", 0.02, allowance=1.0, clock=(other := Clock())), other)
+    schedule.start()
+    for step in range(run.steps + 1):
+        clock.now += run.step
+        with schedule.aside():
+            clock.now += 0.03
+        if schedule.due(step, last=step == run.steps):
+            with schedule.probing():
+                clock.now += 0.02
+            run.fired.append(step)
+    aside = 0.03 * (run.steps + 1)
+    assert schedule.spent == pytest.approx(0.02 * len(run.fired))
+    assert schedule.overhead == pytest.approx((schedule.spent + aside) / schedule.elapsed)
+    assert run.fired == fired.fired, "what was asked for at every step thins no probe"
+
+
+def test_a_function_that_fails_at_a_step_is_not_asked_about_it_again() -> None:
+    asked: list[int] = []
+
+    def every(step: int) -> bool:
+        asked.append(step)
+        if step == 2:
+            raise RuntimeError("no such step")
+        return True
+
+    schedule, fired = Schedule(every, None), []
+    for step in range(5):
+        with contextlib.suppress(RuntimeError):
+            fired += [step] * schedule.due(step)
+    assert asked == [1, 2, 3, 4]
+    assert fired == [0, 1, 3, 4]
 
 
 def test_once_is_predicted_by_the_first_probe_then_by_the_recent_ones() -> None:

@@ -27,6 +27,9 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 from trust_configs import QUIET
 from trust_harness import quieten
@@ -51,6 +54,15 @@ class Model(pl.LightningModule):
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
         self.after, self.slow, self.kept = FORWARDS[forward], slow, SimpleNamespace()
+
+    def configure_model(self) -> None:
+        """Sharded where the strategy has a mesh to shard over; once: Lightning calls it again."""
+        mesh = getattr(self, "_device_mesh", None)
+        if mesh is not None and not any(isinstance(p, DTensor) for p in self.parameters()):
+            if mesh["data_parallel"].size() > 1:
+                fully_shard(self.net, mesh=mesh["data_parallel"])
+            else:
+                parallelize_module(self.net, mesh["tensor_parallel"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
 
     def on_fit_start(self) -> None:
         groups = [dist.new_group([each], backend="gloo") for each in (0, 1)] if self.after is FORWARDS["of_one"] else []
@@ -87,6 +99,7 @@ class Cell:
     forward: str = "plain"
     slow: Callable[[], object] = lambda: None
     timeout: float = 60.0
+    sharded: tuple[int, int] | None = None  # over how many ranks data and tensors are parallel
 
 
 # ── a rank that fails in a phase ───────────────────────────────────────────────────────────────────────────────────
@@ -207,7 +220,8 @@ MISSING = {
     "no callback on rank 1": Cell(lambda rank: {} if rank == 0 else None, timeout=1.0),
     "no callback on rank 0": Cell(lambda rank: {} if rank == 1 else None, timeout=1.1),
 }
-CELLS = FAILS | COLLECTIVES | LEGAL | SLOW | MINDS | MISSING
+SHARDED = {"FSDP2": Cell(sharded=(2, 1)), "tensor parallel": Cell(sharded=(1, 2))}
+CELLS = SHARDED | FAILS | COLLECTIVES | LEGAL | SLOW | MINDS | MISSING
 
 
 def data() -> DataLoader[Any]:
@@ -220,24 +234,27 @@ def fit(cell: Cell, folder: Path, callbacks: list[Any]) -> tuple[str, int]:
     """(weights and random state, steps) of this rank at the end."""
     torch.manual_seed(2), random.seed(3)
     model = Model(cell.forward, cell.slow)
-    strategy = pl.strategies.DDPStrategy(process_group_backend="gloo")
+    strategy: Any = pl.strategies.DDPStrategy(process_group_backend="gloo")
+    if cell.sharded is not None:
+        strategy = pl.strategies.ModelParallelStrategy(*cell.sharded, process_group_backend="gloo")
     arguments = {**QUIET, "devices": 2, "strategy": strategy, "max_epochs": 1, "default_root_dir": folder}
     trainer = pl.Trainer(**arguments, callbacks=callbacks)
     trainer.fit(model, data())
-    weights = pickle.dumps([*(p.detach().numpy().tobytes() for p in model.parameters()), torch.get_rng_state().numpy()])
+    parts = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    weights = pickle.dumps([*(p.detach().numpy().tobytes() for p in parts), torch.get_rng_state().numpy()])
     return hashlib.sha256(weights).hexdigest(), trainer.global_step
 
 
 def run(cell: Cell, folder: Path, number: int) -> None:
-    unwatched, _ = fit(cell, folder, [])
+    unwatched = fit(cell, folder, [])
     settings = cell.settings(own_rank())
     watches = [] if settings is None else [NTKWatch(**{"probes": 6, "every": EVERY, "budget": None, **settings})]
     timeout = mock.patch("ntkwatch.distributed.TIMEOUT", cell.timeout + number / 1000)  # a group of this cell's own
     began = time.perf_counter()
     with timeout, cell.fault(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        watched, steps = fit(cell, folder, watches)
-    seen: dict[str, Any] = {"same": unwatched == watched, "steps": steps, "seconds": time.perf_counter() - began}
+        watched = fit(cell, folder, watches)
+    seen: dict[str, Any] = {"same": unwatched == watched, "steps": watched[1], "seconds": time.perf_counter() - began}
     seen["said"] = [str(each.message) for each in said if "NTKWatch" in str(each.message)]
     record = watches[0].record if watches else None
     seen["measured"] = load_run(record).steps if record is not None and own_rank() == 0 else []
