@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import shlex
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -22,6 +25,17 @@ SEEDS = (0, 1, 2)
 STEPS = 256
 BATCH = 64
 LEARNING_RATE = 2.0  # over the width: the standard parametrization then moves its kernel as 1/width
+
+
+class MissingDigits(ImportError):
+    """scikit-learn, whose digits the demo trains on, is not there or cannot be loaded; `install` is what to run."""
+
+    def __init__(self, error: ImportError) -> None:
+        pip = [sys.executable, "-m", "pip", "install"]
+        tool = pip if importlib.util.find_spec("pip") else ["uv", "pip", "install", "--python", sys.executable]
+        self.install = shlex.join([*tool, "scikit-learn"])
+        self.why = f"the demo trains on scikit-learn's digits, and scikit-learn cannot be loaded ({error})"
+        super().__init__(f"{self.why}; install it: {self.install}")
 
 
 class DigitsMLP(pl.LightningModule):
@@ -58,8 +72,10 @@ class DigitsMLP(pl.LightningModule):
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
     """(train, validation): scikit-learn's 1,797 digits as centred [64] vectors of unit scale, 1,440 to train."""
-    from sklearn.datasets import load_digits
-
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise MissingDigits(error) from error
     pixels, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     x = torch.tensor(pixels, dtype=torch.float32)[order]
@@ -85,6 +101,7 @@ def train(width: int, seed: int, root: Path, steps: int) -> NTKWatch:
 def run(folder: Path | str = "ntkwatch_demo", console: Console | None = None) -> Path:
     """Train WIDTHS x SEEDS with progress shown; returns the folder that `ntkwatch widths` and TensorBoard read."""
     console = console or Console()
+    digits()  # if they are not there, say so before anything is made
     root = Path(folder) / time.strftime("%Y%m%d-%H%M%S")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning")

@@ -2,146 +2,160 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
-import textwrap
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ntkwatch import costs
+from ntkwatch.batch import raw_of
+from ntkwatch.checks import REDUCTIONS
+from ntkwatch.cli.factory import Factory, FactoryError, where
 from ntkwatch.diagnostics import select
+from ntkwatch.engines import Plan
 from ntkwatch.engines.base import Reduction, at_hand, noise_floor
 from ntkwatch.engines.memory import free_bytes
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.limit import wide_limit
 from ntkwatch.misfits import check_batch, why_not
-from ntkwatch.model import Network, UnsupportedModel
+from ntkwatch.model import Network, UnsupportedModel, take
+from ntkwatch.probes import ProbeSet, taken
 from ntkwatch.statistics import running_statistics, untracked_statistics
 
-LONGEST = 400  # characters of somebody else's error
 SLOW_PROBE = 30.0  # seconds: the callback says so before it starts
 
 
-class FactoryError(ValueError):
-    """FILE:FACTORY that does not lead to (model, batch): what, got, do this."""
+@dataclass
+class Checkup:
+    """What is known of the model, the plan of a probe, and the problems: none where it can be measured as it is."""
+
+    facts: dict[str, str] = field(default_factory=dict)
+    plan: Plan | None = None
+    problems: list[str] = field(default_factory=list)
+
+    def lines(self, width: int) -> list[str]:
+        """For people; width: columns that the table of costs may take."""
+        lines = [f"{name:<9}  {fact}" for name, fact in self.facts.items()]
+        lines += ["", self.plan.text(width), ""] if self.plan is not None else []
+        return [*lines, *([f"PROBLEM  {each}" for each in self.problems] or ["It can be measured as it is."])]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        plan = None if self.plan is None else {**asdict(self.plan), "seconds": self.plan.seconds}
+        return {"measurable": not self.problems, "problems": self.problems, "facts": self.facts, "plan": plan}
 
 
-def check(
-    spec: str, reduction: str = "trace", diagnostics: Sequence[str] = ("default",), width: int = 80
-) -> tuple[list[str], bool]:
-    """(lines to print, whether it can be measured) for FILE:FACTORY; raises FactoryError where that fails.
+@dataclass(frozen=True)
+class Asked:
+    """What the callback would be given."""
 
-    width: columns that the table of costs may take.
-    """
-    if reduction not in ("trace", "sum", "blocks", "full"):
-        raise FactoryError(f"--reduction {reduction} is unknown: use trace, sum, blocks or full")
-    try:
-        select(diagnostics)
-    except ValueError as error:
-        raise FactoryError(f"--diagnostics: {error}") from error
-    model, batch = load(spec)
-    lines: list[str] = []
+    reduction: str = "trace"
+    diagnostics: Sequence[str] = ("default",)
+    probes: int = 64
+    outputs: str | None = None
+    targets: str | None = None
+
+    def check(self) -> None:
+        """Raises FactoryError for a value that the callback would not take."""
+        if self.reduction not in REDUCTIONS:
+            raise FactoryError(f"--reduction {self.reduction} is unknown: use one of {', '.join(REDUCTIONS)}")
+        if self.probes < 2:
+            raise FactoryError(f"--probes {self.probes} is too few: use 2 or more")
+        try:
+            select(self.diagnostics)
+        except ValueError as error:
+            raise FactoryError(f"--diagnostics: {error}") from error
+
+
+@dataclass(frozen=True)
+class Given:
+    """What `--outputs` and `--targets` name."""
+
+    outputs: Any
+    targets: Any
+
+    @classmethod
+    def by(cls, factory: Factory, asked: Asked) -> Given:
+        """Raises FactoryError where a name leads to nothing."""
+        outputs = factory.named("--outputs", asked.outputs)
+        if outputs is not None and not callable(outputs):
+            raise FactoryError(
+                f"--outputs {asked.outputs} is a {type(outputs).__name__}: name a callable (model, batch)"
+            )
+        return cls(outputs, factory.named("--targets", asked.targets))
+
+
+def check(spec: str, asked: Asked) -> Checkup:
+    """The checkup of what FILE:FACTORY returns; raises FactoryError where a name leads to nothing."""
+    asked.check()
+    factory = Factory(spec)
+    given = Given.by(factory, asked)
+    model, batch = factory.made()
+    done = Checkup()
     try:
         check_batch(batch)
-    except ValueError as error:
-        return [f"PROBLEM  {error}"], False
+        network = Network(model, given.outputs)
+    except (UnsupportedModel, ValueError) as error:
+        done.problems.append(str(error))
+        return done
     try:
-        network = Network(model)
-        with leave_no_trace(network.module), torch.no_grad():
-            outputs = network.outputs(network.batch(batch))
-        lines = _facts(network, batch, outputs)
-        bad = int((~torch.isfinite(outputs)).any(dim=1).sum())
-        if bad:
-            return [*lines, f"PROBLEM  the outputs are not finite on {bad} of {len(outputs)} probes"], False
-        plan = costs.plan(model, batch, reduction=cast(Reduction, reduction), diagnostics=diagnostics)
+        _look(done, network, batch, asked, given)
     except (UnsupportedModel, MemoryError) as error:
-        return [*lines, f"PROBLEM  {error}"], False
+        done.problems.append(str(error))
     except Exception as error:  # whatever the model raises on its batch
-        why = why_not(network, batch, error)
-        return [*lines, f"PROBLEM  {why or f'the model raised {_where(error)} on this batch'}"], False
-    problems = _problems(plan, outputs.device)
-    return [*lines, "", plan.text(width), "", *(problems or ["It can be measured as it is."])], not problems
+        done.problems.append(why_not(network, batch, error) or f"the model raised {where(error)} on this batch")
+    return done
 
 
-def load(spec: str) -> tuple[nn.Module, Any]:
-    """FACTORY() of FILE:FACTORY, which returns (model, batch)."""
-    file, colon, name = spec.rpartition(":")
-    path = Path(file)
-    if not colon or not name or not path.is_file():
-        why = f"there is no file {file}; " if colon and name else ""
-        raise FactoryError(
-            f"{spec} does not name a factory: {why}give FILE:FACTORY, for example train.py:model_and_batch"
-        )
-    factory = getattr(_module(path), name, None)
-    if not callable(factory):
-        raise FactoryError(f"{path} has no function {name}: define one that returns (model, batch)")
-    try:
-        made = factory()
-    except Exception as error:
-        raise FactoryError(f"{name}() in {path} raised {_where(error)}") from error
-    if not (isinstance(made, tuple | list) and len(made) == 2 and isinstance(made[0], nn.Module)):
-        raise FactoryError(f"{name}() returned {_kind(made)}: it must return (model, batch), an nn.Module and a batch")
-    return made[0], made[1]
+def _look(done: Checkup, network: Network, batch: Any, asked: Asked, given: Given) -> None:
+    with leave_no_trace(network.module), torch.no_grad():
+        settled = network.batch(batch)
+        few = raw_of(take(settled, slice(0, asked.probes))) if settled.n > asked.probes else batch
+        f = network.outputs(network.batch(few))
+    done.facts |= _facts(network, f)
+    done.facts["batch"] = _read(done, network, few, given.targets, f.shape[1])
+    done.facts["probes"] = f"{asked.probes}, as the callback takes them: {_rows(settled.n, asked.probes)}"
+    done.facts["limit"] = _limit(network, few)
+    if bad := int((~torch.isfinite(f)).any(dim=1).sum()):
+        done.problems.append(f"the outputs are not finite on {bad} of {len(f)} probes")
+        return
+    done.plan = _plan(network, take(settled, [i % settled.n for i in range(asked.probes)]), asked, given)
+    done.problems += _too_much(done.plan, f.device)
 
 
-def _module(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"_ntkwatch_doctor_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise FactoryError(f"{path} is not a Python file: give FILE:FACTORY, for example train.py:model_and_batch")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickling look a module up by its name
-    sys.path.insert(0, str(path.parent.resolve()))
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise FactoryError(f"{path} cannot be imported: {_where(error)}") from error
-    finally:
-        sys.path.remove(str(path.parent.resolve()))
-    return module
+def _plan(network: Network, batch: Any, asked: Asked, given: Given) -> Plan:
+    reduction = cast(Reduction, asked.reduction)
+    return costs.plan(network.module, batch, reduction=reduction, outputs=given.outputs, diagnostics=asked.diagnostics)
 
 
-def _where(error: Exception) -> str:
-    """The error and the line that raised it, in one line: the last that is not torch's own, where there is one."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = str(Path(__file__).parent.parent)
-    theirs = [f for f in frames if "/torch/" not in f.filename.replace(os.sep, "/") and not f.filename.startswith(own)]
-    last = (theirs or list(frames))[-1]
-    return f"{type(error).__name__}: {_in_one_line(str(error))} (line {last.lineno} of {Path(last.filename).name})"
+def _rows(n: int, wanted: int) -> str:
+    if n == wanted:
+        return "the rows of the batch"
+    return f"the batch's {n} rows, repeated for the costs" if n < wanted else f"the first of the batch's {n} rows"
 
 
-def _in_one_line(message: str) -> str:
-    """Its lines one after the other, and not more of them than can be read."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return textwrap.shorten(" / ".join(lines), LONGEST, placeholder=" …") or "no message"
+def _read(done: Checkup, network: Network, batch: Any, targets: Any, n_outputs: int) -> str:
+    """What was taken as inputs and as targets; targets= that do not fit are a problem."""
+    with leave_no_trace(network.module):
+        try:
+            probes = ProbeSet.of(batch, targets)
+        except Exception as error:
+            done.problems.append(f"--targets: {error if isinstance(error, ValueError) else where(error)}")
+            probes = ProbeSet.of(batch)
+        return taken(network, probes.for_network(network), n_outputs)
 
 
-def _kind(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {', '.join(type(item).__name__ for item in value)}"
-    return type(value).__name__
-
-
-def _facts(network: Network, batch: Any, outputs: torch.Tensor) -> list[str]:
-    targets = network.targets(batch)
+def _facts(network: Network, outputs: torch.Tensor) -> dict[str, str]:
     count = sum(p.numel() for p in network.parameters.values())
     tensors = f"{len(network.parameters)} tensor{'s' * (len(network.parameters) != 1)}"
-    return [
-        f"model      {type(network.module).__name__}, {count:,} trained parameters in {tensors}, on {network.device}",
-        f"outputs    {list(outputs.shape)} {str(outputs.dtype).removeprefix('torch.')}",
-        f"targets    {f'{list(targets.shape)} {targets.dtype}' if targets is not None else NO_TARGETS}",
-        f"mode       {_mode(network.module)}",
-        f"precision  {_precision(network, outputs)}",
-        f"limit      {_limit(network, batch)}",
-    ]
-
-
-NO_TARGETS = "none in the batch: alignment will be undefined (targets= gives them)"
+    return {
+        "model": f"{type(network.module).__name__}, {count:,} trained parameters in {tensors}, on {network.device}",
+        "outputs": f"{list(outputs.shape)} {str(outputs.dtype).removeprefix('torch.')}",
+        "mode": _mode(network.module),
+        "precision": _precision(network, outputs),
+    }
 
 
 def _limit(network: Network, batch: Any) -> str:
@@ -170,14 +184,14 @@ def _mode(module: nn.Module) -> str:
     return "; ".join(said)
 
 
-def _problems(plan: Any, device: torch.device) -> list[str]:
+def _too_much(plan: Plan, device: torch.device) -> list[str]:
     problems = []
     free = free_bytes(device)
     if plan.peak_bytes > free:
         problems.append(
-            f"PROBLEM  it needs {plan.peak_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} are free: use fewer probes, "
+            f"it needs {plan.peak_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} are free: use fewer probes, "
             "another reduction, or a smaller chunk_size"
         )
     if plan.seconds > SLOW_PROBE:
-        problems.append(f"PROBLEM  a probe takes about {plan.seconds:.0f} s: use fewer probes or a sparser every=")
+        problems.append(f"a probe takes about {plan.seconds:.0f} s: use fewer probes or a sparser every=")
     return problems

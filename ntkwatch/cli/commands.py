@@ -222,16 +222,23 @@ def doctor(
     diagnostics: Annotated[
         str, typer.Option("--diagnostics", help="default, full, or names with commas between them.")
     ] = "default",
+    probes: Annotated[int, typer.Option("--probes", help="How many, as for the callback.")] = 64,
+    outputs: Annotated[str | None, typer.Option("--outputs", help="NAME in FILE, or FILE:NAME.")] = None,
+    targets: Annotated[str | None, typer.Option("--targets", help="NAME in FILE, or FILE:NAME.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """How a model would be measured; the cost."""
     from ntkwatch.cli import terminal
-    from ntkwatch.cli.checkup import check
+    from ntkwatch.cli.checkup import Asked, check
 
-    width = terminal.console().width
     names = [name.strip() for name in diagnostics.split(",") if name.strip()]
-    lines, healthy = check(factory, reduction, names, width)
-    typer.echo("\n".join(terminal.wrapped(lines, width)))
-    if not healthy:
+    found = check(factory, Asked(reduction, names, probes, outputs, targets))
+    if as_json:
+        _print_json(found.as_dict())
+    else:
+        width = terminal.console().width
+        typer.echo("\n".join(terminal.wrapped(found.lines(width), width)))
+    if found.problems:
         raise typer.Exit(PROBLEM)
 
 
@@ -242,10 +249,15 @@ def demo(
     """Train small networks at four widths."""
     from ntkwatch.cli import terminal
     from ntkwatch.compare import compare_runs
-    from ntkwatch.demo import run
+    from ntkwatch.demo import MissingDigits, run
 
     console = terminal.console()
-    root = run(out, console)
+    try:
+        root = run(out, console)
+    except MissingDigits as error:
+        _complain(f"{error.why}; install it, then run the demo again:")
+        typer.echo(error.install, err=True)  # in one piece, to be pasted
+        raise typer.Exit(PROBLEM) from error
     comparison = compare_runs(root)
     middle = len(comparison.runs) // 2
     console.print(f"\nOne of {len(comparison.runs)} runs in words, {comparison.table['run'][middle]}:\n")
