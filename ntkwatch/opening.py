@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ntkwatch import probes as probing
+from ntkwatch.guard import leave_no_trace
 from ntkwatch.manifest import optimizers
+from ntkwatch.model import Batch, Network, as_batch
 from ntkwatch.monitor import Monitor
 from ntkwatch.place import place_of
 from ntkwatch.plain import unwrap
@@ -41,7 +44,8 @@ class Opening:
 
     def stream(self) -> Gathered:
         """What gathers the probes of a stream."""
-        return Gathered(self._n)
+        network = Network(self.pl_module, self.settings.monitor["outputs"])
+        return Gathered(self._n, partial(_settled, network))
 
     def from_stream(self, stream: Gathered, state: Mapping[str, Any] | None) -> Session:
         """The session on the first rows of the stream, or on the rows that the record of a resumed run keeps."""
@@ -101,3 +105,12 @@ class Opening:
         if probes is None:
             raise ValueError("resample=True needs a dataset that can be indexed; this loader only streams")
         return as_in_training(self.trainer, probes, self.settings.seed)
+
+
+def _settled(network: Network, batch: Any) -> Batch:
+    """A batch of a stream, whose leaves that all examples share are told apart; by shape where it does not run."""
+    try:
+        with leave_no_trace(network.module):
+            return network.batch(batch)
+    except Exception:  # whoever measures the probes says so
+        return as_batch(batch)

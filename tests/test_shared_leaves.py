@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from ntkwatch import Monitor, empirical_ntk, layer_ntks, plan
+from ntkwatch import Monitor, NTKWatch, empirical_ntk, layer_ntks, load_run, plan
 from ntkwatch.probes import choose
 
 T, D = 5, 4
@@ -171,6 +173,49 @@ def test_probes_that_are_chosen_from_a_dataset() -> None:
         probes = choose(DataLoader(data, batch_size=4, collate_fn=collate), n)
         want = empirical_ntk(model, probes.batch["x"], outputs=lambda m, x: m(x, MASK))
         assert torch.allclose(Monitor(model, probes).measure(0).kernel, want, rtol=1e-9), n
+
+
+class Stream(IterableDataset):
+    """Gives batches whose mask all examples share."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.x = size, noise(20, T, D).float()
+
+    def __iter__(self) -> Iterator[Any]:
+        for i in range(0, 20, self.size):
+            x = self.x[i : i + self.size]
+            yield {"x": x, "mask": MASK, "label": torch.arange(len(x)) % 2}
+
+
+class Run(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = Attention()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.net(x, mask)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return self(batch["x"], batch["mask"]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize(("size", "probes"), [(T, 16), (T, 3), (4, 10), (T, T)])
+def test_probes_of_a_stream(size: int, probes: int, tmp_path: Path) -> None:
+    """Batches of T rows are joined and cut, and the mask is left whole."""
+    data = Stream(size)
+    watch = NTKWatch(probes=probes, every=[0], budget=None)
+    trainer = pl.Trainer(
+        max_steps=4, accelerator="cpu", callbacks=[watch], enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, logger=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(Run(), DataLoader(data, batch_size=None))
+    run = load_run(watch.record)
+    want = empirical_ntk(Run().net, data.x[:probes], outputs=lambda model, x: model(x, MASK))
+    assert torch.allclose(torch.as_tensor(run.kernel(0)), want, rtol=1e-5), (size, probes)
 
 
 def test_the_outputs_tell_n_where_the_first_leaf_is_shared() -> None:

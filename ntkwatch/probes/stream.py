@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ntkwatch.model import batch_size, inputs_of, is_per_example, leaves, map_leaves, take
+from ntkwatch.batch import as_batch, batch_size, leaves, map_leaves, raw_of, take
 from ntkwatch.probes.probeset import ProbeSet, Targets, content_hash, frozen
 
 FEWEST = 8  # probes below which angles say little
@@ -20,11 +20,11 @@ class Gathered:
     """Copies of the rows of batches, up to n that can be one batch: alike in form, and in the shape of a row.
 
     Batches that do not fit together (padded to other lengths) are gathered apart, and the most rows of one form become
-    the probes.
+    the probes. settle: tells which leaves of a batch have a row for each example, as `Network.batch` does.
     """
 
-    def __init__(self, n: int) -> None:
-        self.n = n
+    def __init__(self, n: int, settle: Callable[[Any], Any] = as_batch) -> None:
+        self.n, self._settle = n, settle
         self.batches = 0
         self._rows: dict[Hashable, list[Any]] = {}
         self._counts: dict[Hashable, int] = {}
@@ -37,7 +37,8 @@ class Gathered:
     def add(self, batch: Any) -> None:
         """Look at one more batch; rows beyond n are not kept."""
         self.batches += 1
-        form, size = form_of(batch), batch_size(inputs_of(batch))
+        batch = self._settle(batch)
+        form, size = form_of(batch), batch_size(batch)
         room = self.n - self._counts.get(form, 0)
         if min(size, room) <= 0:
             return
@@ -97,18 +98,18 @@ def form_of(batch: Any, row_shapes: bool = True) -> Hashable:
 
     Tensors that have no row for each example, as positions or a mask that all share, must be the same.
     """
-    keys = tuple(batch) if isinstance(batch, Mapping) else None
-    n = batch_size(inputs_of(batch))
-    kind = type(batch) if row_shapes else None  # a list of two and a pair are of one kind
-    return (kind, keys, *(_form(leaf, n, row_shapes) for leaf in leaves(batch)))
+    known, raw = as_batch(batch), raw_of(batch)
+    keys = tuple(raw) if isinstance(raw, Mapping) else None
+    kind = type(raw) if row_shapes else None  # a list of two and a pair are of one kind
+    return (kind, keys, *(_form(leaf, own, row_shapes) for leaf, own in zip(leaves(raw), known.rows, strict=True)))
 
 
-def _form(leaf: Any, n: int, row_shapes: bool) -> tuple[Any, ...]:
+def _form(leaf: Any, own: bool, row_shapes: bool) -> tuple[Any, ...]:
     if not isinstance(leaf, Tensor):
         return (type(leaf),)
     if not row_shapes:
         return leaf.dtype, leaf.ndim
-    if is_per_example(leaf, n):
+    if own:
         return leaf.dtype, leaf.layout, tuple(leaf.shape[1:])
     return leaf.dtype, tuple(leaf.shape), content_hash(leaf)
 
@@ -119,15 +120,15 @@ def _on_cpu(leaf: Any) -> Any:
 
 def _joined(batches: Sequence[Any]) -> Any:
     """The rows of batches of one form, one after the other; what they share is the first's."""
-    sizes = [batch_size(inputs_of(batch)) for batch in batches]
-    columns = zip(*map(leaves, batches), strict=True)
+    known = [as_batch(batch) for batch in batches]
+    columns, own = zip(*map(leaves, known), strict=True), iter(known[0].rows)
 
     def join(first: Any) -> Any:
         column = next(columns)
-        if is_per_example(first, sizes[0]):
-            return torch.cat([rows.detach() for rows in column]).requires_grad_(first.requires_grad)
-        if isinstance(first, list | tuple) and all(len(x) == n for x, n in zip(column, sizes, strict=True)):
-            return type(first)(item for leaf in column for item in leaf)
-        return first
+        if not next(own):
+            return first
+        if isinstance(first, Tensor):
+            return torch.cat(column)
+        return type(first)(item for leaf in column for item in leaf)
 
-    return map_leaves(join, batches[0])
+    return map_leaves(join, known[0]).fresh()
