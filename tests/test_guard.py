@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import random
-import signal
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -803,42 +802,6 @@ def test_an_interrupt_is_not_replaced_by_a_guard_error() -> None:
     net = nn.Linear(2, 2)
     with pytest.warns(UserWarning, match="weight"), pytest.raises(SystemExit):
         guarded(net, lambda: net.weight.detach().add_(1), SystemExit())
-
-
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs interval timers")
-def test_signals_at_any_moment_leave_no_trace() -> None:
-    """Interrupts rain on the guard while it saves, runs and puts back; afterwards all is as before, every time."""
-    net = model()
-    hits = 0
-    chooser = random.Random(0)
-
-    class Stop(BaseException):
-        pass
-
-    def stop(number: int, frame: Any) -> None:
-        raise Stop
-
-    old = signal.signal(signal.SIGALRM, stop)
-    try:
-        for round in range(200):
-            before = snapshot(net)
-            try:
-                if round % 2:
-                    signal.setitimer(signal.ITIMER_REAL, chooser.uniform(1e-4, 6e-3))
-                with leave_no_trace(net):
-                    train_mode_forward(net)
-                    backward(net)
-                    if not round % 2:  # aimed at the putting back
-                        signal.setitimer(signal.ITIMER_REAL, chooser.uniform(1e-5, 3e-3))
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            except Stop:
-                hits += 1
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            assert not (changed := differences(before, snapshot(net))), f"after {hits} interrupts: {changed}"
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
-    assert hits > 20, f"only {hits} interrupts fell inside"
 
 
 # ── compiled modules ───────────────────────────────────────────────────────────────────────────────────────────────

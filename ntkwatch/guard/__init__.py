@@ -63,6 +63,7 @@ def _finish(undo: list[Undo], error: BaseException | None) -> None:
         if faults:
             warnings.warn(f"ntkwatch: {said}", stacklevel=4)
         if error is None or isinstance(error, Exception):
-            raise signals[0]
+            troubles.clear()  # as in `put_back`: the signal is to be held by nobody here
+            raise signals.pop(0)
     elif faults:
         raise GuardError(said) from (error or faults[0])

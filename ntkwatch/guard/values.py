@@ -59,7 +59,7 @@ def _restore_bits(saved: list[tuple[Tensor, Tensor, int, int | None]], flat: Ten
         parts = flat.split([data.numel() for _, data, *_ in saved])
         for (tensor, data, _, version), part in zip(saved, parts, strict=True):
             if not _equal(_flat([tensor]), part):
-                with torch.inference_mode(version is None), torch.no_grad():
+                with torch.inference_mode() if version is None else torch.no_grad():
                     tensor.copy_(part.view(data.shape))
     for tensor, _, _, version in saved:
         if version is not None and tensor._version != version:
@@ -175,7 +175,11 @@ def array(value: object) -> Undo | None:
 
 
 def put_back(undo: list[Undo]) -> list[BaseException]:
-    """Run every undo, newest first; one that fails does not keep the others, one that a signal cuts off runs again."""
+    """Run every undo, newest first; one that fails does not keep the others, one that a signal cuts off runs again.
+
+    A signal comes back without its traceback. This frame is in it, and would be kept with all that the signal left
+    open, such as a mode of torch's, until a garbage collection in the midst of training closes that.
+    """
     troubles: list[BaseException] = []
     while undo:
         try:
@@ -186,7 +190,7 @@ def put_back(undo: list[Undo]) -> list[BaseException]:
             troubles.append(fault)
             undo.pop()
         except BaseException as signal:  # KeyboardInterrupt, or SystemExit from a handler
-            troubles.append(signal)
+            troubles.append(signal.with_traceback(None))
     return troubles
 
 

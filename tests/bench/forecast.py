@@ -51,7 +51,7 @@ def table(models: Models, optimizer: str, timer: Timer) -> str:
     rows = [f"{'model':<16}{'training step':>15}{'forecast step':>15}{'ratio':>8}"]
     for name, (make, inputs) in models.items():
         run, lazy, times = ratio(make, inputs, optimizer, timer)
-        rows.append(f"{name:<16}{run * 1e3:>12.1f} ms{lazy * 1e3:>12.1f} ms{times:>8.2f}")
+        rows.append(f"{name:<16}{run * 1e3:>12.2f} ms{lazy * 1e3:>12.2f} ms{times:>8.2f}")
     return "\n".join(rows)
 
 
