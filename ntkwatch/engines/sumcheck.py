@@ -105,11 +105,11 @@ def _deviation(kernel: Kernel, block: Block) -> tuple[float, str]:
     w = block.w.double()
 
     def form(k: Tensor) -> float:
-        return float(w @ k.double().cpu() @ w)
+        return float(w @ k.cpu().double() @ w)
 
     off = {name: abs(form(k) - block.squares.get(name, 0.0)) for name, k in kernel.layers.items()}
     error = max(sum(off.values()), abs(form(kernel.value) - sum(block.squares.values())))
-    own = w.square() * kernel.value.diagonal().double().cpu()
+    own = w.square() * kernel.value.diagonal().cpu().double()
     beyond = max(0.0, error - kernel.noise_floor * float(own.sum()))
     scale = float(torch.linalg.vector_norm(own))
     return beyond / scale if scale else beyond, max(off, key=off.__getitem__)
