@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ntkwatch.infinite.activations import ABRelu, Abs, Activation, Elementwise, Erf, Gelu, LeakyRelu, Relu, Sin
+from ntkwatch.infinite.activations import ABRelu, Abs, Elementwise, Erf, Gelu, LeakyRelu, Relu, Sin
 from ntkwatch.infinite.attention import Attention
 from ntkwatch.infinite.compose import Residual, Serial, Sum
 from ntkwatch.infinite.convert import from_module, initialisation
@@ -10,6 +10,7 @@ from ntkwatch.infinite.cost import nominal_seconds
 from ntkwatch.infinite.kernels import InfiniteKernel, kernel
 from ntkwatch.infinite.layers import Affine, Dense, Identity, Layer, LayerNorm
 from ntkwatch.infinite.propagation import Propagation, signal_propagation
+from ntkwatch.infinite.quadrature import Activation
 from ntkwatch.infinite.softmax import SoftmaxAttention
 from ntkwatch.infinite.tokens import Position, Token
 from ntkwatch.infinite.trained import ConversionError

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -198,53 +196,6 @@ class Sin(Elementwise):
         return u.sin(), u.cos()
 
 
-@dataclass(frozen=True)
-class Activation(Elementwise):
-    """Any elementwise torch function, by Gauss–Hermite quadrature.
-
-    fn(√q z) is expanded in Hermite polynomials (coefficients by a rule with `nodes` nodes, once per input), and
-    E[φ(u)φ(v)] = Σ_j a_j(q) a_j(q') c^j by Mehler's formula, up to `degree`; φ' is fn's autograd derivative. For
-    analytic functions (tanh, SiLU, softplus) the error falls as exp(-const·√degree); one with a kink keeps an error
-    near 1/nodes and is better served by a closed form of this module.
-    """
-
-    fn: Callable[[Tensor], Tensor]
-    degree: int = 128
-    nodes: int = 512
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.degree < self.nodes:
-            raise ValueError(f"Activation needs 1 <= degree < nodes, got degree={self.degree} and nodes={self.nodes}.")
-
-    def prepare(self, q: Tensor) -> Saved:
-        z, basis = _hermite(self.nodes, self.degree + 1)
-        z, basis = z.to(q), basis.to(q)
-        s = q.clamp_min(0).sqrt()
-        value, slope = self.apply(s[..., None] * z)
-        eps = torch.finfo(q.dtype).eps
-        inverse = ((1 + 2 * eps) / s).masked_fill(s == 0, 0)
-        return inverse, _trim((value @ basis).movedim(-1, 0)), _trim((slope @ basis).movedim(-1, 0))
-
-    def dual(self, k: Tensor, a: Saved, b: Saved, slope: bool = True) -> tuple[Tensor, Tensor | None]:
-        (ia, va, da), (ib, vb, db) = a, b
-        c = (k * ia).mul_(ib).clamp_(-1, 1)
-        return _series(c, va, vb), _series(c, da, db) if slope else None
-
-    def first(self, q: Tensor) -> Tensor | None:
-        return self.prepare(q)[1][0]
-
-    def apply(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            u = u.detach().requires_grad_()
-            value = self.fn(u)
-            if value.shape != u.shape:
-                raise ValueError(
-                    f"Activation's fn must be elementwise; it turned shape {list(u.shape)} into {list(value.shape)}."
-                )
-            (slope,) = torch.autograd.grad(value.sum(), u)
-        return value.detach(), slope
-
-
 def _bounded(k: Tensor, sa: Tensor, sb: Tensor) -> Tensor:
     """|k| ≤ √(q q'), which a chaotic network would otherwise blow up from one rounding error to a negative kernel."""
     bound = sa * sb
@@ -254,32 +205,3 @@ def _bounded(k: Tensor, sa: Tensor, sb: Tensor) -> Tensor:
 def _one_minus_square(c: Tensor) -> Tensor:
     """1 - c², kept off 0, where only variances beyond 1/eps come."""
     return (c * c).neg_().add_(1).clamp_min_(torch.finfo(c.dtype).eps)
-
-
-def _series(c: Tensor, a: Saved, b: Saved) -> Tensor:
-    """Σ_j a_j b_j c^j by Horner's rule."""
-    terms = list(zip(a, b, strict=False))  # the shorter one's tail is below eps
-    out = torch.zeros_like(c)
-    for x, y in reversed(terms):
-        out.mul_(c).add_(x * y)
-    return out
-
-
-def _trim(coefficients: Tensor) -> Saved:
-    """The coefficients a_j [J, *S, n] as a tuple over j, without the tail that no sum of squares can see."""
-    flat = coefficients.flatten(1)
-    tail = flat.square().flip(0).cumsum(0).flip(0)
-    visible = (tail > torch.finfo(flat.dtype).eps * tail[0] / 8).any(dim=1)
-    return tuple(coefficients[: max(1, int(visible.sum()))])
-
-
-@lru_cache(maxsize=8)
-def _hermite(nodes: int, degrees: int) -> tuple[Tensor, Tensor]:
-    """Nodes z [m] and √w_i·h_j(z_i)·√w_i [m, degrees], h_j orthonormal under N(0, 1).
-
-    Golub & Welsch (1969): the eigenvectors of the Jacobi matrix are √w_i h_j(z_i), bounded where h_j itself overflows.
-    """
-    off = torch.arange(1, nodes, dtype=torch.float64).sqrt()
-    z, v = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    v = v * torch.where(v[0] < 0, -1.0, 1.0)
-    return z, (v * v[0]).T[:, :degrees].contiguous()

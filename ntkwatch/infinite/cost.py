@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ntkwatch.infinite.activations import Activation, Elementwise
+from ntkwatch.infinite.activations import Elementwise
 from ntkwatch.infinite.attention import Attention
 from ntkwatch.infinite.compose import Serial, Sum
 from ntkwatch.infinite.kernels import layout
 from ntkwatch.infinite.layers import Layer, Positions, State
+from ntkwatch.infinite.quadrature import Activation
 from ntkwatch.infinite.softmax import SoftmaxAttention
 from ntkwatch.infinite.windows import AvgPool, Conv
 

@@ -9,9 +9,10 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from ntkwatch.infinite.activations import Abs, Activation, Erf, Gelu, LeakyRelu, Relu, Sin
+from ntkwatch.infinite.activations import Abs, Erf, Gelu, LeakyRelu, Relu, Sin
 from ntkwatch.infinite.heads import ATTENTION, flattens, mixed_step, only_itself, token_index
 from ntkwatch.infinite.layers import Affine, Layer
+from ntkwatch.infinite.quadrature import Activation
 from ntkwatch.infinite.tokens import Token
 from ntkwatch.infinite.trained import (
     ConversionError,
