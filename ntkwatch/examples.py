@@ -42,7 +42,9 @@ def settle(
         whole = outputs(found)
         if not whole.any():
             outputs, whole = moved, moved(found)
-        if whole.ndim and len(whole) != found.n:  # what n was read from is shared
+        if whole.ndim == 0:
+            return found
+        if len(whole) != found.n:  # what n was read from is shared
             lead = next((i for i in inputs if len(flat[i]) == len(whole)), lead)
             found = _by_shape(raw, len(flat[lead]))
     except Exception:  # whoever runs it next says so

@@ -10,16 +10,19 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ntkwatch.model import Network, UnsupportedModel, batch_size, inputs_of, is_per_example, leaves
+from ntkwatch.calling import Caller
+from ntkwatch.guard import leave_no_trace
+from ntkwatch.model import Network, UnsupportedModel, batch_size, inputs_of, is_per_example, leaves, raw_of
 from ntkwatch.parts import as_read, other_parts
 from ntkwatch.plain import unwrap
+from ntkwatch.reading import at, places_of_tensors, source
 
-GIVE = "give probes in the form that the model's own loader gives, or outputs=lambda model, batch: … that converts them"
+GIVE = "give probes in the form that the model's own loader gives, or convert them in outputs="
 TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -76,10 +79,11 @@ def giver_of_batches(x: Any) -> tuple[str, str] | None:
     return None
 
 
-def misfit(model: nn.Module, batch: Any, error: BaseException) -> str | None:
+def misfit(model: nn.Module, batch: Any, error: BaseException, tried: bool = False) -> str | None:
     """Why the model failed on the batch, where a module was given a tensor that it cannot take; None for anything else.
 
-    What, got, do this, in one sentence; `error` is what the model raised, with its traceback.
+    What, got, do this, in one sentence; `error` is what the model raised, with its traceback. tried: what does not run
+    is not said, since the tensor may be what it was not taken for: a label, a length.
     """
     names = {id(module): name for name, module in unwrap(model).named_modules()}
     reached = [(module, x) for module, x in _calls(error) if id(module) in names]
@@ -90,20 +94,59 @@ def misfit(model: nn.Module, batch: Any, error: BaseException) -> str | None:
     wrong = _wrong(module, x, _whole(x, probes)) if isinstance(x, Tensor) else _no_tensor(module, x)
     if wrong is None:
         return None
-    takes, got, remedy = wrong
     place = f"module {names[id(module)]} ({type(module).__name__})" if names[id(module)] else type(module).__name__
     if not probes:
         return (
-            f"{place} takes {takes} and gets {got} from the layers before it: the model does not run on these probes, "
-            f"{_form(batch)}; {GIVE}"
+            f"{place} takes {wrong.takes} and gets {wrong.got} from the layers before it: the model does not run on "
+            f"these probes, {_form(batch)}; {GIVE}"
         )
-    first = f"{place}, the first to get them, takes {takes}, got {got}"
-    return f"the probes do not fit the model: {first}: {remedy}; or {GIVE}"
+    first = f"{place}, the first to get them, takes {wrong.takes}, got {wrong.got}"
+    return f"the probes do not fit the model: {first}: {_do_this(unwrap(model), batch, probes[0], wrong, tried)}"
+
+
+class Wrong(NamedTuple):
+    """What a module takes, what it got, and what to do: in words, as code of {x}, the probes; and what else."""
+
+    takes: str
+    got: str
+    words: str
+    code: str = ""
+    or_else: str = ""
+    alone: bool = False  # what is given then is no batch of as many examples, or another kind of thing
+
+
+def _do_this(model: nn.Module, batch: Any, probe: Tensor, wrong: Wrong, tried: bool) -> str:
+    """The remedy on these probes, and as outputs= where that does it as well."""
+    raw = raw_of(batch)
+    if not wrong.code:
+        return f"{wrong.words}; or {GIVE}"
+    reading = Caller(model).reading(raw)
+    where = next((place for place in places_of_tensors(raw) if at(raw, place) is probe), ())
+    if wrong.alone and len(reading.places) == 1:  # the layer got what holds the probe
+        where = reading.places[0]
+    said = f"{wrong.words}, {wrong.code.format(x=source(where, 'probes'))}{wrong.or_else}"
+    if wrong.alone or where not in reading.places:
+        return f"{said}; or {GIVE}"
+    call = reading.code(lambda part: wrong.code.format(x=source(part)) if part == where else source(part))
+    if tried and not _runs(model, raw, call):
+        return GIVE
+    return f"{said}; or pass outputs=lambda model, batch: {call}"
+
+
+def _runs(model: nn.Module, batch: Any, call: str) -> bool:
+    """Whether code that we wrote runs on the batch."""
+    try:
+        with leave_no_trace(model), torch.no_grad():
+            eval(call, {"torch": torch, "model": model, "batch": batch})
+    except Exception:
+        return False
+    return True
 
 
 def why_not(network: Network, batch: Any, error: BaseException) -> str | None:
     """Why the model failed on the batch and what to do, in one sentence; None where that is not the batch's doing."""
-    why, code = misfit(network.module, batch, error), other_parts(network, batch)
+    code = other_parts(network, batch)
+    why = misfit(network.module, batch, error, tried=code is not None)
     if code is None:
         return why
     said = next(iter(str(error).splitlines()), "")
@@ -146,24 +189,22 @@ def _whole(x: Tensor, probes: list[Tensor]) -> Tensor:
     return next((leaf for leaf in probes if leaf.ndim == x.ndim and leaf.shape[1:] == x.shape[1:]), x)
 
 
-def _no_tensor(module: nn.Module, x: Any) -> tuple[str, str, str] | None:
-    """(what the module takes, what it got, the remedy) where a layer of torch's with weights got a dict, a list, …"""
+def _no_tensor(module: nn.Module, x: Any) -> Wrong | None:
+    """Where a layer of torch's with weights got a dict, a list, …"""
     weighted = type(module).__module__.startswith("torch.nn.") and any(True for _ in module.parameters(recurse=False))
     if not weighted or hasattr(x, "_fields"):  # a PackedSequence is what recurrent layers take
         return None
+    alone = "give the tensor alone"
     if isinstance(x, Mapping):
         names = [str(key) for key in x]
-        return (
-            "a tensor",
-            f"a {type(x).__name__} of {', '.join(names[:6])}",
-            f"give the tensor alone, probes[{names[0]!r}]",
-        )
+        got = f"a {type(x).__name__} of {', '.join(names[:6])}"
+        return Wrong("a tensor", got, alone, f"{{x}}[{names[0]!r}]", alone=True)
     if isinstance(x, list | tuple):
-        return "a tensor", f"a {type(x).__name__} of {len(x)}", "give the tensor alone, probes[0]"
+        return Wrong("a tensor", f"a {type(x).__name__} of {len(x)}", alone, "{x}[0]", alone=True)
     if dataclasses.is_dataclass(x) and (fields := [field.name for field in dataclasses.fields(x)]):
         got = f"a {type(x).__name__} of {', '.join(fields[:6])}"
-        return "a tensor", got, f"pass outputs=lambda model, batch: model(batch.{fields[0]})"
-    return "a tensor", "None" if x is None else type(x).__name__, "give a tensor"
+        return Wrong("a tensor", got, f"pass outputs=lambda model, batch: model(batch.{fields[0]})")
+    return Wrong("a tensor", "None" if x is None else type(x).__name__, "give a tensor")
 
 
 def _views(x: Any, leaf: Any) -> bool:
@@ -177,54 +218,55 @@ def _views(x: Any, leaf: Any) -> bool:
     return x.ndim == 0 or leaf.ndim == 0 or x.numel() * len(leaf) == leaf.numel() * len(x)  # no part of an example
 
 
-def _wrong(module: nn.Module, x: Tensor, whole: Tensor) -> tuple[str, str, str] | None:
-    """(what the module takes, what it got, the remedy), None where the input fits; it got x, a few rows of whole."""
+TRANSFORM = "look for a transform that they have not been through"
+
+
+def _wrong(module: nn.Module, x: Tensor, whole: Tensor) -> Wrong | None:
+    """None where the input fits; the module got x, a few rows of whole."""
     if not type(module).__module__.startswith("torch.nn."):
         return None  # what somebody's own module takes is not known
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return _wrong_index(module.num_embeddings, whole)
     weight = next((p for p in module.parameters(recurse=False) if p.is_floating_point()), None)
     if weight is not None and x.dtype != weight.dtype:
-        remedy = f"convert them, probes.to({weight.dtype})"
-        remedy += f", or the model, model.to({x.dtype})" if x.dtype in TRAINABLE else ""
-        return _name(weight.dtype), _name(x.dtype), remedy
+        other = f", or the model, model.to({x.dtype})" if x.dtype in TRAINABLE else ""
+        return Wrong(_name(weight.dtype), _name(x.dtype), "convert them", f"{{x}}.to({weight.dtype})", other)
     if isinstance(module, CONVOLUTIONS):
         return _wrong_channels(module, whole)
     width = _width(module)
     if width is None or (x.ndim and x.shape[-1] == width):
         return None
-    remedy = "look for a transform that they have not been through"
+    takes, got = f"a last dimension of {width}", _shape(whole)
     if x.ndim > 2 and math.prod(x.shape[1:]) == width:
-        remedy = "flatten them, probes.flatten(1)"
-    elif whole.ndim == 1 and (width == 1 or len(whole) == width):  # numbers without a column, or a single example
-        remedy = f"give each example a row, probes.unsqueeze({int(width == 1)})"
-    return f"a last dimension of {width}", _shape(whole), remedy
+        return Wrong(takes, got, "flatten them", "{x}.flatten(1)")
+    if whole.ndim == 1 and (width == 1 or len(whole) == width):  # numbers without a column, or a single example
+        row = int(width == 1)
+        return Wrong(takes, got, "give each example a row", f"{{x}}.unsqueeze({row})", alone=row == 0)
+    return Wrong(takes, got, TRANSFORM)
 
 
-def _wrong_index(rows: int, x: Tensor) -> tuple[str, str, str] | None:
+def _wrong_index(rows: int, x: Tensor) -> Wrong | None:
     takes = f"whole numbers from 0 to {rows - 1}"
     if x.dtype not in (torch.int64, torch.int32):
-        return takes, _name(x.dtype), "convert them, probes.long()"
+        return Wrong(takes, _name(x.dtype), "convert them", "{x}.long()")
     low, high = (int(end) for end in x.aminmax()) if x.numel() else (0, 0)
     if low < 0 or high >= rows:
-        return takes, f"{low} to {high}", "take the tokenizer that the model was built for"
+        return Wrong(takes, f"{low} to {high}", "take the tokenizer that the model was built for")
     return None
 
 
-def _wrong_channels(module: Any, x: Tensor) -> tuple[str, str, str] | None:
+def _wrong_channels(module: Any, x: Tensor) -> Wrong | None:
     """Of a convolution: [n, channels, …], or [channels, …] of a single example."""
     spatial, channels = len(module.kernel_size), module.in_channels
     takes = f"[n, {channels}, {', '.join(['size'] * spatial)}]"
     if x.ndim == spatial + 2 and x.shape[1] == channels:
         return None
-    remedy = "look for a transform that they have not been through"
     if x.ndim == spatial + 2 and x.shape[-1] == channels:
-        remedy = (
-            f"the channels come first, probes.permute(0, {spatial + 1}, {', '.join(map(str, range(1, spatial + 1)))})"
-        )
-    elif x.ndim == spatial + 1 and channels == 1:
-        remedy = "give them a channel, probes.unsqueeze(1)"
-    return takes, _shape(x), remedy
+        order = ", ".join(map(str, (0, spatial + 1, *range(1, spatial + 1))))
+        return Wrong(takes, _shape(x), "the channels come first", f"{{x}}.permute({order})")
+    if x.ndim == spatial + 1 and channels == 1:
+        return Wrong(takes, _shape(x), "give them a channel", "{x}.unsqueeze(1)")
+    return Wrong(takes, _shape(x), TRANSFORM)
 
 
 def _width(module: nn.Module) -> int | None:

@@ -28,6 +28,7 @@ from ntkwatch.batch import (
 from ntkwatch.calling import Caller, form_of
 from ntkwatch.default_device import theirs
 from ntkwatch.examples import elsewhere, settle
+from ntkwatch.output import UnsupportedModel, as_output, rows_of, to_pass
 from ntkwatch.plain import eager, not_reentrant, places_of, unfused, unwrap
 from ntkwatch.reading import Reading
 
@@ -50,10 +51,6 @@ __all__ = [
 ]
 
 OutputsFn = Callable[[nn.Module, Any], Tensor]
-
-
-class UnsupportedModel(ValueError):
-    """A model whose per-example kernel does not exist, or that an engine cannot do; the message says what to change."""
 
 
 class _Forward(nn.Module):
@@ -92,6 +89,7 @@ class Network:
         self._wrapper = _Forward(self.module, self._raw)
         self.parameters: dict[str, Tensor] = _trained(self.module, params)
         _check_devices(self.module, self.parameters)
+        self._place = ""  # of the output in what was returned last, in Python
         self.inside: frozenset[torch.dtype] = frozenset()  # types that a forward pass was seen to use (autocast)
 
     @property
@@ -138,13 +136,18 @@ class Network:
         """The output tensor as it is."""
         with eager(), not_reentrant(), unfused():
             try:
-                return as_output(self._called(batch, state))
+                return self._output(self._called(batch, state), batch)
             except RuntimeError as error:
                 if torch.is_grad_enabled() or "does not require grad" not in str(error):
                     raise
             with torch.enable_grad():  # a model that differentiates on its way: energies, physics-informed losses
-                f = as_output(self._called(batch, state))
+                f = self._output(self._called(batch, state), batch)
                 return f if forward_ad._current_level >= 0 else f.detach()  # which would take a tangent with it
+
+    def _output(self, result: Any, batch: Any) -> Tensor:
+        found = as_output(result, self.code(batch), batch_size(inputs_of(batch)))
+        self._place = found.place
+        return found.tensor
 
     def _run_elsewhere(self, batch: Any) -> Tensor:
         return self._run(batch, elsewhere(self.parameters))
@@ -161,6 +164,12 @@ class Network:
     def custom_outputs(self) -> bool:
         """Whether the outputs are something else than the module called on the batch."""
         return self._outputs is not None or callable(getattr(self.module, "ntk_outputs", None))
+
+    def code(self, batch: Any) -> str:
+        """How outputs are had of a batch, in Python; `outputs` stands for a function of the user's own."""
+        if self._outputs is not None:
+            return "outputs(model, batch)"
+        return "model.ntk_outputs(batch)" if self.custom_outputs else self.reading(batch).code()
 
     def _raw(self, batch: Any) -> Any:
         value = batch.fresh() if isinstance(batch, Batch) else batch
@@ -222,7 +231,7 @@ class Network:
         if f.ndim != 2 or f.shape[0] != n or f.shape[1] == 0 or not f.is_floating_point():
             raise UnsupportedModel(
                 f"the output must be real and [n, C] with n = {n} (or [n]), got {tuple(whole.shape)}, {f.dtype}; "
-                "pass outputs=lambda model, batch: ... that returns [n, C], for example by pooling over positions"
+                f"{to_pass(rows_of(whole, self.code(batch) + self._place, n))}"
             )
         return f
 
@@ -233,8 +242,14 @@ def _trained(module: nn.Module, params: str | Sequence[str] | None) -> dict[str,
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise UnsupportedModel(f"parameter {name} is not initialised yet; run one batch through the model first")
     if not trained:
+        held = any(True for _ in module.parameters())
         raise UnsupportedModel(
-            "the model has no trained parameter: every one has requires_grad=False, or there is none"
+            "the model has no trained parameter: "
+            + (
+                "every one has requires_grad=False; unfreeze some, model.requires_grad_(True)"
+                if held
+                else "there is none"
+            )
         )
     if params is None:
         return _dense(trained)
@@ -266,7 +281,8 @@ def _check_devices(module: nn.Module, trained: Mapping[str, Tensor]) -> None:
         for name, t in tensors:
             if t.is_meta:
                 raise UnsupportedModel(
-                    f"{kind} {name} is on the meta device, without numbers: to_empty and load it first"
+                    f"{kind} {name} is on the meta device, without numbers: model.to_empty(device='cpu') and "
+                    "load it first"
                 )
     places: dict[torch.device, str] = {}
     for name, p in trained.items():
@@ -284,20 +300,3 @@ def _side(leaf: Any) -> int | None:
     if isinstance(leaf, Tensor):
         return leaf.shape[0] if leaf.ndim else None
     return len(leaf) if isinstance(leaf, tuple | list) else None
-
-
-def as_output(result: Any) -> Tensor:
-    """The output tensor of a tensor, a `.logits` or ["logits"] holder, or a tuple (its first)."""
-    if isinstance(result, Tensor):
-        return result
-    logits = getattr(result, "logits", None)
-    if logits is None and isinstance(result, Mapping):
-        logits = result.get("logits")
-    if logits is None and isinstance(result, tuple | list) and result:
-        logits = result[0]
-    if isinstance(logits, Tensor):
-        return logits
-    raise UnsupportedModel(
-        f"the model returned {type(result).__name__}, which holds no tensor under .logits, ['logits'] or first place; "
-        "pass outputs=lambda model, batch: ... that returns [n, C]"
-    )

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ntkwatch.guard import leave_no_trace
-from ntkwatch.model import Network, as_output, raw_of
-from ntkwatch.reading import Place, Reading, as_tensor, at, inputs_in_words, source
+from ntkwatch.model import Network, leaves, raw_of
+from ntkwatch.output import as_output
+from ntkwatch.reading import Place, Reading, as_tensor, at, inputs_in_words, places_of_tensors, source
 
 
 def other_parts(network: Network, batch: Any) -> str | None:
@@ -32,8 +33,13 @@ def as_read(network: Network, batch: Any) -> str:
 
 
 def _found(network: Network, value: Any) -> tuple[str, Reading] | None:
-    """The first way of calling the model, or a part of it where it has no forward, that gives a row per example."""
+    """The first way of calling the model, or a part of it where it has no forward, that gives a row per example.
+
+    None where the model runs as it is called: then it failed for another reason.
+    """
     with leave_no_trace(network.module), torch.no_grad():
+        if _gives_rows(network.module, network.reading(value), value):
+            return None
         for reading in _ways(value, len(network.call.signature.required)):
             for name, module in _callables(network.module):
                 if _gives_rows(module, reading, value):
@@ -54,30 +60,20 @@ def _lightning_without(module: nn.Module) -> bool:
 
 def _ways(value: Any, required: int) -> Iterator[Reading]:
     """One part alone; then as many as forward requires, in the order of the batch."""
-    places = list(_places(value))
+    places = list(places_of_tensors(value))
     yield from (Reading((place,)) for place in places)
     if 1 < required <= len(places):
         yield Reading(tuple(places[:required]))
 
 
-def _places(value: Any, within: Place = ()) -> Iterator[Place]:
-    """Where tensors are, at the top or one below it."""
-    items = value.items() if isinstance(value, Mapping) else enumerate(value)
-    for key, item in items:
-        if isinstance(item, Tensor):
-            yield (*within, key)
-        elif isinstance(item, Mapping | tuple | list) and not within:
-            yield from _places(item, (key,))
-
-
 def _gives_rows(module: nn.Module, reading: Reading, value: Any) -> bool:
     """Whether the call gives real numbers, a row for each of its first argument's."""
-    first = at(value, reading.args[0])
+    first = next((leaf for leaf in leaves(reading.inputs(value)) if isinstance(leaf, Tensor)), None)
     try:
-        f = as_output(reading.call(module, value))
+        f = as_output(reading.call(module, value)).tensor
     except Exception:
         return False
-    return first.ndim > 0 and f.is_floating_point() and f.ndim in (1, 2) and len(f) == len(first)
+    return first is not None and first.ndim > 0 and f.is_floating_point() and f.ndim in (1, 2) and len(f) == len(first)
 
 
 def _rest(value: Any, reading: Reading) -> Place | None:

@@ -7,7 +7,7 @@ mapping, what forward names goes in, without the labels that it does not require
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,10 +82,11 @@ class Reading:
         """The targets as they are in the batch, None where there are none."""
         return None if self.target is None else as_tensor(at(batch, self.target))
 
-    def code(self) -> str:
-        """The call in Python, of `model` and `batch`."""
-        by_name = [f"{name}={source(place)}" for name, place in self.named]
-        return f"model({', '.join([*map(source, self.args), *by_name])})"
+    def code(self, part: Callable[[Place], str] | None = None) -> str:
+        """The call in Python, of `model` and `batch`, or of what `part` writes for a place."""
+        write = source if part is None else part
+        by_name = [f"{name}={write(place)}" for name, place in self.named]
+        return f"model({', '.join([*(write(place) for place in self.args), *by_name])})"
 
 
 def at(batch: Any, place: Place) -> Any:
@@ -98,6 +99,15 @@ def at(batch: Any, place: Place) -> Any:
 def source(place: Place, of: str = "batch") -> str:
     """A place in Python."""
     return of + "".join(f"[{key!r}]" for key in place)
+
+
+def places_of_tensors(value: Any, within: Place = ()) -> Iterator[Place]:
+    """Where tensors are, at the top or one below it."""
+    if isinstance(value, Tensor):
+        yield within
+    elif isinstance(value, Mapping | tuple | list) and len(within) < 2:
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from places_of_tensors(item, (*within, key))
 
 
 def likely_targets(batch: Any) -> Tensor | None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from ntkwatch import Monitor, empirical_ntk, layer_ntks
+from ntkwatch import Monitor, NTKWatch, empirical_ntk, layer_ntks
+from ntkwatch.probes import choose, encode_targets
+from ntkwatch.probes.targets import kind
 
 N, D = 6, 4
 G = torch.Generator().manual_seed(0)
@@ -226,3 +232,126 @@ def test_a_dataclass_goes_in_whole() -> None:
     module = model(of_fields)
     kernel = Monitor(module, Fields(X, Y)).measure(0).kernel
     torch.testing.assert_close(kernel, naive(module, lambda m, i: m.net(X[i])), rtol=1e-10, atol=1e-12)
+
+
+# ── classes ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PLUS = torch.tensor([-1.0, 1, 1, -1, 1, -1])  # of Y
+ONE_HOT = torch.nn.functional.one_hot(Y, 2).double()
+TARGETS: dict[str, tuple[Tensor, int, Tensor | None]] = {
+    "floats 0 and 1, one output": (Y.float(), 1, PLUS[:, None]),
+    "floats 0 and 1, two outputs": (Y.float(), 2, ONE_HOT),
+    "floats 0 and 1, three outputs": (Y.float(), 3, torch.nn.functional.one_hot(Y, 3)),
+    "floats -1 and 1, one output": (PLUS, 1, PLUS[:, None]),
+    "floats -1 and 1, two outputs": (PLUS, 2, ONE_HOT),
+    "a column of -1 and 1": (PLUS[:, None], 1, PLUS[:, None]),
+    "a column of -1 and 1, two outputs": (PLUS[:, None], 2, ONE_HOT),
+    "floats that are ids": (2 * Y.float(), 3, torch.nn.functional.one_hot(2 * Y, 3)),
+    "floats that are no ids": (Y * 0.5 + 0.25, 2, ONE_HOT),
+    "bfloat16": (Y.bfloat16(), 1, PLUS[:, None]),
+    "one class": (torch.ones(6), 1, None),
+    "three values": (torch.tensor([0.0, 1, 2, 0, 1, 2]), 1, torch.tensor([0.0, 1, 2, 0, 1, 2])[:, None]),
+    "a column of 0 and 1 is values": (Y.float()[:, None], 1, Y.float()[:, None]),
+}
+
+
+@pytest.mark.parametrize("case", TARGETS)
+def test_floats_of_two_values_are_classes(case: str) -> None:
+    raw, outputs, want = TARGETS[case]
+    found, why = encode_targets(raw, outputs)
+    if want is None:
+        assert found is None, case
+        assert "constant" in str(why), case
+        return
+    want = want.double()
+    if "values" in case:
+        want = (want - want.mean(0)) / want.std(0, correction=0)
+    assert found is not None, f"{case}: {why}"
+    torch.testing.assert_close(found, want, msg=case)
+    assert ("classes" in kind(raw, outputs)) == ("values" not in case), f"{case}: {kind(raw, outputs)}"
+
+
+M = 400
+RARE = torch.arange(M) % 20 == 0
+POINTS = torch.randn(M, D, generator=G)
+FLAG = (torch.arange(M) % 2).long()
+BALANCED: dict[str, tuple[Any, int]] = {  # a dataset, how many items of a tuple the model takes
+    "(x, y, group)": (TensorDataset(POINTS, RARE.long(), FLAG), 1),
+    "(x1, x2, y)": (TensorDataset(POINTS, POINTS, RARE.long()), 2),
+    "(x, lengths, y, idx)": (TensorDataset(POINTS, FLAG, RARE.long(), torch.arange(M)), 2),
+    "float labels": (TensorDataset(POINTS, RARE.float(), FLAG), 1),
+    "a column of -1 and 1": (TensorDataset(POINTS, 2 * RARE.float()[:, None] - 1), 1),
+    "a part of them": (Subset(TensorDataset(POINTS, RARE.long(), FLAG), range(0, M, 2)), 1),
+    "items of a list": ([(x, int(y), f"{i}.png") for i, (x, y) in enumerate(zip(POINTS, RARE, strict=True))], 1),
+    "float items": ([(x, float(y), 0.5 * i) for i, (x, y) in enumerate(zip(POINTS, RARE, strict=True))], 1),
+    "pairs before labels": ([((x, x), int(y)) for x, y in zip(POINTS, RARE, strict=True)], 2),
+    "lengths that collate adds": ([(x, int(y)) for x, y in zip(POINTS, RARE, strict=True)], 2),
+    "paths before labels": ([(x, f"{i}.png", int(y)) for i, (x, y) in enumerate(zip(POINTS, RARE, strict=True))], 1),
+}
+
+
+@pytest.mark.parametrize("case", BALANCED)
+def test_probes_are_balanced_over_the_label_and_nothing_else(case: str) -> None:
+    dataset, leading = BALANCED[case]
+    probes = choose(DataLoader(dataset, 8), 20, leading=leading)
+    x = probes.batch[0] if isinstance(probes.batch[0], Tensor) else probes.batch[0][0]
+    rare = {tuple(row.tolist()) for row in POINTS[RARE]}
+    share = sum(tuple(row.tolist()) in rare for row in x)
+    assert share == 10, f"{case}: {share} of 20 are of the rare class; {probes.how}"
+    assert "balanced over 2 classes" in probes.how, f"{case}: {probes.how}"
+
+
+# ── in a run ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Module(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.net(x if mask is None else x * mask[:, None])
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit(dataset: Any, folder: Path, **settings: Any) -> NTKWatch:
+    watch = NTKWatch(every=[0, 3], budget=None, probes=16, **settings)
+    trainer = pl.Trainer(
+        max_steps=3, accelerator="cpu", callbacks=[watch], enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, logger=False, default_root_dir=folder,
+    )  # fmt: skip
+    pl.seed_everything(0, verbose=False)
+    trainer.fit(Module(), DataLoader(dataset, 16))
+    return watch
+
+
+def test_a_group_beside_the_label_changes_no_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    y = (POINTS[:, 0] > 0).long()
+    with caplog.at_level(logging.INFO):
+        plain = fit(TensorDataset(POINTS, y), tmp_path / "a").last
+        assert "inputs: x float32 [16, 4]; targets: item 2 of 2, int64 [16], 2 classes" in caplog.text
+        caplog.clear()
+        grouped = fit(TensorDataset(POINTS, y, FLAG), tmp_path / "b").last
+        assert "targets: item 2 of 3, int64 [16], 2 classes" in caplog.text
+        assert "forward is called without its optional mask; ignored: item 3 of 3" in caplog.text
+    again = fit(TensorDataset(POINTS, y, FLAG), tmp_path / "c", outputs=lambda model, batch: model(batch[0])).last
+    for other in (grouped, again):
+        assert plain is not None
+        assert other is not None
+        for name in ("centered_alignment", "centered_alignment_z", "kernel_angle", "taylor_ratio"):
+            assert other.metrics[name] == plain.metrics[name], name
+
+
+def test_fresh_probes_are_read_in_the_same_way(tmp_path: Path) -> None:
+    y = (POINTS[:, 0] > 0).long()
+    fresh = fit(TensorDataset(POINTS, y, FLAG), tmp_path / "a", resample=True).last
+    plain = fit(TensorDataset(POINTS, y), tmp_path / "b", resample=True).last
+    assert fresh is not None
+    assert plain is not None
+    assert fresh.metrics["centered_alignment"] == plain.metrics["centered_alignment"]

@@ -57,6 +57,7 @@ FLOORS = {
         "calling",
         "examples",
         "parts",
+        "output",
         "model",
         "statistics",
         "guard",

@@ -85,6 +85,7 @@ def test_what_got_do_this(way: str) -> None:
             WAYS[way](make(), probes())
         said = str(caught.value)
         expected = got.replace("[5, ", "[1, ") if way == "one probe" else got
+        remedy = remedy.replace("probes.", "probes[0].") if way == "Monitor with targets" else remedy
         for part in (f"module {place}", takes, expected, remedy, "outputs="):
             assert part in said, f"{case}, {way}: no {part!r} in {said!r}"
         assert "\n" not in said, case

@@ -100,6 +100,7 @@ def test_precedence_of_outputs_functions() -> None:
     [
         (Returns(lambda f: f[:, None]), r"\(4, 1, 2\).*outputs="),
         (Returns(lambda f: f.mean(0)), r"\(2,\).*outputs="),
+        (Returns(lambda f: f.mean()), r"\(\).*outputs="),
         (Returns(lambda f: "text"), r"str.*outputs="),
         (Returns(lambda f: f.argmax(1)), r"int64"),
     ],

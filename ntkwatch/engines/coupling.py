@@ -87,6 +87,9 @@ def _coupling(
     rest = _compare(outputs, whole, slice(1, n), limit) if all(found is None for found in alone) else None
     found = [each for each in (*alone, among, rest) if each is not None]
     if found and not any(found):
+        if all(each is None for each in alone):
+            with of_some(network, x, state):
+                outputs(slice(0, 1))  # raises: no engine can be checked on a model that takes no single example
         return "", size
     if bool(((whole - outputs(slice(0, n))).abs() > limit).any()):  # asked only now: chance shows in the others too
         raise UnsupportedModel(unrepeatable(network, x, outputs, whole, limit))
@@ -117,7 +120,7 @@ def _compare(outputs: Callable[[slice], Tensor], whole: Tensor, part: slice, lim
     one = whole[part]
     try:
         other = outputs(part)[: len(one)]
-    except (RuntimeError, ValueError, MemoryError):
+    except (RuntimeError, ValueError, LookupError, MemoryError):
         return None
     if one.shape[1] != other.shape[1]:
         return (

@@ -46,10 +46,9 @@ def some_alone(network: Network, x: Any, error: Exception) -> str:
 
 def _by_number(network: Network, x: Any) -> str:
     """What to pass where rows are no examples on their own."""
-    reading, n = network.reading(x), batch_size(inputs_of(x))
-    call, whose = f"{reading.code()}[rows]", "batch is"
-    if network.custom_outputs:
-        call, whose = "outputs(model, batch)[rows]", "outputs and batch are"
+    n = batch_size(inputs_of(x))
+    call = f"{network.code(x)}[rows]"
+    whose = "outputs and batch are" if call.startswith("outputs") else "batch is"
     lead = _lead(network, x)
     return (
         f"each row of {lead} is taken as one example: where rows are nodes of one graph or parts of one whole, pass "
@@ -94,11 +93,11 @@ def unrepeatable(network: Network, x: Any, outputs: Callable[[slice], Tensor], w
         return "two forward passes on the same probes differ: the model draws random numbers in eval mode"
     kept = ", ".join(f"{prefix}.{name}" if prefix else name for prefix, name in names)
     said = f"two forward passes on the same probes differ: the model keeps state between calls ({kept})"
-    call = "outputs(model, batch)" if network.custom_outputs else network.reading(x).code()
+    call = network.code(x)
     code = resets(network.module, names, lambda way: _repeats(outputs, n, limit, way))
     if code is None:
         return f"{said}: set it to what it is at the start of a sequence in outputs=, before the model is called there"
-    own = ", where outputs is your own of now" if network.custom_outputs else ""
+    own = ", where outputs is your own of now" if call.startswith("outputs") else ""
     return f"{said}: reset it before each call, outputs=lambda model, batch: ({code}, {call})[-1]{own}"
 
 

@@ -42,7 +42,7 @@ def choose(
     if isinstance(targets, Tensor):
         raise ValueError(
             "targets= is a tensor, but which examples become probes is only known once they are chosen; "
-            "pass the inputs as probes= as well, or a callable targets=lambda batch: ..."
+            "pass the inputs as probes= as well, or a callable, as targets=lambda batch: batch[1]"
         )
     if is_streaming(loader):
         raise ValueError(f"the {source} loader only streams: use from_stream on its first batches")

@@ -43,9 +43,8 @@ def _candidates(dataset: Any, leading: int | None) -> list[tuple[str, Any]]:
             found.append((f"dataset.{name}", getattr(dataset, name, None)))
         except Exception:  # noqa: BLE001, S112, RUF100  a property of the user's, which may need what is not there yet
             continue
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) > (leading or 1):
-        last = len(dataset.tensors) - 1
-        place = last if leading is None else leading
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
+        place, last = _place(dataset.tensors, leading), len(dataset.tensors) - 1
         which = "last tensor" if place == last else f"tensor {place + 1}"
         found.append((f"the dataset's {which}", dataset.tensors[place]))
     columns = getattr(dataset, "column_names", None)
@@ -81,7 +80,7 @@ def label_of(item: Any, leading: int | None = None) -> int | float | str | None:
     if isinstance(item, Mapping):
         value = next((item[key] for key in LABEL_KEYS if key in item), None)
     elif isinstance(item, tuple | list):
-        rest = item[max(1, len(item) - 1) if leading is None else leading :]
+        rest = item[_place(item, leading) :] if len(item) > 1 else ()
         value = next((each for each in rest if not isinstance(each, str)), next(iter(rest), None))
     else:
         return None
@@ -89,6 +88,13 @@ def label_of(item: Any, leading: int | None = None) -> int | float | str | None:
         size = value.numel() if isinstance(value, Tensor) else value.size
         value = value.item() if size == 1 else None
     return value if isinstance(value, int | float | str) else None
+
+
+def _place(item: Any, leading: int | None) -> int:
+    """Where the label is in a tuple; the last where a collate function must add what the model takes besides."""
+    nested = isinstance(item[0], tuple | list) and len(item[0]) == leading  # ((x1, x2), y)
+    place = 1 if nested else leading
+    return len(item) - 1 if place is None or place >= len(item) else place
 
 
 def balanced(classes: Tensor, n: int, generator: torch.Generator) -> list[int]:
