@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import ntkwatch
 from ntkwatch import Monitor
-from ntkwatch.engines import empirical_ntk, layer_ntks, layerwise, memory, plan, seen, sign_ntk
+from ntkwatch.engines import empirical_ntk, layer_ntks, layerwise, memory, plan, seen, sign_ntk, sumcheck
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.engines.prediction import predict, try_forward
 from ntkwatch.engines.run import Run
@@ -230,7 +230,8 @@ def test_memory_of_blocks_that_may_not_be_tried_is_continued_from_smaller_ones(
     """No real pass takes more than a kernel may: where the block asked for would, smaller ones are passed through."""
     module, x = memory_models.build("token dropping")
     with_graph: list[int] = []
-    monkeypatch.setattr(seen, "limit_bytes", lambda device: 6 << 20)
+    for guest in (seen, sumcheck, layerwise):
+        monkeypatch.setattr(guest, "limit_bytes", lambda device: 6 << 20)
     module.register_forward_pre_hook(
         lambda m, args: with_graph.append(len(args[0])) if torch.is_grad_enabled() else None
     )
