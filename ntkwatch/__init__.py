@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "NTKWatch": "callback",
-    "Monitor": "monitor",
+    "NTKWatch": "frontends.lightning",
+    "Monitor": "measurement.monitor",
     "Measurement": "record",
     "Run": "record",
     "load_run": "record",
@@ -23,8 +23,10 @@ _HOMES = {
     "UnsupportedModel": "model",
     "empirical_ntk": "engines",
     "layer_ntks": "engines",
-    "plan": "costs",
+    "plan": "measurement.cost",
     "compare_runs": "compare",
+    "twins": "output_scaling",
+    "output_scale": "output_scaling",
     "Comparison": "compare",
 }
 _ROOMS = ("metrics", "infinite")
@@ -45,17 +47,20 @@ __all__ = [
     "layer_ntks",
     "load_run",
     "metrics",
+    "output_scale",
     "plan",
+    "twins",
 ]
 
 if TYPE_CHECKING:
     from ntkwatch import infinite, metrics
-    from ntkwatch.callback import NTKWatch
     from ntkwatch.compare import Comparison, compare_runs
-    from ntkwatch.costs import plan
     from ntkwatch.engines import empirical_ntk, layer_ntks
+    from ntkwatch.frontends.lightning import NTKWatch
+    from ntkwatch.measurement.cost import plan
+    from ntkwatch.measurement.monitor import Monitor
     from ntkwatch.model import UnsupportedModel
-    from ntkwatch.monitor import Monitor
+    from ntkwatch.output_scaling import output_scale, twins
     from ntkwatch.probes import ProbeSet
     from ntkwatch.record import Measurement, RecordError, Run, load_run
 

@@ -49,10 +49,11 @@ SETTINGS: dict[str, dict[str, str]] = {
 }
 
 NUMERIC = [
-    "compare", "diagnostics*", "engines_*", "finite_width", "following", "forecast_cells", "guard", "infinite_*",
-    "limit", "metrics_*", "misfits", "monitor", "slopes",
+    "compare/*", "diagnostics/*", "engines/*", "frontends/test_forecast_updates.py", "guard/test_guard.py",
+    "infinite/*", "linearized/*", "measurement/test_infinite_limit.py", "measurement/test_monitor.py", "metrics/*",
+    "model/test_errors.py",
 ]  # fmt: skip
-LEFT_OUT = {"engines_memory", "engines_costs"}  # bytes and predicted seconds: the same on any CPU
+LEFT_OUT = {"engines/test_memory.py", "engines/test_costs.py"}  # bytes and predicted seconds: the same on any CPU
 
 PROBE = """
 import hashlib, json, torch, numpy as np
@@ -89,10 +90,13 @@ class Row:
         return f"{self.setting:<30} {self.changes:<38}{numbers}"
 
 
+PACKAGES = ["ntkwatch/metrics", "ntkwatch/infinite"]  # their doctests
+
+
 def numeric_files() -> list[str]:
-    found = {path for pattern in NUMERIC for path in HERE.glob(f"test_{pattern}.py")}
-    kept = sorted(path for path in found if path.stem.removeprefix("test_") not in LEFT_OUT)
-    return [str(path.relative_to(ROOT)) for path in kept] + ["ntkwatch/metrics", "ntkwatch/infinite"]
+    found = {str(path.relative_to(ROOT)) for pattern in NUMERIC for path in HERE.glob(pattern)}
+    kept = sorted(path for path in found if Path(path).name.startswith("test_"))
+    return [path for path in kept if path.removeprefix("tests/") not in LEFT_OUT] + PACKAGES
 
 
 def environment(variables: dict[str, str]) -> dict[str, str]:

@@ -17,8 +17,8 @@ from torch import nn
 
 from ntkwatch import distributed
 from ntkwatch.distributed import Ranks, RanksError, TooLong, sharded
-from ntkwatch.failures import Failures, told
-from ntkwatch.joint import jointly
+from ntkwatch.watching.error_policy import Failures, told
+from ntkwatch.watching.rank_zero import jointly
 
 WORLD = 2
 WAIT = 3  # seconds for a rank that never comes; for one that does, time enough on a busy machine

@@ -41,8 +41,7 @@ def test_every_example_is_run_here() -> None:
 def test_the_demo_trains_watches_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    from ntkwatch import demo
-    from ntkwatch.cli import app
+    from ntkwatch.cli import app, demo
 
     for name, value in {"WIDTHS": (8, 16), "SEEDS": (0, 1), "STEPS": 3}.items():
         monkeypatch.setattr(demo, name, value)

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from memory_models import MODELS, REDUCTIONS, mlp
 from torch import Tensor, nn
 
 from ntkwatch import Monitor, NTKWatch, load_run
@@ -21,6 +20,7 @@ from ntkwatch.engines import empirical_ntk, plan
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import Network
+from tests.support.memory_models import MODELS, REDUCTIONS, mlp
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: unmeasured here")
 GPU = torch.device("cuda")

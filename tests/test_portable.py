@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import portable
 import pytest
-from portable import SETTINGS, Row, counted, main, numeric_files
 
-SAMPLE = ["tests/test_metrics_error_bars.py", "tests/test_slopes.py"]
+from tests import portable
+from tests.portable import SETTINGS, Row, counted, main, numeric_files
+
+SAMPLE = ["tests/metrics/test_error_bars.py", "tests/compare/test_slopes.py"]
 
 
 def test_a_sample_passes_without_vector_instructions(capsys: pytest.CaptureFixture[str]) -> None:

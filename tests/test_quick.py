@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
-from quick import SHARE, SLOW, sample, seconds
 
-HERE = Path(__file__).parent
+from tests.quick import SHARE, SLOW, sample, seconds
+from tests.support import ROOT
 
 
 def names(file: str, *functions: str, cases: int = 1) -> list[str]:
@@ -19,8 +18,8 @@ FILES = {
     "one test": names("test_a.py", "test_one"),
     "many cases": names("test_b.py", "test_one", "test_two", cases=50),
     "doctests": ["ntkwatch/metrics/distance.py::ntkwatch.metrics.distance.cka"],
-    "slow and others": [*names("test_bench.py", "test_x", cases=4), "tests/test_bench.py::test_quick_page"],
-    "slow alone": names("test_outcome.py", "test_the_process_that_called_fit_reads_the_record", cases=2),
+    "slow and others": [*names("bench/test_bench.py", "test_x", cases=4), "tests/bench/test_bench.py::test_quick_page"],
+    "slow alone": names("watching/test_results.py", "test_the_process_that_called_fit_reads_the_record", cases=2),
 }
 
 
@@ -45,4 +44,4 @@ def test_it_is_the_same_in_any_order_and_a_new_test_moves_few() -> None:
 @pytest.mark.parametrize("test", SLOW)
 def test_the_table_of_slow_tests_names_tests_that_there_are(test: str) -> None:
     file, function = test.split("::")
-    assert re.search(rf"^def {function}\(", (HERE.parent / file).read_text(), re.MULTILINE), test
+    assert re.search(rf"^def {function}\(", (ROOT / file).read_text(), re.MULTILINE), test

@@ -9,20 +9,20 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ntkwatch import costs
-from ntkwatch.batch import raw_of
-from ntkwatch.checks import REDUCTIONS
 from ntkwatch.cli.factory import Factory, FactoryError, where
 from ntkwatch.diagnostics import select
 from ntkwatch.engines import Plan
 from ntkwatch.engines.base import Reduction, at_hand, noise_floor
 from ntkwatch.engines.memory import free_bytes
 from ntkwatch.guard import leave_no_trace
-from ntkwatch.limit import wide_limit
-from ntkwatch.misfits import check_batch, why_not
+from ntkwatch.measurement import cost as costs
+from ntkwatch.measurement.arguments import REDUCTIONS
+from ntkwatch.measurement.infinite_limit import wide_limit
 from ntkwatch.model import Network, UnsupportedModel, take
+from ntkwatch.model.batch import raw_of
+from ntkwatch.model.batch_statistics import running_statistics, untracked_statistics
+from ntkwatch.model.errors import check_batch, why_not
 from ntkwatch.probes import ProbeSet, taken
-from ntkwatch.statistics import running_statistics, untracked_statistics
 
 SLOW_PROBE = 30.0  # seconds: the callback says so before it starts
 

@@ -248,8 +248,8 @@ def demo(
 ) -> None:
     """Train small networks at four widths."""
     from ntkwatch.cli import terminal
+    from ntkwatch.cli.demo import MissingDigits, run
     from ntkwatch.compare import compare_runs
-    from ntkwatch.demo import MissingDigits, run
 
     console = terminal.console()
     try:
@@ -272,7 +272,7 @@ def demo(
 
 def _run_as_dict(run: Run) -> dict[str, Any]:
     from ntkwatch.compare import plain
-    from ntkwatch.words import layers_at, summarise
+    from ntkwatch.summary import layers_at, summarise
 
     return {
         "folder": str(run.folder),
@@ -291,7 +291,7 @@ def _print_json(data: Any) -> None:
 
 def _complain(message: str) -> None:
     from ntkwatch.cli import terminal
-    from ntkwatch.words import printable
+    from ntkwatch.summary import printable
 
     typer.echo("\n".join(terminal.folded(f"ntkwatch: {printable(' '.join(message.split()))}")), err=True)
 

@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ntkwatch.words import printable
+from ntkwatch.summary import printable
 
 GAP = 2  # columns between columns
 SHORTEST = 8  # that a name is cut to

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ntkwatch.cli.tables import GAP, SHORTEST, Column, middle, pairs, stacked, table
-from ntkwatch.words import layers_at, never_defined, printable, sparkline, summary_lines, undefined
+from ntkwatch.summary import layers_at, never_defined, printable, sparkline, summary_lines, undefined
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -5,9 +5,9 @@ from __future__ import annotations
 from ntkwatch.compare.diff import Difference, diff_runs
 from ntkwatch.compare.finite_width import FiniteWidth
 from ntkwatch.compare.runs import CompareError, MismatchError, names_of, plain
+from ntkwatch.compare.slopes import Slope, fit_slope, read_slope
 from ntkwatch.compare.widths import SLOPES, Comparison, compare_runs
-from ntkwatch.slopes import Slope, fit_slope, read_slope
-from ntkwatch.words import summarise
+from ntkwatch.summary import summarise
 
 __all__ = [
     "SLOPES",

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ntkwatch.compare.runs import names_of, plain, plain_value, some
+from ntkwatch.compare.slopes import Slope, fit_slope
 from ntkwatch.record import RecordError, Run
-from ntkwatch.slopes import Slope, fit_slope
 
 if TYPE_CHECKING:
     import pandas as pd

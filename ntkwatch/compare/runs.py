@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ntkwatch.record import Run
-from ntkwatch.words import printable
+from ntkwatch.summary import printable
 
 if TYPE_CHECKING:
     import pandas as pd

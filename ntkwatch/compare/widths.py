@@ -27,9 +27,9 @@ from ntkwatch.compare.runs import (
     some,
     x_of,
 )
+from ntkwatch.compare.slopes import LEVEL, Slope, bent, fit_slope, read_slope, reference_lines
 from ntkwatch.record import RecordError, Run, find_runs, load_run
-from ntkwatch.slopes import LEVEL, Slope, bent, fit_slope, read_slope, reference_lines
-from ntkwatch.words import optimizer_name, printable, switched_off
+from ntkwatch.summary import optimizer_name, printable, switched_off
 
 if TYPE_CHECKING:
     import pandas as pd

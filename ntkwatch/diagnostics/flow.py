@@ -10,7 +10,7 @@ from ntkwatch.diagnostics.diagnostic import Diagnostic, Price
 from ntkwatch.diagnostics.optimisation import lr_weighted
 from ntkwatch.diagnostics.rounding import above_rounding, forecast_rounding
 from ntkwatch.diagnostics.view import Motion, View, ask, known
-from ntkwatch.forecast import NO_FORECAST
+from ntkwatch.linearized.forecast import NO_FORECAST
 from ntkwatch.metrics.undefined import Undefined
 
 DIVERGED = "the linearised network diverged under the run's learning rates"

@@ -11,7 +11,7 @@ from ntkwatch import metrics
 from ntkwatch.diagnostics.diagnostic import Compute, Diagnostic, Price
 from ntkwatch.diagnostics.view import View, ask, known
 from ntkwatch.metrics.undefined import Undefined
-from ntkwatch.optimizers import Rule
+from ntkwatch.model.optimizer import Rule
 
 
 def weighted_theta(view: View) -> Tensor:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ntkwatch import metrics
-from ntkwatch.losses import LossAt
 from ntkwatch.metrics.undefined import Undefined
-from ntkwatch.optimizers import Rule
+from ntkwatch.model.loss import LossAt
+from ntkwatch.model.optimizer import Rule
 from ntkwatch.record import Limit
 
 if TYPE_CHECKING:
-    from ntkwatch.instruments import Instruments
+    from ntkwatch.diagnostics.evaluations import Instruments
 
 T = TypeVar("T")
 

@@ -22,8 +22,8 @@ from ntkwatch.engines.base import (
 from ntkwatch.engines.memory import OutOfMemory
 from ntkwatch.engines.planning import Wanted, make_plan
 from ntkwatch.guard import leave_no_trace
-from ntkwatch.misfits import check_batch, explained
 from ntkwatch.model import Network, OutputsFn
+from ntkwatch.model.errors import check_batch, explained
 
 __all__ = ["Kernel", "Plan", "UnsupportedModel", "empirical_ntk", "layer_ntks", "plan", "sign_ntk"]
 

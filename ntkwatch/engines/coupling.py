@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ntkwatch.engines.memory import is_out_of_memory
 from ntkwatch.engines.suspects import coupled, some_alone, unrepeatable
-from ntkwatch.examples import elsewhere
 from ntkwatch.model import Network, UnsupportedModel, batch_size, inputs_of, take
+from ntkwatch.model.shared_leaves import elsewhere
 
 MANY = 64  # the most examples that are run together in search of what couples them, where none has to be
 _SOME = 3  # examples that are run alone

@@ -39,7 +39,7 @@ from ntkwatch.model import (
     inputs_of,
     take,
 )
-from ntkwatch.plain import eager
+from ntkwatch.model.wrappers import eager
 
 USE_ANOTHER = "; use engine='layerwise' or 'auto'"
 _STRETCH = 1 << 13  # terms of one product: no float32 sum grows longer

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ntkwatch.batch import as_batch
 from ntkwatch.engines.state import Reset, resets, written
 from ntkwatch.model import Network, batch_size, inputs_of, is_per_example, leaves
-from ntkwatch.reading import at, name_of
+from ntkwatch.model.batch import as_batch
+from ntkwatch.model.batch_reading import at, name_of
 
 
 def suspect(network: Network) -> str:

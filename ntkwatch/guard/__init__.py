@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ntkwatch.default_device import ours
+from ntkwatch.guard.default_device import ours
 from ntkwatch.guard.modules import Modules
 from ntkwatch.guard.objects import leave_objects
 from ntkwatch.guard.process import guard_flags, guard_generators

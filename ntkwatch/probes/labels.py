@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from ntkwatch.batch import LABEL_KEYS
+from ntkwatch.model.batch import LABEL_KEYS
 
 
 def seen_labels(dataset: Any, leading: int | None = None) -> tuple[Tensor, str] | None:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntkwatch.batch import of_objects
-from ntkwatch.misfits import check_form, giver_of_batches
 from ntkwatch.model import Network, batch_size, inputs_of, map_leaves
-from ntkwatch.reading import likely_targets
+from ntkwatch.model.batch import of_objects
+from ntkwatch.model.batch_reading import likely_targets
+from ntkwatch.model.errors import check_form, giver_of_batches
 
 Targets = Tensor | Callable[[Any], Any] | None
 

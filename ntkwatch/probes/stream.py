@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntkwatch.batch import as_batch, batch_size, leaves, map_leaves, raw_of, take
+from ntkwatch.model.batch import as_batch, batch_size, leaves, map_leaves, raw_of, take
 from ntkwatch.probes.probeset import ProbeSet, Targets, content_hash, frozen
 
 FEWEST = 8  # probes below which angles say little

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ntkwatch.model import Network
+from ntkwatch.model.batch_reading import Reading, ignored, inputs_in_words, name_of, shape
 from ntkwatch.probes.probeset import ProbeSet
 from ntkwatch.probes.targets import kind
-from ntkwatch.reading import Reading, ignored, inputs_in_words, name_of, shape
 
 _MANY = 3  # arguments that forward may be called without: more are not listed
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ntkwatch import figures
 from ntkwatch.compare import CompareError, Comparison, compare_runs, names_of, plain
 from ntkwatch.record import RecordError, Run, find_runs, load_run
-from ntkwatch.words import layers_at, printable, sparkline, summary_lines
+from ntkwatch.summary import layers_at, printable, sparkline, summary_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ntkwatch.forecast import LinearForecast
+from ntkwatch.linearized.forecast import LinearForecast
 from tests.bench.models import MODELS, QUICK
 from tests.bench.timing import Timer
 

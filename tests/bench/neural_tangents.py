@@ -23,7 +23,7 @@ import venv
 from pathlib import Path
 from typing import Any
 
-FROZEN = Path(__file__).parent.parent / "infinite_neural_tangents.json"
+FROZEN = Path(__file__).parents[1] / "support" / "infinite_neural_tangents.json"
 PINS = ["neural-tangents==0.6.5", "jax==0.4.25", "jaxlib==0.4.25", "numpy<2", "scipy<1.13"]
 INPUTS = {"dense": (4, 5), "image": (4, 5, 6, 3), "series": (4, 7, 3), "tokens": (4, 5, 4)}  # channels last
 
@@ -134,7 +134,7 @@ def our_kernel(case: dict[str, Any]) -> Any:
 
 def theirs(layers: list) -> Any:
     """The list as a network of neural_tangents.stax."""
-    from neural_tangents import stax as s
+    from tests.bench.neural_tangents import stax as s
 
     def conv(size: list, stride: list, padding: str, w: float, b: float) -> Any:
         return s.Conv(1, size, stride, padding.upper(), W_std=w, b_std=b)

@@ -11,11 +11,9 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +25,8 @@ from ntkwatch.model import Network
 from ntkwatch.model import UnsupportedModel as Unsupported
 from tests.bench.engines import Ours
 from tests.bench.timing import Timer
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import cases
-import memory_models
-import test_engines_zoo
+from tests.engines import test_zoo as test_engines_zoo
+from tests.support import cases, memory_models
 
 assert test_engines_zoo  # registers all cases
 Made = tuple[nn.Module, Any]

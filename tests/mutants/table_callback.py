@@ -11,7 +11,7 @@ SCHEDULE = (
         "steps round(2^(k/4)), which all runs share",
         old="round(2 ** (k / ANY)) <= step",
         new="int(2 ** (k / ANY)) <= step",
-        tests="test_schedule.py::test_the_grid[log]",
+        tests="watching/test_schedule.py::test_the_grid[log]",
     ),
     Bug(
         "no budget",
@@ -19,7 +19,7 @@ SCHEDULE = (
         "probing takes no more than its share of wall time",
         old="ANY_depth >= self.level and ANY_cost <= ANY_credit",
         new="True",
-        tests="test_schedule.py::test_budget_holds",
+        tests="watching/test_schedule.py::test_budget_holds",
     ),
     Bug(
         "grid not thinned",
@@ -27,7 +27,7 @@ SCHEDULE = (
         "over budget a grid thins to every second, fourth, … point",
         old="ANY_depth >= self.level and ANY_affordable",
         new="ANY_affordable",
-        tests="test_schedule.py::test_runs_share_steps_however_dear_their_probes_are",
+        tests="watching/test_schedule.py::test_runs_share_steps_however_dear_their_probes_are",
     ),
     Bug(
         "missed steps lost",
@@ -35,7 +35,7 @@ SCHEDULE = (
         "a scheduled step fires at the first call at or after it",
         old="self._grid.depth(ANY, step)",
         new="self._grid.depth(step - 1, step)",
-        tests="test_schedule.py::test_a_step_missed_fires_at_the_next_call_once",
+        tests="watching/test_schedule.py::test_a_step_missed_fires_at_the_next_call_once",
     ),
     Bug(
         "last step dropped",
@@ -43,7 +43,7 @@ SCHEDULE = (
         "the last step is always measured",
         old="last or (ANY is not None and ANY_allows)",
         new="ANY is not None and ANY_allows",
-        tests="test_schedule.py::test_last_fires_unless_it_just_did",
+        tests="watching/test_schedule.py::test_last_fires_unless_it_just_did",
     ),
     Bug(
         "earlier sessions forgotten",
@@ -51,7 +51,7 @@ SCHEDULE = (
         "budget and overhead are of the whole run",
         old="float(state.get('elapsed', 0.0))",
         new="0.0",
-        tests="test_schedule.py::test_time_between_sessions_is_nobodys",
+        tests="watching/test_schedule.py::test_time_between_sessions_is_nobodys",
     ),
     Bug(
         "overhead without the forecast's time",
@@ -59,7 +59,7 @@ SCHEDULE = (
         "overhead is all that the watch takes",
         old="(self.spent + self._aside) / elapsed",
         new="self.spent / elapsed",
-        tests="test_schedule.py::test_time_aside_is_overhead_and_takes_no_probe_away",
+        tests="watching/test_schedule.py::test_time_aside_is_overhead_and_takes_no_probe_away",
     ),
 )
 
@@ -70,7 +70,7 @@ CALLBACK = (
         "steps are optimizer-stepping batches",
         old="trainer.global_step != self._global_step",
         new="True",
-        tests="test_callback.py::test_it_measures_at_the_right_steps[accumulation]",
+        tests="frontends/test_lightning.py::test_it_measures_at_the_right_steps[accumulation]",
     ),
     Bug(
         "optimizer steps counted",
@@ -78,7 +78,7 @@ CALLBACK = (
         "steps are optimizer-stepping batches",
         old="self._step += 1",
         new="self._step = trainer.global_step",
-        tests="test_callback.py::test_two_optimizers_count_batches_not_optimizer_steps",
+        tests="frontends/test_lightning.py::test_two_optimizers_count_batches_not_optimizer_steps",
     ),
     Bug(
         "baseline after the first step",
@@ -87,7 +87,7 @@ CALLBACK = (
         old="ANY is not None or self._beginning is None",
         new="ANY is not None or self._beginning is None or trainer.global_step == 0",
         within="on_train_batch_start",
-        tests="test_callback.py::test_the_first_kernel_is_the_one_before_training",
+        tests="frontends/test_lightning.py::test_the_first_kernel_is_the_one_before_training",
     ),
     Bug(
         "resume from nought",
@@ -95,7 +95,7 @@ CALLBACK = (
         "a resumed record goes on at its own step",
         old="self._step = self._probed_at = ANY",
         new="pass",
-        tests="test_callback.py::test_a_resumed_run_counts_batches_too",
+        tests="frontends/test_lightning.py::test_a_resumed_run_counts_batches_too",
     ),
     Bug(
         "checkpoints that need pickle",
@@ -103,7 +103,7 @@ CALLBACK = (
         "torch.load(weights_only=True) takes a checkpoint",
         old="previous[1].clone()",
         new="previous[1].numpy().copy()",
-        tests="test_callback.py::test_resume_continues_the_same_record",
+        tests="frontends/test_lightning.py::test_resume_continues_the_same_record",
     ),
     Bug(
         "path forgotten on resume",
@@ -111,7 +111,7 @@ CALLBACK = (
         "a resumed record equals an uninterrupted one",
         old="return (int(step), kernel)",
         new="return None",
-        tests="test_callback.py::test_resume_continues_the_same_record",
+        tests="frontends/test_lightning.py::test_resume_continues_the_same_record",
     ),
     Bug(
         "probe hash not compared on resume",
@@ -119,7 +119,7 @@ CALLBACK = (
         "kernels of one record are on the same probes",
         old="state['probe_hash'] != monitor.probes.hash",
         new="False",
-        tests="test_checkpoint.py::test_other_data_is_never_compared_with_the_first_kernel",
+        tests="watching/test_checkpoint.py::test_other_data_is_never_compared_with_the_first_kernel",
     ),
     Bug(
         "sharded models measured",
@@ -127,7 +127,7 @@ CALLBACK = (
         "sharded models are refused",
         old="sharded(pl_module)",
         new="None",
-        tests="test_callback.py::test_a_model_whose_parameters_are_spread_over_ranks_is_refused_by_name",
+        tests="frontends/test_lightning.py::test_a_model_whose_parameters_are_spread_over_ranks_is_refused_by_name",
     ),
     Bug(
         "sigterm ignored",
@@ -135,7 +135,7 @@ CALLBACK = (
         "no probe after SIGTERM",
         old="trainer.received_sigterm",
         new="False",
-        tests="test_callback.py::test_no_probe_begins_once_the_job_was_told_to_end",
+        tests="frontends/test_lightning.py::test_no_probe_begins_once_the_job_was_told_to_end",
     ),
     Bug(
         "interrupts swallowed",
@@ -143,7 +143,7 @@ CALLBACK = (
         "an interrupt ends the run as Lightning does",
         old="value = work()",
         new="try:\n    value = work()\nexcept KeyboardInterrupt as stop:\n    raise RuntimeError() from stop",
-        tests="test_trust_process.py::test_an_interrupt_in_a_probe_ends_the_run_as_lightning_does",
+        tests="trust/test_process.py::test_an_interrupt_in_a_probe_ends_the_run_as_lightning_does",
     ),
     Bug(
         "errors kept though asked for",
@@ -151,7 +151,7 @@ CALLBACK = (
         "on_error='raise' raises",
         old="self._on_error == 'raise' or ANY",
         new="ANY",
-        tests="test_callback.py::test_on_error_raise_raises",
+        tests="frontends/test_lightning.py::test_on_error_raise_raises",
     ),
     Bug(
         "failures never end",
@@ -159,7 +159,7 @@ CALLBACK = (
         "three failures in a row switch off",
         old="self._in_a_row += 1",
         new="pass",
-        tests="test_callback.py::test_the_record_says_when_the_watch_was_switched_off_and_why",
+        tests="frontends/test_lightning.py::test_the_record_says_when_the_watch_was_switched_off_and_why",
     ),
     Bug(
         "failures add up",
@@ -168,7 +168,7 @@ CALLBACK = (
         old="self._in_a_row = 0",
         new="pass",
         within="succeeded",
-        tests="test_callback.py::test_the_record_says_when_the_watch_was_switched_off_and_why",
+        tests="frontends/test_lightning.py::test_the_record_says_when_the_watch_was_switched_off_and_why",
     ),
     Bug(
         "warnings stop training",
@@ -176,7 +176,7 @@ CALLBACK = (
         "training goes on under -W error",
         old="any(action == 'error' for action, *ANY in warnings.filters)",
         new="False",
-        tests="test_callback.py::test_a_library_that_warns_in_a_probe_does_not_end_it_where_warnings_are_errors",
+        tests="frontends/test_lightning.py::test_a_library_that_warns_in_a_probe_does_not_end_it_where_warnings_are_errors",
     ),
     Bug(
         "nothing to monitor",
@@ -184,7 +184,7 @@ CALLBACK = (
         "EarlyStopping and ModelCheckpoint can monitor them",
         old="callback_metrics.update(ANY)",
         new="None",
-        tests="test_callback.py::test_values_reach_callbacks_that_monitor",
+        tests="frontends/test_lightning.py::test_values_reach_callbacks_that_monitor",
     ),
     Bug(
         "modules kept",
@@ -193,6 +193,6 @@ CALLBACK = (
         old="self._session = None",
         new="pass",
         within="teardown",
-        tests="test_trust_process.py::test_after_fit_the_callback_holds_neither_model_nor_trainer",
+        tests="trust/test_process.py::test_after_fit_the_callback_holds_neither_model_nor_trainer",
     ),
 )

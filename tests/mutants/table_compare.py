@@ -11,7 +11,7 @@ PROBES = (
         "probes are chosen with an own generator",
         old="torch.randperm(len(classes), generator=generator, device='cpu')",
         new="torch.randperm(len(classes), device='cpu')",
-        tests="test_probes.py::test_the_choice_is_the_same_whatever_was_drawn_before",
+        tests="probes/test_probes.py::test_the_choice_is_the_same_whatever_was_drawn_before",
     ),
     Bug(
         "probes unbalanced",
@@ -19,7 +19,7 @@ PROBES = (
         "as many of each class as there are to have",
         old="order[first]",
         new="order[:n]",
-        tests="test_probes.py::test_classes_are_balanced",
+        tests="probes/test_probes.py::test_classes_are_balanced",
     ),
     Bug(
         "hash without shapes",
@@ -27,7 +27,7 @@ PROBES = (
         "the hash tells inputs apart",
         old="f'{leaf.dtype} {tuple(leaf.shape)}\\n'",
         new="f'{leaf.dtype}\\n'",
-        tests="test_probes.py::test_the_hash_tells_things_apart",
+        tests="probes/test_probes.py::test_the_hash_tells_things_apart",
     ),
     Bug(
         "hash of the object",
@@ -35,7 +35,7 @@ PROBES = (
         "the hash is the same everywhere",
         old="dict(getattr(value, '__dict__', {}))",
         new="[repr(value)]",
-        tests="test_probes.py::test_objects_with_addresses_hash_by_content",
+        tests="probes/test_probes.py::test_objects_with_addresses_hash_by_content",
     ),
     Bug(
         "probes not copied",
@@ -43,7 +43,7 @@ PROBES = (
         "probes are frozen",
         old="leaf.detach().clone().requires_grad_(ANY)",
         new="leaf.detach().requires_grad_(ANY)",
-        tests="test_probes.py::test_probes_are_frozen",
+        tests="probes/test_probes.py::test_probes_are_frozen",
     ),
     Bug(
         "two classes as 0 and 1",
@@ -51,7 +51,7 @@ PROBES = (
         "the classes of one output are signs",
         old="2.0 * y.double()[:, None] - 1.0",
         new="y.double()[:, None]",
-        tests="test_probes.py::test_two_classes_and_one_output_become_signs",
+        tests="probes/test_probes.py::test_two_classes_and_one_output_become_signs",
     ),
     Bug(
         "values not standardised",
@@ -59,7 +59,7 @@ PROBES = (
         "scale and shift of values do not matter",
         old="centred / torch.where(flat, 1.0, scale)",
         new="centred",
-        tests="test_probes.py::test_values_are_standardised",
+        tests="probes/test_probes.py::test_values_are_standardised",
     ),
     Bug(
         "datasets moved on",
@@ -67,7 +67,7 @@ PROBES = (
         "choosing leaves the dataset alone",
         old="undo.append(partial(ANY, held, dict(held)))",
         new="pass",
-        tests="test_probes.py::test_choosing_draws_nothing_and_leaves_the_dataset_alone",
+        tests="probes/test_probes.py::test_choosing_draws_nothing_and_leaves_the_dataset_alone",
     ),
 )
 
@@ -78,7 +78,7 @@ COMPARE = (
         "a t interval on n − 2 degrees of freedom",
         old="ANY(level, n - 2)",
         new="ANY(level, n - 1)",
-        tests="test_slopes.py::test_slope_and_interval_equal_scipys",
+        tests="compare/test_slopes.py::test_slope_and_interval_equal_scipys",
     ),
     Bug(
         "half logarithmic",
@@ -86,7 +86,7 @@ COMPARE = (
         "log–log slopes",
         old="(np.log(np.asarray(x, dtype=float)), np.log(np.asarray(y, dtype=float)))",
         new="(np.asarray(x, dtype=float), np.log(np.asarray(y, dtype=float)))",
-        tests="test_slopes.py::test_a_noise_free_power_law_is_recovered",
+        tests="compare/test_slopes.py::test_a_noise_free_power_law_is_recovered",
     ),
     Bug(
         "unlike kernels compared",
@@ -94,7 +94,7 @@ COMPARE = (
         "unlike kernels are refused",
         old="mismatch and (not allow_mismatch)",
         new="False",
-        tests="test_compare.py::test_unlike_kernels_are_refused_and_can_be_allowed",
+        tests="compare/test_compare.py::test_unlike_kernels_are_refused_and_can_be_allowed",
     ),
     Bug(
         "spread over n",
@@ -102,7 +102,7 @@ COMPARE = (
         "the unbiased deviation over seeds",
         old="len(kernels) - 1",
         new="len(kernels)",
-        tests="test_compare.py::test_seed_spread_is_the_unbiased_deviation_over_seeds",
+        tests="compare/test_compare.py::test_seed_spread_is_the_unbiased_deviation_over_seeds",
     ),
     Bug(
         "finite width biased",
@@ -110,7 +110,7 @@ COMPARE = (
         "the deviation is unbiased in the seeds",
         old="math.sqrt(s / max(s - 1, 1))",
         new="1.0",
-        tests="test_finite_width.py::test_the_corrections_are_recovered",
+        tests="compare/test_finite_width.py::test_the_corrections_are_recovered",
     ),
     Bug(
         "markup let in",
@@ -118,7 +118,7 @@ COMPARE = (
         "everything from outside is escaped",
         old="Environment(loader=ANY, autoescape=True, undefined=ANY_u, finalize=ANY_f)",
         new="Environment(loader=ANY, autoescape=False, undefined=ANY_u, finalize=ANY_f)",
-        tests="test_report.py::test_nothing_from_outside_becomes_markup",
+        tests="report/test_report.py::test_nothing_from_outside_becomes_markup",
     ),
     Bug(
         "control characters let in",
@@ -126,7 +126,7 @@ COMPARE = (
         "text from outside is printable",
         old="printable(value) if ANY else value",
         new="value",
-        tests="test_report.py::test_nothing_from_outside_becomes_markup",
+        tests="report/test_report.py::test_nothing_from_outside_becomes_markup",
     ),
 )
 
@@ -137,7 +137,7 @@ INFINITE = (
         "Θ' = w_grad⟨h,h'⟩/fan_in + b_grad + w_std² Θ",
         old="ntk.add_(ANY, alpha=self.w_std ** 2)",
         new="ntk.add_(ANY)",
-        tests="test_infinite_kernel.py::test_relu_network\ntest_infinite_kernel.py::test_neural_tangents",
+        tests="infinite/test_kernel.py::test_relu_network\ninfinite/test_kernel.py::test_neural_tangents",
     ),
     Bug(
         "w_grad ignored",
@@ -145,7 +145,7 @@ INFINITE = (
         "the parametrization is a choice of gradients",
         old="self.w_std ** 2 if self.w_grad is None else self.w_grad",
         new="self.w_std ** 2",
-        tests="test_infinite_kernel.py::test_standard_parametrization_is_a_choice_of_gradients",
+        tests="infinite/test_kernel.py::test_standard_parametrization_is_a_choice_of_gradients",
     ),
     Bug(
         "fan_in of channels alone",
@@ -153,7 +153,7 @@ INFINITE = (
         "fan_in = channels · window",
         old="out.div_(size)",
         new="out",
-        tests="test_infinite_kernel.py::test_convolutional_network",
+        tests="infinite/test_kernel.py::test_convolutional_network",
     ),
     Bug(
         "slope of relu doubled",
@@ -161,7 +161,7 @@ INFINITE = (
         "the arc-cosine kernel of degree 0",
         old="angle.add_(odd ** 2)",
         new="angle.add_(odd)",
-        tests="test_infinite_kernel.py::test_relu_network",
+        tests="infinite/test_kernel.py::test_relu_network",
     ),
     Bug(
         "branches correlated",
@@ -169,7 +169,7 @@ INFINITE = (
         "the covariance of a sum",
         old="nngp.add_(f.left(fa) * f.right(gb)).add_(f.left(ga) * f.right(fb))",
         new="nngp",
-        tests="test_infinite_kernel.py::test_branches_that_end_in_activations_are_correlated_by_their_means",
+        tests="infinite/test_kernel.py::test_branches_that_end_in_activations_are_correlated_by_their_means",
     ),
     Bug(
         "duplicates apart",
@@ -177,7 +177,7 @@ INFINITE = (
         "duplicates have equal rows",
         old="torch.where(near, bound.copysign_(f.nngp), f.nngp, out=f.nngp)",
         new="pass",
-        tests="test_infinite_kernel.py::test_equal_inputs_stay_equal_in_a_chaotic_network",
+        tests="infinite/test_kernel.py::test_equal_inputs_stay_equal_in_a_chaotic_network",
     ),
     Bug(
         "frozen weights train",
@@ -185,7 +185,7 @@ INFINITE = (
         "the kernel is of the trained parameters",
         old="ANY * weight.requires_grad",
         new="ANY",
-        tests="test_infinite_convert.py::test_mean_of_the_empirical_kernel[xavier, frozen layer]",
+        tests="infinite/test_convert.py::test_mean_of_the_empirical_kernel[xavier, frozen layer]",
     ),
     Bug(
         "copies taken for draws",
@@ -193,6 +193,6 @@ INFINITE = (
         "what cannot be converted is named",
         old="other is not w and bool((other.value == w.value).all())",
         new="False",
-        tests="test_infinite_attention.py::test_torch_layers_that_do_not_convert_are_named",
+        tests="infinite/test_attention.py::test_torch_layers_that_do_not_convert_are_named",
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.planting import Bug
 
-ZOO = "test_engines_zoo.py::test_layerwise_equals_the_naive_loop"
+ZOO = "engines/test_zoo.py::test_layerwise_equals_the_naive_loop"
 
 ENGINES = (
     # ── rules ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -22,7 +22,7 @@ ENGINES = (
         "the row at padding_idx is not trained",
         old="g.over(lambda t: t.masked_fill((index == padding)[..., None], 0))",
         new="g",
-        tests="test_engines_padding.py::test_padding_has_no_gradient",
+        tests="engines/test_padding.py::test_padding_has_no_gradient",
     ),
     Bug(
         "layer norm's mean forgotten",
@@ -104,7 +104,7 @@ ENGINES = (
         "a symmetric kernel",
         old="matrix[above, rows] = matrix[rows, above].T",
         new="pass",
-        tests="test_engines_contract.py::test_all_ways_agree\ntest_engines_auto.py::test_blocks_fit_a_limit",
+        tests="engines/test_contract.py::test_all_ways_agree\nengines/test_auto.py::test_blocks_fit_a_limit",
     ),
     Bug(
         "one output of a gram",
@@ -112,7 +112,7 @@ ENGINES = (
         "the trace sums over outputs",
         old="products.baddbmm_(x, y.transpose(-1, -2))",
         new="pass",
-        tests="test_engines_contract.py::test_all_ways_agree",
+        tests="engines/test_contract.py::test_all_ways_agree",
     ),
     Bug(
         "products in float32",
@@ -120,7 +120,7 @@ ENGINES = (
         "the spectrum of near duplicates keeps its digits",
         old="torch.float64 if precision == 'double' or dtype == torch.float64 else torch.float32",
         new="torch.promote_types(dtype, torch.float32)",
-        tests="test_engines_auto.py::test_double_products_keep_the_spectrum_of_near_duplicates",
+        tests="engines/test_auto.py::test_double_products_keep_the_spectrum_of_near_duplicates",
     ),
     Bug(
         "no noise floor",
@@ -128,8 +128,8 @@ ENGINES = (
         "what is not flagged is right to 10 %",
         old="10 * (torch.finfo(dtype).eps + torch.finfo(work).eps)",
         new="torch.finfo(torch.float64).eps",
-        tests="test_engines_precision.py::test_floors_are_published\n"
-        "test_engines_precision.py::test_what_is_not_flagged_is_right",
+        tests="engines/test_precision.py::test_floors_are_published\n"
+        "engines/test_precision.py::test_what_is_not_flagged_is_right",
     ),
     Bug(
         "reduced without its mean",
@@ -137,7 +137,7 @@ ENGINES = (
         "reductions that are derived equal those that are measured",
         old="blocks.mean(0) if target == 'trace' else ANY",
         new="blocks.sum(0) if target == 'trace' else ANY",
-        tests="test_engines_auto.py::test_reduce_derives_what_is_determined",
+        tests="engines/test_auto.py::test_reduce_derives_what_is_determined",
     ),
     Bug(
         "functional not divided",
@@ -145,8 +145,8 @@ ENGINES = (
         "both engines give one kernel",
         old="total.sum(0) / n_outputs",
         new="total.sum(0)",
-        tests="test_engines_known.py::test_linear_3_1\n"
-        "test_engines_zoo.py::test_functional_equals_the_naive_loop_or_refuses[mlp]",
+        tests="engines/test_known.py::test_linear_3_1\n"
+        "engines/test_zoo.py::test_functional_equals_the_naive_loop_or_refuses[mlp]",
     ),
     Bug(
         "functional at the module's parameters",
@@ -155,7 +155,7 @@ ENGINES = (
         old="(state or {}).get(name, p).detach()",
         new="p.detach()",
         within="trained_at",
-        tests="test_engines_auto.py::test_state_evaluates_elsewhere",
+        tests="engines/test_auto.py::test_state_evaluates_elsewhere",
     ),
     Bug(
         "signs dropped",
@@ -164,7 +164,7 @@ ENGINES = (
         old="(gradients > limit).to(gradients.dtype).masked_fill_(gradients < -limit, -1)",
         new="gradients",
         within="signs",
-        tests="test_engines_signs.py::test_a_linear_model_is_known",
+        tests="engines/test_signs.py::test_a_linear_model_is_known",
     ),
     Bug(
         "blocks not halved",
@@ -173,7 +173,7 @@ ENGINES = (
         old="chunk == 1",
         new="True",
         within="backing_off",
-        tests="test_engines_auto.py::test_running_out_of_memory_halves_the_blocks",
+        tests="engines/test_auto.py::test_running_out_of_memory_halves_the_blocks",
     ),
     # ── what is trusted ───────────────────────────────────────────────────────────────────────────────────────────
     Bug(
@@ -182,7 +182,7 @@ ENGINES = (
         "a wrong engine is not taken",
         old="error <= ANY.get(ANY_type, ANY_default)",
         new="True",
-        tests="test_engines_auto.py::test_self_check_sees_a_wrong_engine",
+        tests="engines/test_auto.py::test_self_check_sees_a_wrong_engine",
     ),
     Bug(
         "tolerance times five",
@@ -190,7 +190,7 @@ ENGINES = (
         "the self-check's tolerance is what it says",
         old="error <= ANY.get(ANY_type, ANY_default)",
         new="error <= 5 * ANY.get(ANY_type, ANY_default)",
-        tests="test_engines_sumcheck.py::test_just_above_the_tolerance_is_refused_and_just_below_is_not",
+        tests="engines/test_sumcheck.py::test_just_above_the_tolerance_is_refused_and_just_below_is_not",
     ),
     Bug(
         "tolerance times a hundred",
@@ -198,7 +198,7 @@ ENGINES = (
         "the self-check's tolerance is what it says",
         old="error <= ANY.get(ANY_type, ANY_default)",
         new="error <= 100 * ANY.get(ANY_type, ANY_default)",
-        tests="test_engines_sumcheck.py::test_just_above_the_tolerance_is_refused_and_just_below_is_not",
+        tests="engines/test_sumcheck.py::test_just_above_the_tolerance_is_refused_and_just_below_is_not",
     ),
     Bug(
         "self-check of the sum alone",
@@ -206,7 +206,7 @@ ENGINES = (
         "every parameter's own kernel is compared",
         old="max(sum(off.values()), float(ANY))",
         new="float(ANY)",
-        tests="test_engines_sumcheck.py::test_kernels_of_two_parameters_exchanged_are_found",
+        tests="engines/test_sumcheck.py::test_kernels_of_two_parameters_exchanged_are_found",
     ),
     Bug(
         "self-check on all probes of the sum alone",
@@ -214,7 +214,7 @@ ENGINES = (
         "every parameter's own kernel is compared",
         old="max(sum(off.values()), abs(ANY))",
         new="abs(ANY)",
-        tests="test_engines_sumcheck.py::test_kernels_of_two_parameters_exchanged_are_found",
+        tests="engines/test_sumcheck.py::test_kernels_of_two_parameters_exchanged_are_found",
     ),
     Bug(
         "self-check on a few probes",
@@ -222,7 +222,7 @@ ENGINES = (
         "all probes are checked",
         old="batch_size(inputs_of(x)) > batch_size(inputs_of(few(x)))",
         new="False",
-        tests="test_engines_sumcheck.py::test_such_an_engine_is_not_taken",
+        tests="engines/test_sumcheck.py::test_such_an_engine_is_not_taken",
     ),
     Bug(
         "gradients left in .grad",
@@ -230,7 +230,7 @@ ENGINES = (
         "what cannot be told apart by example is refused by name",
         old="now is not old or version != later",
         new="False",
-        tests="test_engines_returned.py::test_gradients_left_in_grad_are_refused_by_name",
+        tests="engines/test_returned.py::test_gradients_left_in_grad_are_refused_by_name",
     ),
     Bug(
         "no coupling check",
@@ -238,7 +238,7 @@ ENGINES = (
         "no kernel where there is none",
         old="check_uncoupled(network, x)",
         new="None",
-        tests="test_engines_coupling.py::test_coupled_examples_are_refused_wherever_the_coupling_sits",
+        tests="engines/test_coupling.py::test_coupled_examples_are_refused_wherever_the_coupling_sits",
     ),
     Bug(
         "coupling among few",
@@ -246,7 +246,7 @@ ENGINES = (
         "coupling is found wherever in the batch it sits",
         old="slice(0, min(rows, most))",
         new="slice(0, n)",
-        tests="test_engines_coupling.py::test_coupling_is_found_in_batches_of_any_size_that_is_run",
+        tests="engines/test_coupling.py::test_coupling_is_found_in_batches_of_any_size_that_is_run",
     ),
     Bug(
         "random models measured",
@@ -254,7 +254,7 @@ ENGINES = (
         "random models are refused as such",
         old="bool(((whole - outputs(slice(0, n))).abs() > limit).any())",
         new="False",
-        tests="test_engines_auto.py::test_random_models_are_refused",
+        tests="engines/test_auto.py::test_random_models_are_refused",
     ),
     Bug(
         "taylor from differences",
@@ -262,8 +262,8 @@ ENGINES = (
         "the tangent of the baseline",
         old="{**state0, **base}",
         new="dict(network.parameters)",
-        tests="test_engines_auto.py::test_tangent\n"
-        "test_monitor.py::test_shrinking_a_relu_net_moves_scale_and_taylor_ratio_not_the_angle",
+        tests="engines/test_auto.py::test_tangent\n"
+        "measurement/test_monitor.py::test_shrinking_a_relu_net_moves_scale_and_taylor_ratio_not_the_angle",
     ),
     Bug(
         "statistics of now",
@@ -271,6 +271,6 @@ ENGINES = (
         "BatchNorm's statistics are frozen at the baseline",
         old="self._kernel(batch, statistics or None, self._measured)",
         new="self._kernel(batch, None, self._measured)",
-        tests="test_monitor.py::test_batchnorm_statistics_are_frozen_at_the_baseline",
+        tests="measurement/test_monitor.py::test_batchnorm_statistics_are_frozen_at_the_baseline",
     ),
 )

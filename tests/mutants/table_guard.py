@@ -11,7 +11,7 @@ GUARD = (
         "training flags and attributes are as before",
         old="undo.append(partial(ANY, saved, sharded, aloof))",
         new="pass",
-        tests="test_guard.py::test_no_trace_of[returns-eval_train_toggle]",
+        tests="guard/test_guard.py::test_no_trace_of[returns-eval_train_toggle]",
     ),
     Bug(
         "probes in training mode",
@@ -19,7 +19,7 @@ GUARD = (
         "evaluation mode inside the guard",
         old="vars(module)['training'] = False",
         new="pass",
-        tests="test_guard.py::test_inside_it_is_evaluation_in_full_precision",
+        tests="guard/test_guard.py::test_inside_it_is_evaluation_in_full_precision",
     ),
     Bug(
         "requires_grad not put back",
@@ -27,7 +27,7 @@ GUARD = (
         "requires_grad is as before",
         old="leaf.requires_grad_(requires_grad)",
         new="pass",
-        tests="test_guard.py::test_no_trace_of[returns-reset_everything]",
+        tests="guard/test_guard.py::test_no_trace_of[returns-reset_everything]",
     ),
     Bug(
         "gradients not put back",
@@ -35,7 +35,7 @@ GUARD = (
         ".grad holds the run's own tensors",
         old="if leaf.grad is not grad:\n    leaf.grad = grad",
         new="pass",
-        tests="test_guard.py::test_no_trace_of[returns-backward]",
+        tests="guard/test_guard.py::test_no_trace_of[returns-backward]",
     ),
     Bug(
         "gradients in reach",
@@ -43,7 +43,7 @@ GUARD = (
         ".grad is None inside",
         old="leaf.grad = None",
         new="pass",
-        tests="test_guard.py::test_no_trace_of[returns-optimizer_step_on_gradients]",
+        tests="guard/test_guard.py::test_no_trace_of[returns-optimizer_step_on_gradients]",
     ),
     Bug(
         "buffers not put back",
@@ -51,7 +51,7 @@ GUARD = (
         "buffers are bitwise as before",
         old="tensor.copy_(part.view(data.shape))",
         new="pass",
-        tests="test_guard.py::test_no_trace_of[returns-train_mode_forward]",
+        tests="guard/test_guard.py::test_no_trace_of[returns-train_mode_forward]",
     ),
     Bug(
         "count of changes not put back",
@@ -59,7 +59,7 @@ GUARD = (
         "a graph of the run survives a probe",
         old="version is not None and tensor._version != version",
         new="False",
-        tests="test_guard.py::test_a_graph_of_the_run_survives",
+        tests="guard/test_guard.py::test_a_graph_of_the_run_survives",
     ),
     Bug(
         "python's generator not put back",
@@ -67,7 +67,7 @@ GUARD = (
         "python's random state is as before",
         old="(random.getstate, random.setstate)",
         new="(random.getstate, id)",
-        tests="test_guard.py::test_no_trace_of[returns-global_randomness]",
+        tests="guard/test_guard.py::test_no_trace_of[returns-global_randomness]",
     ),
     Bug(
         "numpy's generator not put back",
@@ -75,7 +75,7 @@ GUARD = (
         "numpy's random state is as before",
         old="np.random.set_state",
         new="id",
-        tests="test_guard.py::test_no_trace_of[returns-global_randomness]",
+        tests="guard/test_guard.py::test_no_trace_of[returns-global_randomness]",
     ),
     Bug(
         "torch's generator not put back",
@@ -83,7 +83,7 @@ GUARD = (
         "torch's random state is as before",
         old="(torch.get_rng_state, torch.set_rng_state)",
         new="(torch.get_rng_state, id)",
-        tests="test_guard.py::test_no_trace_of[returns-global_randomness]",
+        tests="guard/test_guard.py::test_no_trace_of[returns-global_randomness]",
     ),
     Bug(
         "a module's own generator not put back",
@@ -91,7 +91,7 @@ GUARD = (
         "generators of modules are as before",
         old="partial(ANY, value.set_state, value.get_state())",
         new="None",
-        tests="test_guard.py::test_no_trace_of[returns-train_mode_forward]",
+        tests="guard/test_guard.py::test_no_trace_of[returns-train_mode_forward]",
     ),
     Bug(
         "autocast in a probe",
@@ -99,7 +99,7 @@ GUARD = (
         "full precision inside the guard",
         old="torch.set_autocast_enabled(device, on)",
         new="None",
-        tests="test_guard.py::test_inside_it_is_evaluation_in_full_precision",
+        tests="guard/test_guard.py::test_inside_it_is_evaluation_in_full_precision",
     ),
     Bug(
         "autocast's cache shared",
@@ -107,7 +107,7 @@ GUARD = (
         "no cast of a probe's reaches training",
         old="ANY(undo, torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, False)",
         new="pass",
-        tests="test_guard.py::test_inside_it_is_evaluation_in_full_precision",
+        tests="guard/test_guard.py::test_inside_it_is_evaluation_in_full_precision",
     ),
     Bug(
         "inference mode in a probe",
@@ -116,7 +116,7 @@ GUARD = (
         old="torch.inference_mode(False)",
         new="torch.inference_mode(torch.is_inference_mode_enabled())",
         within="leave_no_trace",
-        tests="test_guard.py::test_inside_it_is_evaluation_in_full_precision",
+        tests="guard/test_guard.py::test_inside_it_is_evaluation_in_full_precision",
     ),
     Bug(
         "tf32 in a probe",
@@ -124,7 +124,7 @@ GUARD = (
         "full precision inside the guard",
         old="torch.set_float32_matmul_precision(ANY)",
         new="pass",
-        tests="test_guard.py::test_inside_it_is_evaluation_in_full_precision",
+        tests="guard/test_guard.py::test_inside_it_is_evaluation_in_full_precision",
     ),
     Bug(
         "cudnn.benchmark in a probe",
@@ -132,7 +132,7 @@ GUARD = (
         "cudnn.benchmark is off inside the guard",
         old="{'enabled': ANY, 'deterministic': (), 'benchmark': (False,)}",
         new="{'enabled': ANY, 'deterministic': (), 'benchmark': ()}",
-        tests="test_guard.py::test_inside_it_is_evaluation_in_full_precision",
+        tests="guard/test_guard.py::test_inside_it_is_evaluation_in_full_precision",
     ),
     Bug(
         "cudnn.benchmark not put back",
@@ -140,7 +140,7 @@ GUARD = (
         "cuDNN's flags are as before",
         old="{'enabled': ANY, 'deterministic': (), 'benchmark': (False,)}",
         new="{'enabled': ANY, 'deterministic': ()}",
-        tests="test_guard.py::test_no_trace_of[returns-global_flags]",
+        tests="guard/test_guard.py::test_no_trace_of[returns-global_flags]",
     ),
     Bug(
         "backward hooks hear probes",
@@ -148,7 +148,7 @@ GUARD = (
         "what listens to training hears no probe",
         old="module._backward_hooks.clear()",
         new="pass",
-        tests="test_guard.py::test_backward_listeners_do_not_hear_a_probe",
+        tests="guard/test_guard.py::test_backward_listeners_do_not_hear_a_probe",
     ),
     Bug(
         "hooks on tensors hear probes",
@@ -156,7 +156,7 @@ GUARD = (
         "what listens to training hears no probe",
         old="hooks.keep(box)\nbox.clear()",
         new="hooks.keep(box)",
-        tests="test_guard.py::test_backward_listeners_do_not_hear_a_probe",
+        tests="guard/test_guard.py::test_backward_listeners_do_not_hear_a_probe",
     ),
     Bug(
         "hooks not put back",
@@ -164,8 +164,8 @@ GUARD = (
         "hooks are as before",
         old="undo.append(self.owned.restore)",
         new="pass",
-        tests="test_guard.py::test_no_trace_of[returns-hook_that_returns]\n"
-        "test_guard.py::test_no_trace_of[returns-reset_everything]",
+        tests="guard/test_guard.py::test_no_trace_of[returns-hook_that_returns]\n"
+        "guard/test_guard.py::test_no_trace_of[returns-reset_everything]",
     ),
     Bug(
         "global hooks not put back",
@@ -173,7 +173,7 @@ GUARD = (
         "hooks are as before",
         old="name.startswith('_global_') and isinstance(box, dict)",
         new="False",
-        tests="test_guard.py::test_no_trace_of[returns-global_flags]",
+        tests="guard/test_guard.py::test_no_trace_of[returns-global_flags]",
     ),
     Bug(
         "changed parameters pass",
@@ -181,7 +181,7 @@ GUARD = (
         "a changed parameter is named",
         old="{id(tensor) for tensor, version in versions if tensor._version != version}",
         new="set()",
-        tests="test_guard.py::test_a_changed_parameter_is_named",
+        tests="guard/test_guard.py::test_a_changed_parameter_is_named",
     ),
     Bug(
         "max_norm not put back",
@@ -189,7 +189,7 @@ GUARD = (
         "embeddings are bitwise as before",
         old="isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None and ANY",
         new="False",
-        tests="test_guard.py::test_an_embedding_with_max_norm_is_put_back",
+        tests="guard/test_guard.py::test_an_embedding_with_max_norm_is_put_back",
     ),
     Bug(
         "lists not put back",
@@ -197,7 +197,7 @@ GUARD = (
         "containers hold what they held",
         old="[] if self.aloof else [self.boxes.restore]",
         new="[]",
-        tests="test_guard.py::test_no_trace_of[returns-train_mode_forward]",
+        tests="guard/test_guard.py::test_no_trace_of[returns-train_mode_forward]",
     ),
     Bug(
         "probes are logged",
@@ -205,7 +205,7 @@ GUARD = (
         "a probe's forward logs nothing",
         old="held['log'] = held['log_dict'] = ANY",
         new="pass",
-        tests="test_guard.py::test_a_forward_that_logs_logs_nothing",
+        tests="guard/test_guard.py::test_a_forward_that_logs_logs_nothing",
     ),
     Bug(
         "interrupts replaced",
@@ -213,7 +213,7 @@ GUARD = (
         "a signal on its way up is never replaced",
         old="signals or (error is not None and not isinstance(error, Exception))",
         new="False",
-        tests="test_guard.py::test_an_interrupt_is_not_replaced_by_a_guard_error",
+        tests="guard/test_guard.py::test_an_interrupt_is_not_replaced_by_a_guard_error",
     ),
     Bug(
         "compiled anew",
@@ -221,6 +221,6 @@ GUARD = (
         "no recompilation",
         old="frames is not None and hasattr(frames, '_set_stance')",
         new="False",
-        tests="test_guard.py::test_a_compiled_model_makes_no_new_graph",
+        tests="guard/test_guard.py::test_a_compiled_model_makes_no_new_graph",
     ),
 )

@@ -12,7 +12,7 @@ METRICS = (
         old="ANY ** 2 / 2",
         new="ANY ** 2",
         within="kernel_distance",
-        tests="test_metrics_distance.py::test_distance_of_identity_and_identity_plus_ones",
+        tests="metrics/test_distance.py::test_distance_of_identity_and_identity_plus_ones",
     ),
     Bug(
         "angle by acos",
@@ -20,7 +20,7 @@ METRICS = (
         "a small rotation keeps its digits",
         old="2 * torch.asin((ANY / 2).clamp(max=1))",
         new="torch.acos((1 - ANY**2 / 2).clamp(max=1))",
-        tests="test_metrics_distance.py::test_a_small_rotation_keeps_its_digits",
+        tests="metrics/test_distance.py::test_a_small_rotation_keeps_its_digits",
     ),
     Bug(
         "scale in powers of ten",
@@ -29,7 +29,7 @@ METRICS = (
         old="torch.log(ANY) - torch.log(ANY_0)",
         new="torch.log10(ANY) - torch.log10(ANY_0)",
         within="kernel_scale",
-        tests="test_metrics_distance.py::test_scalar_chain_doubles_its_kernel_without_turning",
+        tests="metrics/test_distance.py::test_scalar_chain_doubles_its_kernel_without_turning",
     ),
     Bug(
         "columns centred alone",
@@ -37,7 +37,7 @@ METRICS = (
         "C K C",
         old="x - x.mean(0) - (x - x.mean(0)).mean(1, keepdim=True)",
         new="x - x.mean(0)",
-        tests="test_metrics_distance.py::test_cka_is_the_cosine_of_explicitly_centred_kernels",
+        tests="metrics/test_distance.py::test_cka_is_the_cosine_of_explicitly_centred_kernels",
     ),
     Bug(
         "cka half centred",
@@ -46,7 +46,7 @@ METRICS = (
         old="centred_unit(k)",
         new="unit(k)",
         within="cka",
-        tests="test_metrics_distance.py::test_cka_is_the_cosine_of_explicitly_centred_kernels",
+        tests="metrics/test_distance.py::test_cka_is_the_cosine_of_explicitly_centred_kernels",
     ),
     Bug(
         "relative change over the new norm",
@@ -55,7 +55,7 @@ METRICS = (
         old="(k0 / top).norm()",
         new="(k / top).norm()",
         within="relative_change",
-        tests="test_metrics_distance.py::test_relative_change_follows_from_scale_and_angle",
+        tests="metrics/test_distance.py::test_relative_change_follows_from_scale_and_angle",
     ),
     Bug(
         "entropy of raw eigenvalues",
@@ -64,7 +64,7 @@ METRICS = (
         old="spectrum / spectrum.sum()",
         new="spectrum",
         within="effective_rank",
-        tests="test_metrics_spectrum.py::test_ranks_of_a_geometric_spectrum",
+        tests="metrics/test_spectrum.py::test_ranks_of_a_geometric_spectrum",
     ),
     Bug(
         "participation without its square",
@@ -72,7 +72,7 @@ METRICS = (
         "(Σλ)²/Σλ²",
         old="spectrum.sum() ** 2 / (spectrum**2).sum()",
         new="spectrum.sum() / (spectrum**2).sum()",
-        tests="test_metrics_spectrum.py::test_ranks_of_a_geometric_spectrum",
+        tests="metrics/test_spectrum.py::test_ranks_of_a_geometric_spectrum",
     ),
     Bug(
         "indefinite kernels taken",
@@ -80,7 +80,7 @@ METRICS = (
         "a kernel that is not positive semi-definite is refused",
         old="spectrum[-1] < -floor",
         new="False",
-        tests="test_metrics_contract.py::test_wrong_arguments_raise_and_never_turn_into_nan",
+        tests="metrics/test_contract.py::test_wrong_arguments_raise_and_never_turn_into_nan",
     ),
     Bug(
         "kta centred",
@@ -89,7 +89,7 @@ METRICS = (
         old="unit(y)",
         new="unit(y - y.mean(0))",
         within="target_alignment",
-        tests="test_metrics_alignment.py::test_known_alignments",
+        tests="metrics/test_alignment.py::test_known_alignments",
     ),
     Bug(
         "z without its mean",
@@ -98,7 +98,7 @@ METRICS = (
         old="(ANY - mean) / spread",
         new="ANY / spread",
         within="alignment_z",
-        tests="test_metrics_alignment.py::test_z_is_seeded_leaves_the_global_generator_alone_and_tells_signal_from_noise",
+        tests="metrics/test_alignment.py::test_z_is_seeded_leaves_the_global_generator_alone_and_tells_signal_from_noise",
     ),
     Bug(
         "z from the global generator",
@@ -107,7 +107,7 @@ METRICS = (
         old="torch.randperm(n, generator=generator, device=generator.device)",
         new="torch.randperm(n)",
         within="alignment_z",
-        tests="test_metrics_alignment.py::test_z_is_seeded_leaves_the_global_generator_alone_and_tells_signal_from_noise",
+        tests="metrics/test_alignment.py::test_z_is_seeded_leaves_the_global_generator_alone_and_tells_signal_from_noise",
     ),
     Bug(
         "null over n",
@@ -116,7 +116,7 @@ METRICS = (
         old="n - 1",
         new="n",
         within="cumulative_power_null",
-        tests="test_metrics_alignment.py::test_cumulative_power_against_numpy_and_its_null_over_every_permutation",
+        tests="metrics/test_alignment.py::test_cumulative_power_against_numpy_and_its_null_over_every_permutation",
     ),
     Bug(
         "gcv without its square",
@@ -125,7 +125,7 @@ METRICS = (
         old="(inverted.trace() / len(k)).square()",
         new="inverted.trace() / len(k)",
         within="gcv",
-        tests="test_metrics_regression.py::test_leave_one_out_and_gcv_to_twelve_digits",
+        tests="metrics/test_regression.py::test_leave_one_out_and_gcv_to_twelve_digits",
     ),
     Bug(
         "loo without the diagonal",
@@ -134,7 +134,7 @@ METRICS = (
         old="ANY / inverted.diagonal()[:, None]",
         new="ANY",
         within="loo_residuals",
-        tests="test_metrics_regression.py::test_leave_one_out_equals_refitting",
+        tests="metrics/test_regression.py::test_leave_one_out_equals_refitting",
     ),
     Bug(
         "flow twice as fast",
@@ -142,7 +142,7 @@ METRICS = (
         "df/dt = −lr·K(f − y)",
         old="torch.exp(-lr * t * spectrum)",
         new="torch.exp(-2 * lr * t * spectrum)",
-        tests="test_metrics_dynamics.py::test_gradient_flow_solves_its_equation",
+        tests="metrics/test_dynamics.py::test_gradient_flow_solves_its_equation",
     ),
     Bug(
         "momentum lowers the largest rate",
@@ -150,7 +150,7 @@ METRICS = (
         "the largest stable learning rate under momentum",
         old="2 * (1 + beta)",
         new="2 * (1 - beta)",
-        tests="test_metrics_dynamics.py::test_the_largest_stable_rate_parts_convergence_from_divergence",
+        tests="metrics/test_dynamics.py::test_the_largest_stable_rate_parts_convergence_from_divergence",
         within="_edge",
     ),
     Bug(
@@ -159,7 +159,7 @@ METRICS = (
         "the largest stable learning rate under Nesterov's momentum",
         old="(1 + 2 * beta) if nesterov else 1",
         new="1",
-        tests="test_metrics_dynamics.py::test_the_largest_stable_rate_parts_convergence_from_divergence",
+        tests="metrics/test_dynamics.py::test_the_largest_stable_rate_parts_convergence_from_divergence",
     ),
     Bug(
         "curvature without its root",
@@ -168,7 +168,7 @@ METRICS = (
         old="values.clamp(min=0).sqrt()",
         new="values.clamp(min=0)",
         within="gauss_newton_spectrum",
-        tests="test_metrics_dynamics.py::test_gauss_newton_spectrum_is_that_of_the_explicit_matrix",
+        tests="metrics/test_dynamics.py::test_gauss_newton_spectrum_is_that_of_the_explicit_matrix",
     ),
     Bug(
         "taylor ratio over one side",
@@ -176,7 +176,7 @@ METRICS = (
         "a ratio in [0, 1]",
         old="error / (moved + linear)",
         new="error / moved",
-        tests="test_metrics_laziness.py::test_scalar_chain_under_gradient_flow",
+        tests="metrics/test_laziness.py::test_scalar_chain_under_gradient_flow",
     ),
     Bug(
         "rounding is motion",
@@ -184,7 +184,7 @@ METRICS = (
         "no motion, no ratio",
         old="moved <= noise",
         new="False",
-        tests="test_metrics_laziness.py::test_motion_below_the_outputs_rounding_is_no_motion",
+        tests="metrics/test_laziness.py::test_motion_below_the_outputs_rounding_is_no_motion",
     ),
     Bug(
         "jackknife as a standard deviation",
@@ -193,7 +193,7 @@ METRICS = (
         old="(n - 1) / n",
         new="1 / n",
         within="jackknife",
-        tests="test_metrics_error_bars.py::test_jackknife_of_a_mean_is_the_standard_error_of_the_mean",
+        tests="metrics/test_error_bars.py::test_jackknife_of_a_mean_is_the_standard_error_of_the_mean",
     ),
     Bug(
         "velocity per probe",
@@ -202,7 +202,7 @@ METRICS = (
         old="ANY / (view.step - step)",
         new="ANY",
         within="kernel_velocity",
-        tests="test_monitor.py::test_velocity_is_the_angle_per_step_between_probes",
+        tests="measurement/test_monitor.py::test_velocity_is_the_angle_per_step_between_probes",
     ),
     Bug(
         "path forgets",
@@ -210,7 +210,7 @@ METRICS = (
         "the sum of the angles from probe to probe",
         old="self.path_length + angle",
         new="angle",
-        tests="test_diagnostics.py::test_path_length_and_directness_there_and_back",
+        tests="diagnostics/test_diagnostics.py::test_path_length_and_directness_there_and_back",
     ),
     Bug(
         "permutations by step",
@@ -219,6 +219,6 @@ METRICS = (
         old="torch.Generator().manual_seed(view.seed)",
         new="torch.Generator().manual_seed(view.seed + view.step)",
         within="centered_alignment_z",
-        tests="test_diagnostics.py::test_labels_are_shuffled_alike_at_every_step",
+        tests="diagnostics/test_diagnostics.py::test_labels_are_shuffled_alike_at_every_step",
     ),
 )

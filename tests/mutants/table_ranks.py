@@ -55,7 +55,7 @@ FORECAST = (
         "the forecast trains as the run does",
         old="group.update(settings)",
         new="group.update({**settings, 'momentum': 0.0} if 'momentum' in settings else settings)",
-        tests="test_diagnostics_forecast.py::test_a_linear_network_does_what_is_forecast[SGD, heavy ball, decay]",
+        tests="diagnostics/test_forecast.py::test_a_linear_network_does_what_is_forecast[SGD, heavy ball, decay]",
     ),
     Bug(
         "forecast without weight decay",
@@ -63,7 +63,7 @@ FORECAST = (
         "the forecast trains as the run does",
         old="group.update(settings)",
         new="group.update({**settings, 'weight_decay': 0.0})",
-        tests="test_diagnostics_forecast.py::test_a_linear_network_does_what_is_forecast[SGD, heavy ball, decay]",
+        tests="diagnostics/test_forecast.py::test_a_linear_network_does_what_is_forecast[SGD, heavy ball, decay]",
     ),
     Bug(
         "forecast at the rates of now",
@@ -71,7 +71,8 @@ FORECAST = (
         "the rates of the run's own step",
         old="self._rule.step(how.rates, how.after, clip)",
         new="self._rule.step(self.rates(), self.rates(), clip)",
-        tests="test_following.py::test_a_linear_network_does_what_the_callback_forecasts[a schedule by step]",
+        tests="frontends/test_forecast_updates.py"
+        "::test_a_linear_network_does_what_the_callback_forecasts[a schedule by step]",
     ),
     Bug(
         "forecast's time uncounted",
@@ -79,7 +80,7 @@ FORECAST = (
         "overhead is all that the watch takes",
         old="self.schedule.aside()",
         new="true_precision(trainer)",
-        tests="test_following.py::test_its_time_is_overhead_and_no_probes",
+        tests="frontends/test_forecast_updates.py::test_its_time_is_overhead_and_no_probes",
     ),
     Bug(
         "forecast's time taken from probes",
@@ -87,7 +88,7 @@ FORECAST = (
         "the forecast takes no probe away",
         old="self._aside += self._clock() - since",
         new="self._spent += self._clock() - since",
-        tests="test_schedule.py::test_time_aside_is_overhead_and_takes_no_probe_away",
+        tests="watching/test_schedule.py::test_time_aside_is_overhead_and_takes_no_probe_away",
     ),
     Bug(
         "forecast from nowhere",
@@ -95,7 +96,7 @@ FORECAST = (
         "f_0 + J_0·Δθ",
         old="f_0.double() + moved.double()",
         new="moved.double()",
-        tests="test_diagnostics_forecast.py::test_a_linear_network_does_what_is_forecast[SGD]",
+        tests="diagnostics/test_forecast.py::test_a_linear_network_does_what_is_forecast[SGD]",
     ),
     Bug(
         "calibration biased",
@@ -103,8 +104,8 @@ FORECAST = (
         "calibration equals a training forward",
         old="(square / count - mean.square()) * ANY",
         new="square / count - mean.square()",
-        tests="test_model.py::test_calibration_equals_a_training_forward\n"
-        "test_model.py::test_calibration_pools_batches",
+        tests="model/test_module.py::test_calibration_equals_a_training_forward\n"
+        "model/test_module.py::test_calibration_pools_batches",
     ),
     Bug(
         "calibration of the last batch",
@@ -112,7 +113,7 @@ FORECAST = (
         "calibration pools batches",
         old="(old[0] + count, old[1] + mean * count, old[2] + square * count)",
         new="(count, mean * count, square * count)",
-        tests="test_model.py::test_calibration_pools_batches",
+        tests="model/test_module.py::test_calibration_pools_batches",
     ),
     Bug(
         "twins at half the speed",
@@ -120,8 +121,8 @@ FORECAST = (
         "twins of a linear network learn one function",
         old="gamma**2 if sgd else gamma",
         new="gamma",
-        tests="test_diagnostics_interventions.py::test_rates_follow_the_optimizers_rule\n"
-        "test_diagnostics_interventions.py::test_a_linear_network_learns_the_same_function_at_every_scale",
+        tests="diagnostics/test_interventions.py::test_rates_follow_the_optimizers_rule\n"
+        "diagnostics/test_interventions.py::test_a_linear_network_learns_the_same_function_at_every_scale",
     ),
     Bug(
         "twins' eps kept",
@@ -129,8 +130,8 @@ FORECAST = (
         "ε/γ",
         old="group['eps'] / gamma",
         new="group['eps']",
-        tests="test_diagnostics_interventions.py::test_rates_follow_the_optimizers_rule\n"
-        "test_diagnostics_interventions.py::test_a_linear_network_learns_the_same_function_at_every_scale",
+        tests="diagnostics/test_interventions.py::test_rates_follow_the_optimizers_rule\n"
+        "diagnostics/test_interventions.py::test_a_linear_network_learns_the_same_function_at_every_scale",
     ),
     Bug(
         "twins' decay kept",
@@ -138,7 +139,7 @@ FORECAST = (
         "lr·weight decay is kept",
         old="group['weight_decay'] / factor",
         new="group['weight_decay']",
-        tests="test_diagnostics_interventions.py::test_rates_follow_the_optimizers_rule",
+        tests="diagnostics/test_interventions.py::test_rates_follow_the_optimizers_rule",
     ),
     Bug(
         "twins' clipping kept",
@@ -146,7 +147,7 @@ FORECAST = (
         "gradients are clipped at the size that they have without the scale",
         old="p.grad.mul_(factor)",
         new="pass",
-        tests="test_diagnostics_interventions.py::test_clipping_thresholds_shrink_with_the_gradients",
+        tests="diagnostics/test_interventions.py::test_clipping_thresholds_shrink_with_the_gradients",
     ),
     Bug(
         "twins' start forgotten",
@@ -154,7 +155,7 @@ FORECAST = (
         "f_0 is that of the run",
         old="self._output_scale[2].load_state_dict(checkpoint[START])",
         new="pass",
-        tests="test_diagnostics_interventions.py::test_a_resumed_run_subtracts_the_same_start",
+        tests="diagnostics/test_interventions.py::test_a_resumed_run_subtracts_the_same_start",
     ),
     Bug(
         "adam uncorrected",
@@ -162,6 +163,6 @@ FORECAST = (
         "the preconditioner is the optimizer's own",
         old="s[moment].detach().double() / correction",
         new="s[moment].detach().double()",
-        tests="test_diagnostics_optimizers.py::test_a_step_of_the_optimizer_is_the_rule",
+        tests="diagnostics/test_optimizers.py::test_a_step_of_the_optimizer_is_the_rule",
     ),
 )

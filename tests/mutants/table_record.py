@@ -11,7 +11,7 @@ RECORD = (
         "a changed byte is an error",
         old="b'%08x' % zlib.crc32(text) != found[1]",
         new="False",
-        tests="test_record.py::test_a_changed_byte_is_an_error_and_never_a_number",
+        tests="record/test_record.py::test_a_changed_byte_is_an_error_and_never_a_number",
     ),
     Bug(
         "sha256 unchecked",
@@ -19,8 +19,8 @@ RECORD = (
         "a changed byte is an error",
         old="hashlib.sha256(data).hexdigest() != sha256",
         new="False",
-        tests="test_record.py::test_a_changed_byte_is_an_error_and_never_a_number\n"
-        "test_record.py::test_side_tensors_are_read_back_or_refused",
+        tests="record/test_record.py::test_a_changed_byte_is_an_error_and_never_a_number\n"
+        "record/test_record.py::test_side_tensors_are_read_back_or_refused",
     ),
     Bug(
         "manifest unchecked",
@@ -28,7 +28,7 @@ RECORD = (
         "a changed byte is an error",
         old="body.pop('checksum', None) != ANY",
         new="body.pop('checksum', None) is None",
-        tests="test_record.py::test_a_changed_byte_is_an_error_and_never_a_number",
+        tests="record/test_record.py::test_a_changed_byte_is_an_error_and_never_a_number",
     ),
     Bug(
         "written in place",
@@ -36,7 +36,7 @@ RECORD = (
         "a reader never sees a torn state",
         old="os.replace(temporary, path)",
         new="path.write_bytes(data)\ntemporary.unlink()",
-        tests="test_record.py::test_a_reader_never_sees_a_torn_state",
+        tests="record/test_record.py::test_a_reader_never_sees_a_torn_state",
     ),
     Bug(
         "fsync of files dropped",
@@ -44,7 +44,7 @@ RECORD = (
         "a power cut loses no file that was renamed",
         old="replace_file(path, data, lasting=True)",
         new="replace_file(path, data)",
-        tests="test_ownership.py::test_every_byte_is_synced_before_it_counts",
+        tests="record/test_ownership.py::test_every_byte_is_synced_before_it_counts",
     ),
     Bug(
         "fsync of the index dropped",
@@ -53,7 +53,7 @@ RECORD = (
         old="os.fsync(handle)",
         new="pass",
         within="RecordWriter",
-        tests="test_ownership.py::test_every_byte_is_synced_before_it_counts",
+        tests="record/test_ownership.py::test_every_byte_is_synced_before_it_counts",
     ),
     Bug(
         "fsync of folders dropped",
@@ -61,7 +61,7 @@ RECORD = (
         "a power cut loses no file that was renamed",
         old="sync_folder(path.parent)",
         new="pass",
-        tests="test_ownership.py::test_every_byte_is_synced_before_it_counts",
+        tests="record/test_ownership.py::test_every_byte_is_synced_before_it_counts",
     ),
     Bug(
         "torn lines raise",
@@ -69,7 +69,7 @@ RECORD = (
         "a reader beside a writer reads what was committed",
         old="if number > len(lines):\n    break",
         new="pass",
-        tests="test_record.py::test_a_last_line_cut_at_any_byte_is_passed_over_and_then_mended",
+        tests="record/test_record.py::test_a_last_line_cut_at_any_byte_is_passed_over_and_then_mended",
     ),
     Bug(
         "torn lines kept",
@@ -77,7 +77,7 @@ RECORD = (
         "a torn line is mended before the next append",
         old="os.ftruncate(handle, end)",
         new="pass",
-        tests="test_record.py::test_a_last_line_cut_at_any_byte_is_passed_over_and_then_mended",
+        tests="record/test_record.py::test_a_last_line_cut_at_any_byte_is_passed_over_and_then_mended",
     ),
     Bug(
         "short writes kept",
@@ -85,7 +85,7 @@ RECORD = (
         "a failed append is undone",
         old="os.ftruncate(handle, size)",
         new="pass",
-        tests="test_record.py::test_a_short_write_is_undone",
+        tests="record/test_record.py::test_a_short_write_is_undone",
     ),
     Bug(
         "paths leave the record",
@@ -93,8 +93,8 @@ RECORD = (
         "no file outside the record is read",
         old="path.resolve().is_relative_to(root.resolve())",
         new="True",
-        tests="test_record.py::test_a_record_that_names_a_file_outside_itself_is_refused\n"
-        "test_record.py::test_a_link_that_leads_out_of_the_record_is_refused",
+        tests="record/test_record.py::test_a_record_that_names_a_file_outside_itself_is_refused\n"
+        "record/test_record.py::test_a_link_that_leads_out_of_the_record_is_refused",
     ),
     Bug(
         "names as they come",
@@ -102,7 +102,7 @@ RECORD = (
         "no name leaves its folder",
         old="fits and (not name.endswith('.'))",
         new="True",
-        tests="test_record.py::test_no_name_leaves_its_folder_and_no_two_share_a_file",
+        tests="record/test_record.py::test_no_name_leaves_its_folder_and_no_two_share_a_file",
     ),
     Bug(
         "later steps kept on resume",
@@ -110,7 +110,7 @@ RECORD = (
         "a resumed record equals an uninterrupted one",
         old="{step: kept for step, kept in rows.items() if step <= row['resumed_at']}",
         new="rows",
-        tests="test_record.py::test_a_resumed_run_drops_what_came_after_its_checkpoint",
+        tests="record/test_record.py::test_a_resumed_run_drops_what_came_after_its_checkpoint",
     ),
     Bug(
         "records overwritten",
@@ -119,7 +119,7 @@ RECORD = (
         old="os.path.lexists(folder / MANIFEST)",
         new="False",
         within="create",
-        tests="test_record.py::test_another_runs_record_is_never_written_into",
+        tests="record/test_record.py::test_another_runs_record_is_never_written_into",
     ),
     Bug(
         "reasons lost",
@@ -127,7 +127,7 @@ RECORD = (
         "null in the record with a reason",
         old="{key: reason for key, reason in reasons.items() if ANY}",
         new="{}",
-        tests="test_record.py::test_a_value_that_is_not_finite_is_written_as_null_with_a_reason",
+        tests="record/test_record.py::test_a_value_that_is_not_finite_is_written_as_null_with_a_reason",
     ),
     Bug(
         "schemas of tomorrow read",
@@ -135,7 +135,7 @@ RECORD = (
         "a newer schema asks for its own version",
         old="ANY or not 1 <= schema <= SCHEMA",
         new="ANY",
-        tests="test_record.py::test_a_newer_schema_asks_for_its_own_version",
+        tests="record/test_record.py::test_a_newer_schema_asks_for_its_own_version",
     ),
 )
 
@@ -146,7 +146,7 @@ LOGGERS = (
         "the x axis is the step of the measurement",
         old="self._logger.log_metrics(values, step=ANY)",
         new="self._logger.log_metrics(values, step=m.global_step)",
-        tests="test_sinks.py::test_any_logger_that_can_log_metrics_will_do",
+        tests="loggers/test_loggers.py::test_any_logger_that_can_log_metrics_will_do",
     ),
     Bug(
         "nan logged",
@@ -155,7 +155,7 @@ LOGGERS = (
         old="value is not None and math.isfinite(value)",
         new="value is not None",
         within="as_flat",
-        tests="test_sinks.py::test_loggers_see_finite_floats_only",
+        tests="loggers/test_loggers.py::test_loggers_see_finite_floats_only",
     ),
     Bug(
         "not flushed",
@@ -164,8 +164,8 @@ LOGGERS = (
         old="self.save()",
         new="pass",
         within="scalars",
-        tests="test_sinks.py::test_csv_holds_every_number_at_its_step_before_the_run_ends\n"
-        "test_sinks.py::test_tensorboard_holds_every_number_at_its_step_before_the_run_ends",
+        tests="loggers/test_loggers.py::test_csv_holds_every_number_at_its_step_before_the_run_ends\n"
+        "loggers/test_loggers.py::test_tensorboard_holds_every_number_at_its_step_before_the_run_ends",
     ),
     Bug(
         "failing loggers go on",
@@ -173,7 +173,7 @@ LOGGERS = (
         "three failures in a row leave a logger out",
         old="self._failures >= PATIENCE",
         new="False",
-        tests="test_sinks.py::test_a_logger_that_fails_again_and_again_is_left_out",
+        tests="loggers/test_loggers.py::test_a_logger_that_fails_again_and_again_is_left_out",
     ),
     Bug(
         "pictures at any price",
@@ -181,6 +181,6 @@ LOGGERS = (
         "drawing takes no more than its share",
         old="expected <= SHARE * ANY",
         new="True",
-        tests="test_sinks.py::test_pictures_are_drawn_first_last_and_as_time_allows",
+        tests="loggers/test_loggers.py::test_pictures_are_drawn_first_last_and_as_time_allows",
     ),
 )

@@ -1,0 +1,330 @@
+"""NTKWatch: when → measure → sinks, inside a Lightning Trainer. Sequencing only, no arithmetic."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ntkwatch.distributed import Ranks, sharded
+from ntkwatch.frontends.beginning import Beginning
+from ntkwatch.frontends.continuation import Continuation
+from ntkwatch.frontends.forecast_updates import Follower, follow
+from ntkwatch.frontends.opening import Opening
+from ntkwatch.frontends.trainer import Moment, import_names, now, show_columns, stays_out, true_precision
+from ntkwatch.guard.default_device import ours
+from ntkwatch.guard.interruption import Ended, signals_later
+from ntkwatch.loggers.sinks import publish
+from ntkwatch.measurement.arguments import check_choice
+from ntkwatch.record import Measurement
+from ntkwatch.watching.checkpoint import VERSION
+from ntkwatch.watching.error_policy import Failures
+from ntkwatch.watching.grid import Grid
+from ntkwatch.watching.messages import others_warnings
+from ntkwatch.watching.rank_zero import jointly
+from ntkwatch.watching.results import Outcome
+from ntkwatch.watching.schedule import Schedule
+from ntkwatch.watching.session import Session
+from ntkwatch.watching.settings import Settings
+
+if TYPE_CHECKING or not (loaded := import_names()):
+    from pytorch_lightning import Callback
+else:  # of the import names that the run uses already: a second copy of the package would cost seconds
+    Callback = type("Callback", tuple(sys.modules[name].Callback for name in loaded), {})
+
+Work = Callable[[], Measurement | None]
+
+
+class NTKWatch(Callback):
+    """Watch the empirical NTK of the model during `trainer.fit`.
+
+    Args:
+        probes: how many validation (else training) examples to watch, class-balanced; or "val", "train", a tensor,
+            a batch, a ProbeSet.
+        every: "log" (0 and round(2^(k/4))), a number of steps, a list of steps, or a function of the step.
+        budget: share of wall time that probing may take, beyond 5 s in all that are free; None: no limit.
+        reduction: "trace", "sum", "blocks" or "full".
+        engine: "auto", "layerwise" or "functional".
+        outputs: callable (model, batch) -> [n, C], where the model's own output is something else.
+        targets: None (from the batch), a tensor for the probes, or a callable of the batch.
+        loss: callable (outputs, targets) -> mean loss, for the diagnostics that need one.
+        diagnostics: "default", "full" or a list of names and presets; linear forecast and sign descent by name alone.
+        resample: fresh probes at every measurement, θ_0 and θ_t both evaluated on them.
+        save_kernels: keep every kernel in the record, not only the first.
+        on_error: "warn" or "raise": what a failing probe does in mid-run.
+        loggers: None for the trainer's, [] for the record alone, or a list of Lightning loggers.
+        hparams: kept in the record beside the module's own `hparams`; {"width": 256} feeds `ntkwatch widths`.
+        seed: of the probe choice and the label permutations; the run's own generators are never touched.
+
+    Raises:
+        ValueError: an argument of an unknown value, at construction.
+    """
+
+    state_key: str = "NTKWatch"
+
+    def __init__(
+        self,
+        probes: Any = 64,
+        every: int | Sequence[int] | Callable[[int], bool] | str = "log",
+        budget: float | None = 0.02,
+        reduction: str = "trace",
+        engine: str = "auto",
+        outputs: Callable[[torch.nn.Module, Any], Any] | None = None,
+        targets: Callable[[Any], Any] | Tensor | None = None,
+        loss: Callable[[Tensor, Tensor], Any] | None = None,
+        diagnostics: Sequence[str] | str = "default",
+        resample: bool = False,
+        save_kernels: bool = True,
+        on_error: str = "warn",
+        loggers: Sequence[Any] | None = None,
+        hparams: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_choice("on_error", on_error, ("warn", "raise"))
+        self._settings = Settings.checked(
+            probes, every, budget, seed, outputs=outputs, targets=targets, loss=loss, reduction=reduction,
+            engine=engine, diagnostics=diagnostics, resample=resample, save_kernels=save_kernels,
+            loggers=loggers, hparams=hparams,
+        )  # fmt: skip
+        self._on_error, self._outcome = on_error, Outcome()
+        self._earlier = Continuation()
+        self._forget()
+
+    def _forget(self) -> None:
+        """A clean slate for one fit; a checkpoint's state is loaded after this."""
+        self._earlier.begin()
+        self._outcome.keep(None)
+        self._failures = Failures(self._on_error, self._settings.explicit, self._note)
+        self._session: Session | None = None
+        self._follower: Follower | None = None
+        self._ranks = Ranks.detect()
+        self._restored: dict[str, Any] | None = None
+        self._step = self._global_step = 0
+        self._probed_at: int | None = None
+        self._beginning: Beginning | None = None  # until the baseline is measured
+        self._values: dict[str, float] = {}  # the newest defined ones, on every rank
+        self._trial = self._completed = False
+        self._hide_columns: Callable[[], None] | None = None
+        self.schedule = Schedule(self._settings.every, self._settings.budget)
+        self._grid = Grid(self._settings.every, self.schedule)
+
+    @property
+    def record(self) -> Path | None:
+        """The folder of this run's record, None before fit; after ddp_spawn too, in the process that called fit."""
+        return self._outcome.record
+
+    @property
+    def last(self) -> Measurement | None:
+        """The last Measurement (on rank 0), None before the first; after ddp_spawn, what the record holds of it."""
+        return self._outcome.last
+
+    # ── Lightning's hooks ─────────────────────────────────────────────────────────────────────────────────────────
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """A new fit: nothing of an earlier one is left."""
+        if stage != "fit":
+            return
+        self._forget()
+        self._trial = bool(trainer.fast_dev_run)
+        if (reason := stays_out(trainer, self)) is not None:
+            self._failures.switch_off(reason)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Choose the probes, look at the model; what was passed explicitly and does not fit raises here."""
+        if self._failures.off is None and (reason := sharded(pl_module)) is not None:
+            self._failures.switch_off(f"{reason}; sharded parameters cannot be measured yet: use DDP or one device")
+        if self._failures.off is not None:
+            return
+        self._ranks = Ranks.detect()
+        if not self._grid.settle(self._ranks, self._failures):
+            return
+        self._step = self._global_step = trainer.global_step
+        self._restored = self._earlier.settle(trainer, pl_module, self._ranks, self._failures)
+        if self._restored is not None:
+            self._step = self._probed_at = self._restored["step"]
+            self.schedule.load_state_dict(self._restored["schedule"])
+            self._grid.load_state_dict(self._restored["grid"])
+            self._values.update(self._restored["values"])
+            publish(self._values, trainer.callback_metrics)  # EarlyStopping may ask before the next probe
+        if self._failures.off is not None:
+            return  # a rank did not answer
+        for clock in (self.schedule, self._grid):
+            clock.start()
+        self._hide_columns = show_columns(trainer, self._values)
+        opening = Opening(self._settings, trainer, pl_module, self._trial)
+        self._beginning = Beginning(opening, self._restored, self._earlier.why)
+        self._together(trainer, "the look at model and probes", self._beginning.prepare, start=True)
+        self._session = self._beginning.session
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """K_0, before the first training step; later, though at θ_0, where a stream gives its probes batch by batch."""
+        if self._failures.off is not None or self._beginning is None:
+            return
+        look = partial(self._beginning.add, batch, now(trainer, self._step))
+        self._together(trainer, "gathering the probes", look, start=True)
+        if self._failures.off is None:
+            self._begin(trainer, pl_module, self._beginning, waits=True)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """What a stream has given in a whole epoch is what there is."""
+        if self._failures.off is None and self._beginning is not None:
+            self._begin(trainer, pl_module, self._beginning, waits=False)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """For the linear forecast: a scheduler changes the learning rates of this step before the batch ends."""
+        if self._follower is not None:
+            self._follower.stepping(optimizer)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count optimizer-stepping batches; measure where the schedule says so."""
+        if self._session is not None:
+            self._session.renew()
+        stepped = trainer.global_step != self._global_step
+        if self._follower is not None and self._failures.off is None:
+            with self.schedule.aside(), true_precision(trainer):
+                self._follower.batch(batch, outputs, stepped)
+        if not stepped:
+            return  # gradients are being accumulated
+        self._global_step = trainer.global_step
+        self._step += 1
+        if self._beginning is None and self._failures.off is None and not self._trial and self._grid.due(self._step):
+            # Lightning counts this batch only after its hooks, and what it logs of the next one stands there.
+            self._probe(trainer, now(trainer, self._step, batches=1))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """The last step is always measured."""
+        self._completed = True
+        if self._failures.off is None and not self._trial and self._probed_at not in (None, self._step):
+            self._probe(trainer, now(trainer, self._step), last=True)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let go of the model and of θ_0."""
+        if stage != "fit":
+            return
+        if self._hide_columns is not None:
+            self._failures.quietly("the progress bar", self._hide_columns)
+            self._hide_columns = None  # a closure: the callback stays picklable
+        if self._session is not None:
+            self._failures.quietly("closing the loggers", partial(self._session.finish, self._completed))
+            self._earlier.keep(self.state_dict(), pl_module)  # for the next fit, and `trainer.save_checkpoint`
+            self._session = None
+        self._beginning = None
+        if self._follower is not None:
+            self._follower.close()
+            self._follower = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives only, under 1 MB."""
+        return {
+            "version": VERSION,
+            "step": self._step,
+            "schedule": self.schedule.state_dict(),
+            "grid": self._grid.state_dict(),
+            "values": dict(self._values),
+            "session": self._state(self._session) if self._session is not None else self._earlier.session,
+        }
+
+    def _state(self, session: Session) -> dict[str, Any]:
+        forecast = self._follower.state(session.record) if self._follower is not None and session.begun else None
+        return session.state() | ({"forecast": forecast} if forecast else {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the record of the run that the checkpoint is from, if the state is one that can be used."""
+        self._earlier.load(state_dict)
+
+    def summary(self) -> str:
+        """The run in words, with its numbers, as `ntkwatch show` tells it; or why there is nothing to tell."""
+        step = self.last.step if self.last is not None else None
+        return self._outcome.summary() or self._failures.instead_of_a_summary(step)
+
+    # ── one probe ─────────────────────────────────────────────────────────────────────────────────────────────────
+    def _probe(self, trainer: Any, at: Moment, last: bool = False) -> None:
+        def work() -> Measurement | None:
+            due = last or self._grid.asked or self.schedule.due(self._step)
+            return self._measure(trainer, at, last) if due else None
+
+        self._together(trainer, f"the probe at step {self._step}", work)
+
+    def _measure(self, trainer: Any, at: Moment, last: bool = False) -> Measurement:
+        assert self._session is not None
+        optimizers = trainer.optimizers
+        with true_precision(trainer):
+            return self._session.probe(
+                at.step,
+                lambda: self.schedule.overhead,
+                last=last,
+                x=at.x,
+                optimizer=optimizers[0] if len(optimizers) == 1 and not at.late else None,
+                global_step=at.global_step,
+                epoch=at.epoch,
+            )
+
+    # ── the baseline ──────────────────────────────────────────────────────────────────────────────────────────────
+    def _begin(self, trainer: Any, pl_module: Any, beginning: Beginning, waits: bool) -> None:
+        """K_0 and all that is done once, if rank 0 has the probes for it."""
+        settled = self._failures.shared(self._ranks, beginning.start(waits), None)
+        if settled is None:
+            return
+        start, self._beginning = Moment(*settled), None
+
+        def baseline() -> Measurement:
+            self.schedule.due(start.step)
+            with beginning.at_start():
+                return self._measure(trainer, start)
+
+        self._together(trainer, "settling the baseline", partial(beginning.begin, self._ranks), start=True)
+        self._session = beginning.session
+        continued = self._failures.shared(self._ranks, beginning.continued, False)
+        if self._session is not None:
+            self._outcome.keep(self._session.record)
+        if self._failures.off is None:
+            fit = (trainer, pl_module, self._session, self._settings, self._restored if continued else None)
+            self._follower = follow(*fit, self._ranks, self._failures, start.late)
+        if self._failures.off is None and not continued:
+            if self._restored is None:
+                self._grid.due(start.step)
+            self._together(trainer, "the baseline probe", baseline, True, start.step)
+        if self._failures.off is None and self._session is not None:
+            self._session.tell_unfollowed()
+
+    def _together(self, trainer: Any, what: str, work: Work, start: bool = False, step: int | None = None) -> None:
+        """Rank 0 works, every rank learns how it went: the same values, the same error, the same switch-off.
+
+        step: where a measurement stands, if not at the present one.
+        """
+
+        def timed() -> Measurement | None:
+            if trainer.received_sigterm:
+                raise Ended
+            with self.schedule.probing(), others_warnings(), ours():
+                return work()
+
+        with signals_later():
+            done = jointly(
+                self._ranks, self._failures, timed, lambda m: m and self._session and self._session.sinks.values
+            )
+            if done.failure is not None:
+                self._failures.probe(what, done.failure, done.error, start)
+            elif done.said is not None:
+                self._probed_at = self._step if step is None else step
+                self._failures.quietly(f"telling of {what}", partial(self._learn, trainer, done.value, done.said))
+
+    def _learn(self, trainer: Any, measurement: Measurement | None, values: Mapping[str, float]) -> None:
+        self._failures.succeeded()
+        if self._session is not None:
+            self._outcome.keep(self._session.record, measurement)
+        self._values.update({tag: value for tag, value in values.items() if tag.startswith("ntk/")})
+        publish(self._values, trainer.callback_metrics)
+
+    def _note(self, off: str | None) -> None:
+        """The record says that a probe failed at this step, or why the watch is off from here on."""
+        if self._session is not None:
+            self._session.note(self._step, off)

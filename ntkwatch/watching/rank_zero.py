@@ -1,0 +1,75 @@
+"""What rank 0 does for all ranks: it works alone, sends nothing, ends in time, and every rank learns how it went."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from ntkwatch.distributed import Ranks, TooLong
+from ntkwatch.guard.collectives import alone
+from ntkwatch.guard.interruption import Ended, at_most, pending
+from ntkwatch.watching.error_policy import Failures, Told, stopped, told
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Done(Generic[T]):
+    """How it went: on rank 0, and what is known of that on every rank.
+
+    Attributes:
+        value, error: what the work gave, or raised; on rank 0.
+        said: what rank 0 tells of the value, on every rank.
+        failure: what rank 0 tells of the error, or of what stopped it, on every rank.
+    """
+
+    value: T | None = None
+    error: Exception | None = None
+    said: Any = None
+    failure: Told | None = None
+
+
+def jointly(ranks: Ranks, failures: Failures, work: Callable[[], T], tell: Callable[[T], Any]) -> Done[T]:
+    """Rank 0 works and tells what it has. Every rank comes here; where one does not, `failures` switches off.
+
+    A KeyboardInterrupt or SystemExit of rank 0 goes on its way once the other ranks, which wait, know of it.
+    """
+    if not failures.met(ranks):
+        return Done()
+    done: Done[T] = Done()
+    if ranks.first():
+        try:
+            done = _tried(ranks, work, tell)
+        except BaseException as stop:
+            _shared(ranks, failures, Done(failure=stopped(type(stop).__name__)))
+            raise
+    return _shared(ranks, failures, done)
+
+
+def _tried(ranks: Ranks, work: Callable[[], T], tell: Callable[[T], Any]) -> Done[T]:
+    try:
+        with _by_itself(ranks):
+            value = work()
+        return Done(value, said=tell(value))
+    except Ended as ended:
+        by = ", ".join(pending()) or "SIGTERM"
+        return Done(error=ended.error, failure=told(ended.error) if ended.error is not None else stopped(by))
+    except Exception as error:  # whatever a probe meets, the run that it watches goes on
+        return Done(error=error, failure=told(error))
+
+
+@contextlib.contextmanager
+def _by_itself(ranks: Ranks) -> Iterator[None]:
+    if ranks.size == 1:
+        yield
+        return
+    late = TooLong(f"it has taken {ranks.patience:g} s, and the other ranks wait no longer")
+    with at_most(ranks.patience, late), alone():
+        yield
+
+
+def _shared(ranks: Ranks, failures: Failures, done: Done[T]) -> Done[T]:
+    said, failure = failures.shared(ranks, (done.said, done.failure), (None, None))
+    return Done(done.value, done.error, said, failure)
