@@ -20,7 +20,7 @@ from ntkwatch.engines.factors import Factor
 from ntkwatch.engines.graph import Graph, node_bytes, reaches, walk
 from ntkwatch.engines.outputs import PerOutput
 from ntkwatch.engines.passes import Start, at_once, in_turn
-from ntkwatch.engines.separation import Separation, leaves_at, outputs_at, separate, transfers
+from ntkwatch.engines.separation import Separation, leaves_at, outputs_at, separation_for
 from ntkwatch.engines.sums import add, densify
 from ntkwatch.engines.written import Gradients, Written, factor_of, written_bytes
 from ntkwatch.model import Network, UnsupportedModel
@@ -69,9 +69,7 @@ class Capture:
         self.n = f.shape[0]
         self._edge = f
         self.outputs = f.detach()
-        if recipe is None or not transfers(recipe, self.graph, self.n):
-            recipe = separate(self.graph, f, self.n)
-        self.recipe = recipe
+        self.recipe = separation_for(recipe, self.graph, f)
         self.cotangents = cotangents(f, summed)
 
     def groups(self) -> list[slice]:

@@ -53,15 +53,16 @@ class Graph:
     outputs_used: dict[Node, list[int]]
     leaves: dict[str, Node]
 
-    @property
+    @cached_property
     def signature(self) -> tuple[str, ...]:
         """What two runs of the same code share."""
         return tuple(_SAME.get(name := node.name(), name) for node in self.nodes)
 
-    @property
-    def routes(self) -> bool:
-        """Whether rows may be regrouped in a way that depends on the data."""
-        return any(name.startswith(_ROUTING) or "_index" in name.lower() for name in self.signature)
+    @cached_property
+    def routing(self) -> tuple[Node, ...]:
+        """The nodes that may regroup rows in a way that depends on the data."""
+        pairs = zip(self.nodes, self.signature, strict=True)
+        return tuple(node for node, name in pairs if name.startswith(_ROUTING) or "_index" in name.lower())
 
 
 @dataclass(frozen=True)
@@ -220,15 +221,13 @@ def find_layout(g: Tensor, coded: Sequence[Tensor], n: int, base: int) -> tuple[
         return (Scattered(layout.owner.amax(-1), n) if isinstance(layout, Scattered) else layout), sure
     if g.numel() == 0:
         return Scattered(torch.zeros(g.shape, dtype=torch.long, device=g.device), n), False
-    codes = digits(n, base)
-    limit = min(64 * torch.finfo(g.dtype).eps, _NEAR) * g.abs().max().double()
+    codes, limit = digits(n, base), _rounding(g)
     for dim, size in enumerate(g.shape):
         for minor in (False, True) if n < size else (False,):
             if size % n or size == 0:
                 continue
             layout = Layout(dim, size // n, minor)
-            owner = layout.owner(g.shape, n)
-            if all(_agrees(g, c, code.to(g.device)[owner], limit) for c, code in zip(coded, codes, strict=True)):
+            if agrees(layout, g, coded, n, base):
                 return layout, _all_seen(layout.split(g, n))
     owner_of = torch.zeros(g.shape, dtype=torch.long, device=g.device)
     scale = 1
@@ -239,6 +238,20 @@ def find_layout(g: Tensor, coded: Sequence[Tensor], n: int, base: int) -> tuple[
         owner_of += scale * digit.long()
         scale *= base
     return (Scattered(owner_of.clamp(0, n - 1), n), True) if g.ndim else (None, True)
+
+
+def agrees(layout: Layout, g: Tensor, coded: Sequence[Tensor | None], n: int, base: int) -> bool:
+    """Whether a gradient and its coded ones (see `find_layout`) are as this layout has them."""
+    if g.is_complex():
+        g, coded = torch.view_as_real(g), [c if c is None else torch.view_as_real(c) for c in coded]
+    owner, limit = layout.owner(g.shape, n), _rounding(g)
+    pairs = zip(coded, digits(n, base), strict=True)
+    return all(c is not None and _agrees(g, c, code.to(g.device)[owner], limit) for c, code in pairs)
+
+
+def _rounding(g: Tensor) -> Tensor:
+    """How far equal numbers may be apart."""
+    return min(64 * torch.finfo(g.dtype).eps, _NEAR) * g.abs().max().double()
 
 
 def _agrees(g: Tensor, coded: Tensor, factor: Tensor, limit: Tensor) -> bool:

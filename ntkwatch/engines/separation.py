@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ntkwatch.engines.graph import (
     Layout,
     NestedTensors,
     Scattered,
+    agrees,
     base_of,
     digits,
     edges,
@@ -37,6 +39,8 @@ from ntkwatch.engines.passes import can_be_batched
 from ntkwatch.engines.suspects import nested
 from ntkwatch.model import Network, UnsupportedModel, take
 
+_KEPT = 64  # separations of one network that are kept
+_INDICES = ("_saved_indices", "_saved_index", "_saved_mask", "_saved_condition")  # by which nodes route rows
 _FEW = 3  # the fewest probes that tell [n, T] from [T, n] and from T = n by their values
 
 
@@ -48,12 +52,15 @@ class Separation:
     signature: tuple[str, ...]
     boundary: tuple[tuple[int, int, Layout | Scattered], ...]
     shared: frozenset[int]
-    sure: bool  # told apart beyond doubt and not by the data: they hold for more probes of the same shape too
+    sure: bool  # layouts that allow no second reading and do not depend on the data: they hold for any probes
     saved: float = 0.0  # bytes per example of all that the graph's nodes give
     captured: float = 0.0  # bytes per example and output of the gradients at the boundary
     outputs: int = 1
     batched: bool = True  # whether backward passes for all outputs at once are as right as in turn
     alone: bool = False  # examples are passed through one by one, and there is no boundary
+    certain: bool = False  # layouts allow no second reading, but may depend on how the data routes rows
+    routing: str | None = None  # digest of the indices that rows were routed by; None where a node does not show them
+    read: dict[tuple[int, str | None], Separation] = field(default_factory=dict, compare=False, repr=False)
 
     @functools.cached_property
     def edges(self) -> dict[int, list[tuple[int, Layout | Scattered]]]:
@@ -113,8 +120,7 @@ def separate_few(network: Network, x: Any, state: Mapping[str, Tensor] | None = 
         graph = walk(f, leaves)
     except NestedTensors:
         raise UnsupportedModel(nested(network, lambda: outputs_at(network, few(x), state, leaves))) from None
-    found = separate(graph, f, f.shape[0])
-    return dataclasses.replace(found, sure=found.sure and not graph.routes)
+    return separate(graph, f, f.shape[0])
 
 
 def separate(graph: Graph, f: Tensor, n: int) -> Separation:
@@ -127,7 +133,8 @@ def separate(graph: Graph, f: Tensor, n: int) -> Separation:
     shared: set[Node] = set()
     boundary: dict[tuple[int, int], Layout | Scattered] = {}
     layouts: dict[Node, tuple[Layout | Scattered | None, bool]] = {}
-    sure, frontier = True, list(graph.leaves.values())
+    sure = certain = True
+    frontier = list(graph.leaves.values())
     while frontier:
         shared.update(frontier)
         above = list(dict.fromkeys(node for child in frontier for node, _ in graph.consumers[child]))
@@ -138,7 +145,8 @@ def separate(graph: Graph, f: Tensor, n: int) -> Separation:
                 layout = None if rearranges(node) else layouts[node][0]
                 if layout is not None:
                     boundary[numbers[node], k] = layout
-                    sure = sure and layouts[node][1] and isinstance(layout, Layout)
+                    certain = certain and layouts[node][1]
+                    sure = sure and isinstance(layout, Layout)
                 elif node is graph.root:
                     raise UnsupportedModel(_inseparable(graph, child))
         crossed = [node for node in above if rearranges(node) or layouts[node][0] is None]
@@ -148,11 +156,13 @@ def separate(graph: Graph, f: Tensor, n: int) -> Separation:
         graph.signature,
         tuple((i, k, layout) for (i, k), layout in sorted(boundary.items(), key=lambda item: item[0])),
         frozenset(numbers[node] for node in shared),
-        sure,
+        sure and certain and not graph.routing,
         sum(node_bytes(graph, node) for node in graph.nodes if node not in shared) / n,
         sum(node_bytes(graph, graph.nodes[i]) for i in {i for i, _ in boundary}) / n,
         f.shape[1],
         can_be_batched(f, edges(graph, [graph.nodes[i] for i in sorted({i for i, _ in boundary})])),
+        certain=certain,
+        routing=routing_digest(graph),
     )
 
 
@@ -170,11 +180,8 @@ def _read_layouts(
     """The layout of each node's output gradients, from 1 + digits backward passes."""
     if not nodes:
         return {}
-    generator = torch.Generator().manual_seed(0)
-    u = torch.rand(f.shape, generator=generator, dtype=torch.float64, device="cpu").to(f.device, f.dtype) + 0.5
-    base = base_of(types_inside(f))
-    codes = [code.to(f.device, f.dtype)[:, None] for code in digits(n, base)]
-    passes = [_backward_once(f, graph, nodes, u * code) for code in (torch.ones_like(codes[0]), *codes)]
+    u, codes, base = _cotangents(f)
+    passes = [_backward_once(f, graph, nodes, u * code) for code in codes]
     found: dict[Node, tuple[Layout | Scattered | None, bool]] = {}
     for node in nodes:
         if any(g is not None and (g.is_nested or g.layout is not torch.strided) for g in passes[0][node]):
@@ -187,6 +194,15 @@ def _read_layouts(
         ]
         found[node] = _common(readings)
     return found
+
+
+def _cotangents(f: Tensor) -> tuple[Tensor, list[Tensor], int]:
+    """A cotangent of no zero, the codes [n, 1] by which it is scaled (ones first), and the base of their digits."""
+    generator = torch.Generator().manual_seed(0)
+    u = torch.rand(f.shape, generator=generator, dtype=torch.float64, device="cpu").to(f.device, f.dtype) + 0.5
+    base = base_of(types_inside(f))
+    codes = [code.to(f.device, f.dtype)[:, None] for code in digits(f.shape[0], base)]
+    return u, [torch.ones_like(codes[0]), *codes], base
 
 
 def _common(readings: Sequence[tuple[Layout | Scattered | None, bool]]) -> tuple[Layout | Scattered | None, bool]:
@@ -207,9 +223,35 @@ def _backward_once(
     return {node: [next(grads) for _ in graph.outputs_used[node]] for node in nodes}
 
 
-def transfers(recipe: Separation, graph: Graph, n: int) -> bool:
-    """Whether layouts read from a few probes hold in this graph too."""
-    if not recipe.sure or recipe.signature != graph.signature or (n == 1) != (recipe.n == 1):
+def separation_for(recipe: Separation | None, graph: Graph, f: Tensor) -> Separation:
+    """How the examples of this graph come apart, by the layouts of `recipe` where they hold, else read anew.
+
+    Layouts that depend on the data hold where the data routes rows alike (the same digest of its indices). Otherwise
+    they are verified by as many passes as one reading takes, where reading anew takes that for each step up the graph.
+    What is read or verified is kept in `recipe.read`.
+    """
+    n = f.shape[0]
+    if recipe is None:
+        return separate(graph, f, n)
+    if recipe.sure and _fits(recipe, graph, n):
+        return recipe
+    digest = routing_digest(graph)
+    known = recipe.read.get((n, digest), recipe)
+    if not _fits(known, graph, n):
+        known = recipe
+    if known.certain and digest is not None and known.routing == digest and known.n == n and _fits(known, graph, n):
+        return known
+    held = _fits(known, graph, n) and _holds(known, graph, f)
+    found = dataclasses.replace(known, n=n, routing=digest, read={}) if held else separate(graph, f, n)
+    if len(recipe.read) >= _KEPT:
+        recipe.read.clear()
+    recipe.read[n, digest] = found
+    return found
+
+
+def _fits(recipe: Separation, graph: Graph, n: int) -> bool:
+    """Whether the layouts are of a graph of this form."""
+    if recipe.signature != graph.signature or (n == 1) != (recipe.n == 1):
         return False
     for number, _, layout in recipe.boundary:
         node: Any = graph.nodes[number]
@@ -217,3 +259,35 @@ def transfers(recipe: Separation, graph: Graph, n: int) -> bool:
             if not layout.fits(tuple(node._input_metadata[used].shape), n):
                 return False
     return True
+
+
+def _holds(recipe: Separation, graph: Graph, f: Tensor) -> bool:
+    """Whether backward passes agree with the layouts; rows that were scattered by other data are not asked about."""
+    if any(isinstance(layout, Scattered) for _, _, layout in recipe.boundary):
+        return False
+    layouts = {graph.nodes[number]: layout for number, _, layout in recipe.boundary}
+    u, codes, base = _cotangents(f)
+    passes = [_backward_once(f, graph, list(layouts), u * code) for code in codes]
+    return all(
+        g is None or agrees(layout, g, [each[node][i] for each in passes[1:]], f.shape[0], base)
+        for node, layout in layouts.items()
+        for i, g in enumerate(passes[0][node])
+    )
+
+
+def routing_digest(graph: Graph) -> str | None:
+    """Of the indices and masks that rows are regrouped by in a graph; None where a node does not show its own."""
+    digest = hashlib.blake2b(digest_size=16)
+    for node in graph.routing:
+        name = next((name for name in _INDICES if hasattr(node, name)), None)
+        try:
+            saved = None if name is None else getattr(node, name)
+        except RuntimeError:  # changed in place since
+            saved = None
+        if saved is None:
+            return None
+        for t in saved if isinstance(saved, list | tuple) else [saved]:
+            if t is not None:
+                digest.update(repr((tuple(t.shape), t.dtype)).encode())
+                digest.update(t.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
