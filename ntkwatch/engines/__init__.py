@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ntkwatch.engines.auto import choose
 from ntkwatch.engines.base import (
     Kernel,
     Plan,
@@ -19,6 +18,7 @@ from ntkwatch.engines.base import (
     richest,
     work_dtype,
 )
+from ntkwatch.engines.choice_cache import CachedChoice
 from ntkwatch.engines.memory import OutOfMemory
 from ntkwatch.engines.planning import Wanted, make_plan
 from ntkwatch.guard import leave_no_trace
@@ -144,8 +144,11 @@ def plan(
     check_batch(x)
     wanted = Wanted(richest(reduction, layers), layers, precision, chunk_size)
     with leave_no_trace(network.module), explained(network, x), _or_of_fewer_parameters():
-        x = network.batch(x)
-        return make_plan(choose(network, x, engine, chunk_size), network, x, wanted)
+        chosen = CachedChoice(network, x, engine, chunk_size)
+        with chosen:
+            made = make_plan(chosen.choice, network, network.batch(x), wanted)
+            chosen.store()
+            return made
 
 
 def _kernel(
@@ -170,14 +173,17 @@ def _kernel(
         raise ValueError(f"chunk_size must be a whole number of probes ≥ 1, got {chunk_size!r}")
     with leave_no_trace(network.module), _or_of_fewer_parameters():
         with explained(network, x1):
+            chosen = CachedChoice(network, x1, engine, chunk_size)
             x1 = network.batch(x1)
-            chosen = choose(network, x1, engine, chunk_size).engine
-        with explained(network, x1 if x2 is None else x2):
+        with explained(network, x1 if x2 is None else x2), chosen:
             x2 = None if x2 is None else network.batch(x2)
-            return chosen.kernel(
-                network, x1, x2,
-                reduction=reduction, layers=layers, chunk_size=chunk_size, precision=precision, signed=signed,
-            )  # fmt: skip
+            while True:
+                found = chosen.choice.engine.kernel(
+                    network, x1, x2,
+                    reduction=reduction, layers=layers, chunk_size=chunk_size, precision=precision, signed=signed,
+                )  # fmt: skip
+                if chosen.store():
+                    return found
 
 
 @contextlib.contextmanager

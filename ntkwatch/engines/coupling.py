@@ -34,6 +34,14 @@ class Sizes:
         """Somebody has passed x to `check_uncoupled`."""
         self._known.setdefault(network, {1}).add(min(MANY, batch_size(inputs_of(x))))
 
+    def known(self, network: Network) -> frozenset[int]:
+        """The sizes of one network."""
+        return frozenset(self._known.get(network, {1}))
+
+    def restore(self, network: Network, sizes: Iterable[int]) -> None:
+        """Takes over the sizes that were found of another Network of the same module."""
+        self._known[network] = set(sizes)
+
     def check(self, network: Network, parts: Iterable[Any], state: Mapping[str, Tensor] | None) -> None:
         """Raises UnsupportedModel where examples are coupled in a part of a size that is not known yet."""
         known = self._known.setdefault(network, {1})

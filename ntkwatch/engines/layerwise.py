@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,23 @@ _REHEARSED = 32 << 20  # allowed for a kernel: with less, a rehearsal itself wou
 ROUGHLY = 3  # times what a run roughly takes, no kernel goes beyond
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What an engine has learned of one network, without a reference to it.
+
+    Attributes:
+        separation: where examples come apart; None where the outputs depend on no trained parameter.
+        sizes: of batches in which examples were found not to be coupled.
+        chunks: probes per block that went through, by number of probes and reductions.
+        alone: examples are passed through one by one.
+    """
+
+    separation: Separation | None
+    sizes: frozenset[int]
+    chunks: Mapping[Any, int]
+    alone: bool
+
+
 class Layerwise:
     """Exact: one forward and C backward passes to the activations, then the cheapest contraction per parameter.
 
@@ -40,6 +58,24 @@ class Layerwise:
         self._uncoupled, self.alone, self._sizes = uncoupled, alone, Sizes()
         self._recipes: weakref.WeakKeyDictionary[Network, Separation | None] = weakref.WeakKeyDictionary()
         self._chunks: weakref.WeakKeyDictionary[Network, dict[Any, int]] = weakref.WeakKeyDictionary()
+
+    def reading(self, network: Network) -> Reading:
+        """What was learned of a network, for `restored`."""
+        chunks = dict(self._chunks.get(network, {}))
+        return Reading(self._recipes.get(network), self._sizes.known(network), chunks, self.alone)
+
+    @classmethod
+    def restored(cls, network: Network, reading: Reading) -> Layerwise:
+        """An engine that has learned of a network what another had of a Network of the same module."""
+        engine = cls(uncoupled=True, alone=reading.alone)
+        engine._recipes[network], engine._chunks[network] = reading.separation, dict(reading.chunks)
+        engine._sizes.restore(network, reading.sizes)
+        return engine
+
+    def graphs(self, network: Network) -> frozenset[tuple[str, ...]]:
+        """Signatures of the graphs in which the network's examples were told apart."""
+        recipe = self._recipes.get(network)
+        return frozenset() if recipe is None else frozenset(r.signature for r in (recipe, *recipe.read.values()))
 
     def kernel(
         self,

@@ -265,7 +265,7 @@ def _holds(recipe: Separation, graph: Graph, f: Tensor) -> bool:
     """Whether backward passes agree with the layouts; rows that were scattered by other data are not asked about."""
     if any(isinstance(layout, Scattered) for _, _, layout in recipe.boundary):
         return False
-    layouts = {graph.nodes[number]: layout for number, _, layout in recipe.boundary}
+    layouts = {graph.nodes[i]: layout for i, _, layout in recipe.boundary if isinstance(layout, Layout)}
     u, codes, base = _cotangents(f)
     passes = [_backward_once(f, graph, list(layouts), u * code) for code in codes]
     return all(

@@ -17,29 +17,29 @@ class Caller:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.signature = module, Signature.of(module)
-        self._known: dict[Any, Reading] = {}
+        self.known: dict[Any, Reading] = {}
 
     def __call__(self, value: Any) -> Any:
         """What the module gives of a batch."""
         form, failures = form_of(value), []
-        known = self._known.get(form)
+        known = self.known.get(form)
         for reading in readings(self.signature, value) if known is None else [known]:
             try:
                 result = reading.call(self.module, value)
             except NOT_SO as error:
                 failures.append(error)
             else:
-                self._known[form] = reading
+                self.known[form] = reading
                 return result
         raise failures[0]
 
     def reading(self, value: Any) -> Reading:
         """How the module takes a batch: as it took one of its form, else the likeliest way."""
-        return self._known.get(form_of(value)) or next(readings(self.signature, value))
+        return self.known.get(form_of(value)) or next(readings(self.signature, value))
 
     def settled(self, value: Any) -> bool:
         """Whether there is one way, or the module has taken one."""
-        return form_of(value) in self._known or len(list(readings(self.signature, value))) == 1
+        return form_of(value) in self.known or len(list(readings(self.signature, value))) == 1
 
 
 def form_of(value: Any) -> Any:

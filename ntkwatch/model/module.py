@@ -161,6 +161,20 @@ class Network:
             return torch.func.functional_call(self._wrapper, swapped, (batch,), tie_weights=False)
 
     @property
+    def forms(self) -> tuple[Any, ...]:
+        """What was learned of how batches go in, and of the types inside: of another Network of the same module too."""
+        return dict(self._settled), dict(self.call.known), self.inside
+
+    @forms.setter
+    def forms(self, learned: tuple[Any, ...]) -> None:
+        self._settled, self.call.known, self.inside = dict(learned[0]), dict(learned[1]), learned[2]
+
+    @property
+    def custom(self) -> OutputsFn | None:
+        """The `outputs` that were given."""
+        return self._outputs
+
+    @property
     def custom_outputs(self) -> bool:
         """Whether the outputs are something else than the module called on the batch."""
         return self._outputs is not None or callable(getattr(self.module, "ntk_outputs", None))

@@ -1,0 +1,223 @@
+"""The choice of an engine, remembered for the life of a module object, so that its checks are paid once.
+
+The key holds everything that the choice depends on but the values of weights and probes: the structure of the module
+with its attributes and hooks, the trained parameters, the form of the batch, `outputs=`, and torch's global modes.
+Where something cannot be compared safely, nothing is remembered.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ntkwatch.engines.auto import Choice, choose
+from ntkwatch.engines.functional import Functional
+from ntkwatch.engines.layerwise import Layerwise, Reading
+from ntkwatch.model import Network, leaves
+from ntkwatch.model.calling import form_of
+
+_ENTRIES = 8  # per module
+_DEPTH = 3  # of containers, objects and functions that are compared by what they hold
+_PLAIN = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(...),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    enum.Enum,
+)
+_CACHE: weakref.WeakKeyDictionary[nn.Module, OrderedDict[Hashable, _Entry]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A choice without any reference to the module it was made for."""
+
+    forms: Any  # how batches are read, see `Network.forms`
+    engine: str
+    reading: Reading | None
+    reason: str
+    error: float | None
+
+
+class _Same:
+    """An object compared by identity, and equal to nothing once it is gone."""
+
+    def __init__(self, value: Any) -> None:
+        self._ref, self._hash = weakref.ref(value), id(value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._ref() is not None and self._ref() is other._ref()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+class _NotComparable(Exception):
+    """Something that the choice may depend on can be compared neither by value nor safely by identity."""
+
+
+class CachedChoice:
+    """The choice of an engine for a network on a batch; the caller holds the guard.
+
+    Attributes:
+        choice: the engine and why.
+        remembered: whether it was made by an earlier call.
+    """
+
+    def __init__(self, network: Network, x: Any, engine: str, chunk_size: int | None) -> None:
+        """x: as the caller gave it."""
+        self._arguments = network, x, engine, chunk_size
+        self._key = _key(*self._arguments)
+        entries = _CACHE.get(network.module, OrderedDict())
+        entry = entries.get(self._key) if self._key is not None else None
+        self.remembered = entry is not None
+        self.choice = self._restored(entry) if entry is not None else self._made()
+        self._graphs = self._reading_graphs()
+
+    def store(self) -> bool:
+        """Keeps the choice, once a kernel was computed with it.
+
+        Returns:
+            Whether that kernel stands: False where a remembered choice met a graph that it was not checked on. Then
+            the choice has been made anew.
+        """
+        network = self._arguments[0]
+        if self.remembered and not self._reading_graphs() <= self._graphs:
+            self.remembered, self.choice = False, self._made()
+            self._graphs = self._reading_graphs()
+            return False
+        if self._key is not None:
+            entries = _CACHE.setdefault(network.module, OrderedDict())
+            entries[self._key] = self._entry()
+            entries.move_to_end(self._key)
+            while len(entries) > _ENTRIES:
+                entries.popitem(last=False)
+        return True
+
+    def __enter__(self) -> CachedChoice:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """After a failure inside, the choice is not remembered."""
+        if kind is not None:
+            _CACHE.get(self._arguments[0].module, OrderedDict()).pop(self._key, None)
+
+    def _made(self) -> Choice:
+        network, x, engine, chunk_size = self._arguments
+        return choose(network, network.batch(x), engine, chunk_size)
+
+    def _entry(self) -> _Entry:
+        network, choice = self._arguments[0], self.choice
+        reading = choice.engine.reading(network) if isinstance(choice.engine, Layerwise) else None
+        return _Entry(network.forms, choice.engine.name, reading, choice.reason, choice.error)
+
+    def _restored(self, entry: _Entry) -> Choice:
+        network = self._arguments[0]
+        network.forms = entry.forms
+        if entry.reading is None:
+            return Choice(Functional(), entry.reason, entry.error)
+        return Choice(Layerwise.restored(network, entry.reading), entry.reason, entry.error)
+
+    def _reading_graphs(self) -> frozenset[tuple[str, ...]]:
+        """Signatures of the graphs that examples were told apart in."""
+        engine = self.choice.engine
+        return engine.graphs(self._arguments[0]) if isinstance(engine, Layerwise) else frozenset()
+
+
+def _key(network: Network, x: Any, engine: str, chunk_size: int | None) -> Hashable | None:
+    """What the choice depends on; None where that cannot be compared."""
+    try:
+        batch = (form_of(x), tuple(_form(leaf, 1) for leaf in leaves(x)))
+        structure = tuple((name, _module(module)) for name, module in network.module.named_modules())
+        own = _form(network.custom, _DEPTH)
+        key = batch, structure, tuple(network.parameters), own, engine, chunk_size, _modes()
+        hash(key)
+        return key
+    except (_NotComparable, TypeError):
+        return None
+
+
+def _modes() -> Hashable:
+    """Torch's global modes that a forward pass may depend on; the guard has set those of precision and gradients."""
+    kinds = [kind for kind in ("cpu", "cuda", "mps") if kind == "cpu" or torch.is_autocast_enabled(kind)]
+    cast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
+    return cast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), torch.get_default_device()
+
+
+def _module(module: nn.Module) -> Hashable:
+    """A module's own attributes, hooks among them; its children are looked at by themselves."""
+    held = tuple((name, _form(value, _DEPTH)) for name, value in vars(module).items() if name != "_modules")
+    return _Same(module), type(module).forward, held
+
+
+def _form(value: Any, depth: int) -> Hashable:
+    """A value as something to compare: tensors by their form, containers by what they hold, others by identity.
+
+    Raises:
+        _NotComparable: neither is possible.
+    """
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if isinstance(value, Tensor):
+        return _Same(value) if isinstance(value, nn.Parameter) else None, value.shape, value.dtype, value.device
+    if isinstance(value, nn.Module | type | types.ModuleType | types.BuiltinFunctionType):
+        return _Same(value)
+    if isinstance(value, Mapping | list | tuple | set | frozenset):
+        if not value:
+            return type(value)
+        if depth == 0:
+            raise _NotComparable
+        items = list(value.items()) if isinstance(value, Mapping) else list(value)
+        return type(value), tuple(_form(item, depth - (not isinstance(value, tuple))) for item in items)
+    if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
+        return _function(value, depth)
+    return _object(value, depth)
+
+
+def _function(value: Any, depth: int) -> Hashable:
+    """A function by its code and all that it reads: a lambda is another object at each call."""
+    if depth == 0:
+        return _Same(value)
+    if isinstance(value, functools.partial):
+        return "partial", _form(value.func, depth), _form([*value.args, *value.keywords.items()], depth)
+    if isinstance(value, types.MethodType):
+        return "method", _Same(value.__self__), _function(value.__func__, depth)
+    cells = [cell.cell_contents for cell in value.__closure__ or ()]
+    used = [value.__globals__.get(name) for name in value.__code__.co_names]
+    read = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *cells, *used]
+    return value.__code__, tuple(_form(each, depth - 1) for each in read)
+
+
+def _object(value: Any, depth: int) -> Hashable:
+    """Any other object: itself, with the plain values that it holds now, alone or in a container."""
+    held = getattr(value, "__dict__", {}) if depth else {}
+    try:
+        return _Same(value), tuple((name, _plain(item)) for name, item in held.items())
+    except TypeError:
+        raise _NotComparable from None
+
+
+def _plain(value: Any) -> Hashable:
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, Mapping):
+        return tuple((key, item) for key, item in value.items() if isinstance(item, _PLAIN))
+    if isinstance(value, list | tuple | set | frozenset):
+        return tuple(item for item in value if isinstance(item, _PLAIN))
+    return None
