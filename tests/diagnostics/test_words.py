@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,4 +105,5 @@ def test_the_verdict_on_a_real_run(name: str, tmp_path: Path) -> None:
     said = " ".join(verdict(name, tmp_path, steps=20, rows=64, probes=12).split())
     for words in VERDICTS[name]:
         assert words in said, said
-    assert "NOT passed" not in said, said
+    (within,) = re.findall(r"predicted to within ([\d.]+)% of it, .*? is right\): ?(?:passed|not decided: kinks)", said)
+    assert float(within) < 1, f"{said}: a ReLU net's kinks may leave the halving open, not the step itself"
