@@ -182,7 +182,7 @@ def _kernel(
                     network, x1, x2,
                     reduction=reduction, layers=layers, chunk_size=chunk_size, precision=precision, signed=signed,
                 )  # fmt: skip
-                if chosen.store():
+                if chosen.store(found.value):
                     return found
 
 

@@ -90,15 +90,16 @@ class CachedChoice:
         self.choice = self._restored(entry) if entry is not None else self._made()
         self._graphs = self._reading_graphs()
 
-    def store(self) -> bool:
-        """Keeps the choice, once a kernel was computed with it.
+    def store(self, kernel: Tensor | None = None) -> bool:
+        """Keeps the choice, once a kernel (or a plan) was computed with it.
 
         Returns:
-            Whether that kernel stands: False where a remembered choice met a graph that it was not checked on. Then
-            the choice has been made anew.
+            Whether that kernel stands: False where a remembered choice met a graph that it was not checked on, or gave
+            what is not finite. Then the choice has been made anew, or the model is refused.
         """
         network = self._arguments[0]
-        if self.remembered and not self._reading_graphs() <= self._graphs:
+        unlike = not self._reading_graphs() <= self._graphs
+        if self.remembered and (unlike or (kernel is not None and not bool(kernel.isfinite().all()))):
             self.remembered, self.choice = False, self._made()
             self._graphs = self._reading_graphs()
             return False

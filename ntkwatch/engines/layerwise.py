@@ -116,8 +116,14 @@ class Layerwise:
             if not self._uncoupled:
                 check_uncoupled(network, x, state)
             self._sizes.add(network, x)
-            self._recipes[network] = (one_by_one if self.alone else separate_few)(network, x, state)
+            self._recipes[network] = self._separation(network, x, state)
         return self._recipes[network]
+
+    def _separation(self, network: Network, x: Any, state: Mapping[str, Tensor] | None) -> Separation | None:
+        if self.alone:
+            return one_by_one(network, x, state)
+        inner = None if network.mixes is None else self.recipe(network.mixes, x, state)
+        return separate_few(network, x, state, inner)
 
     def chunk(self, run: Run, x1: Any, x2: Any = None) -> tuple[int, Prediction | None]:
         """Probes per block: all, or as many as are predicted to fit in the limit, or as memory turned out to hold.

@@ -25,7 +25,7 @@ class Mixed(Network):
 
     def __init__(self, network: Network, beside: bool = True) -> None:
         self.__dict__.update(copy.copy(network.__dict__))
-        self._beside = beside
+        self.mixes, self._beside = network, beside
 
     def _checked(self, result: Any, batch: Any) -> Tensor:
         f = super()._checked(result, batch)
@@ -48,7 +48,7 @@ def self_check(engine: Engine, network: Network, x: Any) -> tuple[float, str]:
         UnsupportedModel: gradients are not finite on the probes.
     """
     probes, mixed = few(x), Mixed(network)
-    kernel = engine.kernel(mixed, probes, reduction="full", layers="full")
+    kernel = engine.kernel(mixed, probes, reduction="full", layers="full", precision="single")
     w = torch.randn(kernel.outputs.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(kernel.outputs)
     w[:, 0] = w[:, 0].abs() + 0.5  # the mixture always counts
     right = _reference(mixed, probes, w)

@@ -107,9 +107,12 @@ def few(x: Any) -> Any:
     return take(x, slice(0, _FEW))
 
 
-def separate_few(network: Network, x: Any, state: Mapping[str, Tensor] | None = None) -> Separation | None:
+def separate_few(
+    network: Network, x: Any, state: Mapping[str, Tensor] | None = None, inner: Separation | None = None
+) -> Separation | None:
     """The layouts read from a few probes; None where the outputs depend on no trained parameter.
 
+    inner: of a network whose outputs this one mixes; its layouts are taken over where its graph is found below.
     Examples must not be coupled: see `coupling.check_uncoupled`.
     """
     leaves = leaves_at(network, state)
@@ -120,7 +123,24 @@ def separate_few(network: Network, x: Any, state: Mapping[str, Tensor] | None = 
         graph = walk(f, leaves)
     except NestedTensors:
         raise UnsupportedModel(nested(network, lambda: outputs_at(network, few(x), state, leaves))) from None
-    return separate(graph, f, f.shape[0])
+    below = None if inner is None else _shifted(inner, graph, f)
+    return separate(graph, f, f.shape[0]) if below is None else below
+
+
+def _shifted(inner: Separation, graph: Graph, f: Tensor) -> Separation | None:
+    """The layouts of an inner graph, numbered in one that has more nodes towards the output; None of any other."""
+    more = len(graph.signature) - len(inner.signature)
+    if more < 0 or graph.signature[more:] != inner.signature:
+        return None
+    found = dataclasses.replace(
+        inner,
+        signature=graph.signature,
+        boundary=tuple((number + more, k, layout) for number, k, layout in inner.boundary),
+        shared=frozenset(number + more for number in inner.shared),
+        outputs=f.shape[1],
+        read={},
+    )
+    return found if _fits(found, graph, f.shape[0]) else None
 
 
 def separate(graph: Graph, f: Tensor, n: int) -> Separation:

@@ -57,7 +57,9 @@ class SumCheck:
 
     def error(self, engine: Engine) -> tuple[float, str]:
         """How far the engine's kernels are from the sums, beyond rounding, and the parameter that is off most."""
-        kernels = (engine.kernel(self._network, block.probes, layers="trace") for block in self._blocks)
+        kernels = (
+            engine.kernel(self._network, block.probes, layers="trace", precision="single") for block in self._blocks
+        )
         return max(_deviation(kernel, block) for kernel, block in zip(kernels, self._blocks, strict=True))
 
     def _block(self, x: Any, w: Tensor, most: int) -> Block:

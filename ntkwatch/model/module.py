@@ -90,6 +90,7 @@ class Network:
         self.parameters: dict[str, Tensor] = _trained(self.module, params)
         _check_devices(self.module, self.parameters)
         self._place = ""  # of the output in what was returned last, in Python
+        self.mixes: Network | None = None  # the network whose outputs this one mixes
         self.inside: frozenset[torch.dtype] = frozenset()  # types that a forward pass was seen to use (autocast)
 
     @property
