@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import inspect
 import types
 import weakref
 from collections import OrderedDict
@@ -164,7 +165,7 @@ def _modes() -> Hashable:
 def _module(module: nn.Module) -> Hashable:
     """A module's own attributes, hooks among them; its children are looked at by themselves."""
     held = tuple((name, _form(value, _DEPTH)) for name, value in vars(module).items() if name != "_modules")
-    return _Same(module), type(module).forward, held
+    return _Same(module), inspect.getattr_static(type(module), "forward", None), held
 
 
 def _form(value: Any, depth: int) -> Hashable:
