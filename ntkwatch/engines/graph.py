@@ -1,4 +1,4 @@
-"""The autograd graph of one forward pass: its nodes, who consumes whom, and which example owns each gradient element.
+"""The autograd graph of one forward pass: its nodes, and who consumes whom.
 
 Working on the graph rather than on module hooks is what makes coverage exact: every use of every parameter is an edge
 into its AccumulateGrad node, however the module came to use it: tied, reused, raw, reparametrised, in a fused function.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,6 @@ _ROUTING = ("Index", "Gather", "Scatter", "Masked", "Sort", "Topk", "Take", "Non
 
 
 # Nodes that only rearrange entries: always crossed, so that a weight is met where it is multiplied.
-_NEAR = 2.0**-5  # of the largest gradient: in half precision, no two numbers may differ by more and count as one
 _REARRANGE = (
     "TBackward0",
     "TransposeBackward0",
@@ -63,61 +62,6 @@ class Graph:
         """The nodes that may regroup rows in a way that depends on the data."""
         pairs = zip(self.nodes, self.signature, strict=True)
         return tuple(node for node, name in pairs if name.startswith(_ROUTING) or "_index" in name.lower())
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the examples of a tensor lie: along `dim`, `k` entries each, one after the other or (minor) interleaved."""
-
-    dim: int
-    k: int
-    minor: bool = False
-
-    def fits(self, shape: Sequence[int], n: int) -> bool:
-        return len(shape) > self.dim and shape[self.dim] == self.k * n
-
-    def owner(self, shape: Sequence[int], n: int) -> Tensor:
-        """The owner along `dim`, shaped to broadcast against the tensor."""
-        index = torch.arange(shape[self.dim])
-        index = index % n if self.minor else index // self.k
-        return index.reshape([-1] + [1] * (len(shape) - self.dim - 1))
-
-    def split(self, t: Tensor, n: int, batch: int = 0) -> Tensor:
-        """[*batch, *shape] → [*batch, n, *shape with k entries at dim]; a view wherever strides allow."""
-        d = self.dim + batch
-        if self.minor:
-            return t.unflatten(d, (self.k, n)).movedim(d + 1, batch)
-        return t.unflatten(d, (n, self.k)).movedim(d, batch)
-
-
-@dataclass(frozen=True)
-class Scattered:
-    """Every element has one owner of n, but in no regular layout (tokens routed to experts, say)."""
-
-    owner: Tensor = field(repr=False)  # of the tensor's shape; any value where no gradient arrives
-    n: int
-
-    def fits(self, shape: Sequence[int], n: int) -> bool:
-        return tuple(self.owner.shape) == tuple(shape) and self.n == n
-
-    @cached_property
-    def rows(self) -> Tensor:
-        """Of a matrix: numbers of the rows of each example [n, most], with that of all rows where one has fewer."""
-        owner = self.owner.max(1).values
-        order = owner.argsort(stable=True)
-        counts = torch.bincount(owner, minlength=self.n)
-        start = counts.cumsum(0) - counts
-        slot = torch.arange(len(owner), device=owner.device) - start[owner[order]]
-        index = torch.full((self.n, max(1, int(counts.max()))), len(owner), device=owner.device)
-        index[owner[order], slot] = order
-        return index
-
-    def without_memory(self) -> Scattered:
-        """The same shapes, where tensors have no memory; the rows must have been asked for where they had some."""
-        copy = Scattered(torch.empty_like(self.owner), self.n)
-        if "rows" in vars(self):
-            vars(copy)["rows"] = torch.empty_like(self.rows)
-        return copy
 
 
 def walk(outputs: Tensor, parameters: Mapping[str, Tensor]) -> Graph:
@@ -186,82 +130,6 @@ def bytes_inside(outputs: Tensor) -> int:
         with contextlib.suppress(RuntimeError):
             total += sum(m.dtype.itemsize * math.prod(int(size) for size in m.shape) for m in node._input_metadata)
     return total
-
-
-def digits(n: int, base: int) -> list[Tensor]:
-    """Powers of two that spell the example's number: scaling a cotangent by one is exact in any binary type.
-
-    So an element that one example owns comes back scaled exactly by that example's power, and an element that several
-    share does not.
-    """
-    index, codes = torch.arange(n), []
-    while True:
-        codes.append(torch.exp2((index % base).double()))
-        index = index // base
-        if not bool(index.any()):
-            return codes
-
-
-def base_of(types: Iterable[torch.dtype]) -> int:
-    """Of digits whose powers of two stay inside the range of all types."""
-    return 4 if torch.float16 in types else 16
-
-
-def find_layout(g: Tensor, coded: Sequence[Tensor], n: int, base: int) -> tuple[Layout | Scattered | None, bool]:
-    """Which example owns each element of a gradient.
-
-    Args:
-        g: the gradient under some cotangent; coded: under the same one scaled by `digits` of that base.
-
-    Returns:
-        (layout, sure): None when several examples share an element; sure when no second reading is possible.
-    """
-    if g.is_complex():
-        layout, sure = find_layout(torch.view_as_real(g), [torch.view_as_real(c) for c in coded], n, base)
-        return (Scattered(layout.owner.amax(-1), n) if isinstance(layout, Scattered) else layout), sure
-    if g.numel() == 0:
-        return Scattered(torch.zeros(g.shape, dtype=torch.long, device=g.device), n), False
-    codes, limit = digits(n, base), _rounding(g)
-    for dim, size in enumerate(g.shape):
-        for minor in (False, True) if n < size else (False,):
-            if size % n or size == 0:
-                continue
-            layout = Layout(dim, size // n, minor)
-            if agrees(layout, g, coded, n, base):
-                return layout, _all_seen(layout.split(g, n))
-    owner_of = torch.zeros(g.shape, dtype=torch.long, device=g.device)
-    scale = 1
-    for c, _code in zip(coded, codes, strict=True):
-        digit = torch.where(g == 0, 0.0, (c.double() / g.double()).abs().log2().round()).nan_to_num(0, 0, 0)
-        if not _agrees(g, c, torch.exp2(digit), limit):
-            return None, True
-        owner_of += scale * digit.long()
-        scale *= base
-    return (Scattered(owner_of.clamp(0, n - 1), n), True) if g.ndim else (None, True)
-
-
-def agrees(layout: Layout, g: Tensor, coded: Sequence[Tensor | None], n: int, base: int) -> bool:
-    """Whether a gradient and its coded ones (see `find_layout`) are as this layout has them."""
-    if g.is_complex():
-        g, coded = torch.view_as_real(g), [c if c is None else torch.view_as_real(c) for c in coded]
-    owner, limit = layout.owner(g.shape, n), _rounding(g)
-    pairs = zip(coded, digits(n, base), strict=True)
-    return all(c is not None and _agrees(g, c, code.to(g.device)[owner], limit) for c, code in pairs)
-
-
-def _rounding(g: Tensor) -> Tensor:
-    """How far equal numbers may be apart."""
-    return min(64 * torch.finfo(g.dtype).eps, _NEAR) * g.abs().max().double()
-
-
-def _agrees(g: Tensor, coded: Tensor, factor: Tensor, limit: Tensor) -> bool:
-    factor = factor.to(g.device)
-    return bool(((coded.double() - factor * g.double()).abs() <= limit * factor).all())
-
-
-def _all_seen(parts: Tensor) -> bool:
-    """Whether each example's part holds a gradient: where one is all zero, other layouts might fit as well."""
-    return bool(parts.flatten(1).ne(0).any(1).all())
 
 
 def pull(node: Node, grads: Sequence[Tensor | None], k: int, shape: tuple[int, ...]) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ntkwatch.engines.capture import Capture, Found
-from ntkwatch.engines.graph import Scattered
+from ntkwatch.engines.layouts import Scattered
 from ntkwatch.engines.memory import Forward, LiveStorages, limit_bytes
 from ntkwatch.engines.run import Run
 from ntkwatch.engines.separation import Separation, few

@@ -19,22 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from ntkwatch.engines.graph import (
-    Graph,
-    Layout,
-    NestedTensors,
-    Scattered,
-    agrees,
-    base_of,
-    digits,
-    edges,
-    find_layout,
-    node_bytes,
-    reaches,
-    rearranges,
-    types_inside,
-    walk,
-)
+from ntkwatch.engines.graph import Graph, NestedTensors, edges, node_bytes, reaches, rearranges, types_inside, walk
+from ntkwatch.engines.layouts import Layout, Scattered, agrees, base_of, digits, find_layout
 from ntkwatch.engines.passes import can_be_batched
 from ntkwatch.engines.suspects import nested
 from ntkwatch.model import Network, UnsupportedModel, take

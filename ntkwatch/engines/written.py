@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ntkwatch.engines.factors import Columns, Dense, Factor, Outer
-from ntkwatch.engines.graph import Graph, Layout, Scattered, node_bytes
+from ntkwatch.engines.graph import Graph, node_bytes
+from ntkwatch.engines.layouts import Layout, Scattered
 from ntkwatch.engines.outputs import PerOutput
 from ntkwatch.engines.rules import Use, factor, operand_shape, unfolding
 from ntkwatch.engines.sums import densify

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ntkwatch import empirical_ntk
 from ntkwatch.engines.auto import choose
 from ntkwatch.engines.base import noise_floor
-from ntkwatch.engines.graph import digits, find_layout
+from ntkwatch.engines.layouts import digits, find_layout
 from ntkwatch.model import Network
 from tests.support.device import placed
 from tests.support.oracles import naive_ntk, reduced

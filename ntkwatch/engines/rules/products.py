@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ntkwatch.engines.factors import Columns, Factor, Outer, Rows
-from ntkwatch.engines.graph import Layout, Scattered
+from ntkwatch.engines.layouts import Layout, Scattered
 from ntkwatch.engines.rules.use import Use, is_dense, operand_shape, rule, scaled
 
 # Matrix products: a [n, G, S, p], g C of [n, G, S, q] -----------------------------------------------------------------

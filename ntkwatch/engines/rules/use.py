@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import Node
 
 from ntkwatch.engines.factors import Dense, Factor
-from ntkwatch.engines.graph import Layout, Scattered, pull, variable_of
+from ntkwatch.engines.graph import pull, variable_of
+from ntkwatch.engines.layouts import Layout, Scattered
 from ntkwatch.engines.outputs import PerOutput
 
 
