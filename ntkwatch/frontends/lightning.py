@@ -1,4 +1,4 @@
-"""NTKWatch: when → measure → sinks, inside a Lightning Trainer. Sequencing only, no arithmetic."""
+"""NTKWatch: when → measure → loggers, inside a Lightning Trainer. Sequencing only, no arithmetic."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ntkwatch.frontends.opening import Opening
 from ntkwatch.frontends.trainer import Moment, import_names, now, show_columns, stays_out, true_precision
 from ntkwatch.guard.default_device import ours
 from ntkwatch.guard.interruption import Ended, signals_later
-from ntkwatch.loggers.sinks import publish
+from ntkwatch.loggers.group import publish
 from ntkwatch.measurement.arguments import check_choice
 from ntkwatch.record import Measurement
 from ntkwatch.watching.checkpoint import VERSION
@@ -309,7 +309,7 @@ class NTKWatch(Callback):
 
         with signals_later():
             done = jointly(
-                self._ranks, self._failures, timed, lambda m: m and self._session and self._session.sinks.values
+                self._ranks, self._failures, timed, lambda m: m and self._session and self._session.loggers.values
             )
             if done.failure is not None:
                 self._failures.probe(what, done.failure, done.error, start)

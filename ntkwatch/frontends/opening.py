@@ -1,4 +1,4 @@
-"""Opening a session: from a Trainer and the user's settings to probes, monitor, record and sinks."""
+"""Opening a session: from a Trainer and the user's settings to probes, monitor, record and loggers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ntkwatch import probes as probing
 from ntkwatch.frontends.record_place import place_of
 from ntkwatch.frontends.trainer import as_in_training, hyperparameters, probe_loader
 from ntkwatch.guard import leave_no_trace
-from ntkwatch.loggers.sinks import Sinks
+from ntkwatch.loggers.group import LoggerGroup
 from ntkwatch.measurement.manifest import optimizers
 from ntkwatch.measurement.monitor import Monitor
 from ntkwatch.model import Batch, Network, as_batch
@@ -80,7 +80,7 @@ class Opening:
         return Session(
             monitor,
             place.folder if place is not None else None,
-            Sinks([] if self.trial else loggers, warn),
+            LoggerGroup([] if self.trial else loggers, warn),
             is_log=place is not None and place.is_log,
             warn=warn,
             save_kernels=settings.save_kernels,

@@ -57,7 +57,7 @@ def _targets(got: Any) -> bool:
 
 
 def _loggers(got: Any) -> bool:
-    """Told apart by what they can do, as the sinks do."""
+    """Told apart by what they offer, as `loggers.adapters` does."""
     listed = isinstance(got, Iterable) and not isinstance(got, str | Mapping | Iterator)
     return listed and all(hasattr(each, "log_metrics") and not isinstance(each, type) for each in got)
 

@@ -1,4 +1,4 @@
-"""Session: one run being watched. Monitor → record and sinks, and what a checkpoint must carry. No Lightning here."""
+"""Session: one run being watched. Monitor → record and loggers, and what a checkpoint must carry. No Lightning here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ntkwatch.diagnostics import DIAGNOSTICS, costs, needs_limit
 from ntkwatch.engines.tangent import warm_up
-from ntkwatch.loggers.sinks import Sinks
+from ntkwatch.loggers.group import LoggerGroup
 from ntkwatch.measurement.monitor import Monitor
 from ntkwatch.model import leaves, map_leaves
 from ntkwatch.probes import ProbeSet
@@ -38,13 +38,13 @@ LONGEST_WHY = 1000  # characters of a failure's sentence: a compiler's error is 
 
 
 class Session:
-    """A monitor, the record it writes and the sinks it feeds.
+    """A monitor, the record it writes and the loggers it feeds.
 
     Args:
         monitor: measures.
         folder: where the record goes, if no other is there; None writes nothing.
         is_log: whether that is a logger's folder, which no run shares with another log.
-        sinks: loggers and dashboards.
+        loggers: those that the run writes to.
         warn: told, in one sentence, what could not be written.
         save_kernels: keep every kernel in the record, not only the baseline's.
         save_probes: kept beside the record, where they cannot be found again: those of a stream, as they came.
@@ -56,7 +56,7 @@ class Session:
         self,
         monitor: Monitor,
         folder: Path | None,
-        sinks: Sinks,
+        loggers: LoggerGroup,
         *,
         is_log: bool = False,
         warn: Callable[[str], None] = warnings.warn,
@@ -65,7 +65,7 @@ class Session:
         fresh: Callable[[int], ProbeSet] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        self.monitor, self.folder, self.sinks = monitor, folder, sinks
+        self.monitor, self.folder, self.loggers = monitor, folder, loggers
         self._is_log = is_log
         self.last: Measurement | None = None
         self.foreseen = 0.0  # seconds that a kernel of the probes may take
@@ -102,7 +102,7 @@ class Session:
     def probe(
         self, step: int, overhead: Callable[[], float], last: bool = False, x: int | None = None, **at: Any
     ) -> Measurement:
-        """Measure, then write to the record and to every sink.
+        """Measure, then write to the record and to every logger.
 
         overhead: share of wall time, asked after measuring. x: where the run's own metrics stand on the loggers' axis.
         """
@@ -113,9 +113,9 @@ class Session:
         self._tell_unfrozen()
         if first:
             manifest = {**self.monitor.manifest(), **self._extra}
-            self.sinks.start(manifest)
+            self.loggers.start(manifest)
             self._on_disk("the record cannot be written", partial(self._open, manifest, step))
-        self.sinks.write(measurement, labels=(probes or self.monitor.probes).targets, last=last, x=x)
+        self.loggers.write(measurement, labels=(probes or self.monitor.probes).targets, last=last, x=x)
         if self._writer is not None:
             keep = self._save_kernels or first
             self._recorded(f"step {step} is not in the record", partial(self._writer.append, measurement, keep))
@@ -211,7 +211,7 @@ class Session:
 
     def finish(self, completed: bool = False) -> None:
         """Leave everything on disk, and say in the record that the run is over; completed: that it came to its end."""
-        self.sinks.finish()
+        self.loggers.finish()
         if self._writer is not None:
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
             over = partial(self._writer.update_manifest, finished=now, completed=completed)
@@ -263,7 +263,7 @@ class Session:
             if self._branched and not (self._is_log and self.folder.parent != earlier.run.folder.parent):
                 self._warn(f"{self._branched}: this run goes on from step {step} in a record of its own, {self.folder}")
         self.monitor.restore(earlier.baseline, earlier.previous, earlier.travelled, earlier.limit)
-        self.sinks.start({**run.manifest, **self._extra}, history)
+        self.loggers.start({**run.manifest, **self._extra}, history)
 
 
 def _tensors(probes: ProbeSet) -> list[Tensor]:

@@ -346,7 +346,7 @@ def test_its_time_is_overhead_and_no_probes(tmp_path: Path) -> None:
 
 
 def test_a_rich_run_leaves_its_forecast_and_the_two_losses_stand_side_by_side(tmp_path: Path) -> None:
-    from ntkwatch.loggers.sinks import Memory
+    from ntkwatch.loggers.memory import Memory
 
     memory = Memory()
     watch = NTKWatch(
@@ -363,7 +363,7 @@ def test_a_rich_run_leaves_its_forecast_and_the_two_losses_stand_side_by_side(tm
 
 
 def test_the_losses_share_a_chart_and_a_picture_of_the_report(tmp_path: Path) -> None:
-    from ntkwatch.loggers.sinks import layout
+    from ntkwatch.loggers.tensorboard import layout
     from ntkwatch.report import render
 
     watch = NTKWatch(probes="train", budget=None, every=[0, 3, 6], diagnostics=["default", "loss_if_lazy"])

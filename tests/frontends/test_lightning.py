@@ -246,7 +246,7 @@ def test_both_lightnings() -> None:
 
 
 # ── where it goes ─────────────────────────────────────────────────────────────────────────────────────────────────────
-def test_every_sink_tells_the_same_numbers(tmp_path: Path) -> None:
+def test_every_logger_tells_the_same_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logged = [TensorBoardLogger(tmp_path, name="tb"), CSVLogger(tmp_path, name="csv")]

@@ -1,4 +1,4 @@
-"""The sinks: every logger gets every defined number at its step, and no logger can stop a run."""
+"""The loggers: every logger gets every defined number at its step, and no logger can stop a run."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from ntkwatch.loggers import sinks
-from ntkwatch.loggers.sinks import Memory, Sinks, layout, publish
+from ntkwatch.loggers import group, pictures
+from ntkwatch.loggers.group import LoggerGroup, publish
+from ntkwatch.loggers.memory import Memory
+from ntkwatch.loggers.tensorboard import layout
 from ntkwatch.record import Measurement
 
 N = 8
@@ -70,8 +72,8 @@ def expected(prefix: str = "") -> dict[str, dict[int, float]]:
 
 def feed(
     loggers: list[Any], warn: Callable[[str], None] = pytest.fail, clock: Callable[[], float] | None = None
-) -> Sinks:
-    fed = Sinks(loggers, warn, **({"clock": clock} if clock is not None else {}))
+) -> LoggerGroup:
+    fed = LoggerGroup(loggers, warn, **({"clock": clock} if clock is not None else {}))
     fed.start(MANIFEST)
     for step, m in MEASURED.items():
         for logger in loggers:
@@ -214,7 +216,7 @@ def test_wandb_that_syncs_tensorboard_gets_its_own_step(wandb: ModuleType, tmp_p
     from lightning.pytorch.loggers import WandbLogger
 
     logger = WandbLogger(save_dir=str(tmp_path), offline=True, sync_tensorboard=True)
-    fed = Sinks([logger], pytest.fail)
+    fed = LoggerGroup([logger], pytest.fail)
     fed.start(MANIFEST)
     fed.write(MEASURED[5])
     wandb.finish()
@@ -261,7 +263,7 @@ def test_writing_draws_no_random_number(pl: ModuleType, tmp_path: Path) -> None:
 
 # ── in a Trainer ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def trained(pl: ModuleType, root: Path, logger: Any, config: str, watch: bool = True) -> dict[int, dict[str, float]]:
-    """Train a little with the sinks fed in on_train_batch_end; what was written, by step."""
+    """Train a little with the loggers fed in on_train_batch_end; what was written, by step."""
     written: dict[int, dict[str, float]] = {}
     torch.manual_seed(0)
 
@@ -287,7 +289,7 @@ def trained(pl: ModuleType, root: Path, logger: Any, config: str, watch: bool = 
 
     class Feed(pl.Callback):  # type: ignore[name-defined, misc]
         def on_train_start(self, trainer: Any, *_: Any) -> None:
-            self.fed = Sinks(trainer.loggers, pytest.fail)
+            self.fed = LoggerGroup(trainer.loggers, pytest.fail)
             self.fed.start(MANIFEST)
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -424,15 +426,15 @@ def test_a_logger_that_fails_is_named_once_and_the_others_get_everything(
     where: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8 places × 5 errors = 40 cells."""
-    monkeypatch.setattr(sinks, "_kernel", no_picture)
-    monkeypatch.setattr(sinks, "_spectra", no_picture)
+    monkeypatch.setattr(pictures, "kernel_picture", no_picture)
+    monkeypatch.setattr(pictures, "spectra_picture", no_picture)
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise ERRORS[error]()
 
     said: list[str] = []
     broken, memory = PLACES[where](tmp_path, monkeypatch, fail), Memory()
-    fed = Sinks([broken, memory], said.append)
+    fed = LoggerGroup([broken, memory], said.append)
     fed.start(MANIFEST)
     for step, m in MEASURED.items():
         fed.write(m, LABELS, last=step == STEPS[-1])
@@ -453,7 +455,7 @@ def test_a_logger_that_fails_again_and_again_is_left_out(monkeypatch: pytest.Mon
             raise TimeoutError
 
     feed_quietly([Dead()])
-    assert calls == list(STEPS[: sinks.PATIENCE])
+    assert calls == list(STEPS[: group.FAILURES_IN_A_ROW])
 
 
 def test_a_logger_that_recovers_goes_on() -> None:
@@ -470,7 +472,7 @@ def test_a_logger_that_recovers_goes_on() -> None:
 
 def feed_quietly(loggers: list[Any]) -> list[str]:
     said: list[str] = []
-    fed = Sinks(loggers, said.append)
+    fed = LoggerGroup(loggers, said.append)
     fed.start(MANIFEST)
     for m in MEASURED.values():
         fed.write(m)
@@ -560,11 +562,11 @@ class Gallery:
 def test_pictures_are_drawn_first_last_and_as_time_allows(
     pace: float, cost: float, last: bool, drawn: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sinks, "_kernel", no_picture)
-    monkeypatch.setattr(sinks, "_spectra", no_picture)
+    monkeypatch.setattr(pictures, "kernel_picture", no_picture)
+    monkeypatch.setattr(pictures, "spectra_picture", no_picture)
     clock = [0.0]
     gallery = Gallery(clock, cost)
-    fed = Sinks([gallery], pytest.fail, clock=lambda: clock[0])
+    fed = LoggerGroup([gallery], pytest.fail, clock=lambda: clock[0])
     fed.start(MANIFEST)
     for step in range(21):
         clock[0] += pace
@@ -574,15 +576,15 @@ def test_pictures_are_drawn_first_last_and_as_time_allows(
 
 
 def test_spectra_are_kept_at_doubling_steps_and_across_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
-    fed = Sinks([], pytest.fail)
+    fed = LoggerGroup([], pytest.fail)
     fed.start(MANIFEST, history={step: torch.ones(2) for step in range(11)})
     for step in range(11, 100):
         fed.write(at(step))
-    assert list(fed._spectra) == [0, 1, 2, 4, 8, 16, 32, 64, 99]
-    every_hundred = Sinks([], pytest.fail)
+    assert list(fed._spectra.by_step) == [0, 1, 2, 4, 8, 16, 32, 64, 99]
+    every_hundred = LoggerGroup([], pytest.fail)
     for step in range(0, 2500, 100):
         every_hundred.write(at(step))
-    assert list(every_hundred._spectra) == [0, 100, 200, 400, 800, 1600, 2400]
+    assert list(every_hundred._spectra.by_step) == [0, 100, 200, 400, 800, 1600, 2400]
 
 
 @pytest.mark.parametrize(
@@ -599,7 +601,7 @@ def test_spectra_are_kept_at_doubling_steps_and_across_a_resume(monkeypatch: pyt
 def test_targets_of_any_kind_sort_the_kernel_or_leave_it(
     labels: torch.Tensor | None, classes: list[float] | None
 ) -> None:
-    found = sinks._classes(labels)
+    found = pictures.sort_key(labels)
     assert (found.tolist() if found is not None else None) == classes
 
 
@@ -608,7 +610,7 @@ def test_a_kernel_of_any_reduction_is_shown_by_its_trace() -> None:
     trace = torch.einsum("ncmc->nm", full) / 3
     blocks = torch.stack([full[:, c, :, c] for c in range(3)])
     for kernel in (full, blocks, trace):
-        assert torch.allclose(sinks._trace(kernel), trace, atol=1e-15, rtol=0), kernel.shape
+        assert torch.allclose(pictures.trace_of(kernel), trace, atol=1e-15, rtol=0), kernel.shape
 
 
 # ── the dashboard ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -667,7 +669,7 @@ def test_checkpoints_and_early_stopping_can_monitor_what_is_published(pl: Module
 
     class Feed(pl.Callback):  # type: ignore[name-defined, misc]
         def on_train_start(self, trainer: Any, *_: Any) -> None:
-            self.fed = Sinks([], pytest.fail)
+            self.fed = LoggerGroup([], pytest.fail)
             self.fed.write(MEASURED[0])
             publish(self.fed.values, trainer.callback_metrics)
 

@@ -110,7 +110,7 @@ PHASES: dict[str, tuple[str, int, str]] = {  # on rank 0, what fails and at whic
     "baseline": ("ntkwatch.measurement.monitor.Monitor.measure", 1, "the baseline probe"),
     "a probe": ("ntkwatch.measurement.monitor.Monitor.measure", 2, "the probe at step 2"),
     "writing": ("ntkwatch.record.RecordWriter.append", 2, "the probe at step 2"),
-    "logging": ("ntkwatch.loggers.sinks.Sinks.write", 3, "the probe at step 3"),
+    "logging": ("ntkwatch.loggers.group.LoggerGroup.write", 3, "the probe at step 3"),
     "the last probe": ("ntkwatch.measurement.monitor.Monitor.measure", 4, "the probe at step 5"),
 }
 KINDS: dict[str, Exception] = {"an error": Planted("no such thing"), "memory": MemoryError("can't allocate memory")}
