@@ -21,7 +21,7 @@ from ntkwatch.measurement.infinite_limit import wide_limit
 from ntkwatch.model import Network, UnsupportedModel, take
 from ntkwatch.model.batch import raw_of
 from ntkwatch.model.batch_statistics import running_statistics, untracked_statistics
-from ntkwatch.model.errors import check_batch, why_not
+from ntkwatch.model.errors import check_batch, explain_failure
 from ntkwatch.probes import ProbeSet, taken
 
 SLOW_PROBE = 30.0  # seconds: the callback says so before it starts
@@ -105,7 +105,7 @@ def check(spec: str, asked: Asked) -> Checkup:
     except (UnsupportedModel, MemoryError) as error:
         done.problems.append(str(error))
     except Exception as error:  # whatever the model raises on its batch
-        done.problems.append(why_not(network, batch, error) or f"the model raised {where(error)} on this batch")
+        done.problems.append(explain_failure(network, batch, error) or f"the model raised {where(error)} on this batch")
     return done
 
 

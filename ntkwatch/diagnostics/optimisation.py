@@ -11,7 +11,7 @@ from ntkwatch import metrics
 from ntkwatch.diagnostics.diagnostic import Compute, Diagnostic, Price
 from ntkwatch.diagnostics.view import View, ask, known
 from ntkwatch.metrics.undefined import Undefined
-from ntkwatch.model.optimizer import Rule
+from ntkwatch.model.optimizer import UpdateRule
 
 
 def weighted_theta(view: View) -> Tensor:
@@ -153,7 +153,7 @@ def loss_rate(view: View) -> float:
 # ── optimizer-aware kernels ───────────────────────────────────────────────────────────────────────────────────────────
 def lr_weighted(view: View) -> tuple[Tensor, Tensor]:
     """Σ_g η_g K_g now and at the baseline, both at the learning rates of now; [n, n]."""
-    rule: Rule = known(view.optimizer)
+    rule: UpdateRule = known(view.optimizer)
     now, start = (
         torch.stack([rule.lr[name] * layer for name, layer in layers.items()]).sum(0)
         for layers in (view.layers, view.layers_0)

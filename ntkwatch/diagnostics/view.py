@@ -14,7 +14,7 @@ from torch import Tensor
 from ntkwatch import metrics
 from ntkwatch.metrics.undefined import Undefined
 from ntkwatch.model.loss import LossAt
-from ntkwatch.model.optimizer import Rule
+from ntkwatch.model.optimizer import UpdateRule
 from ntkwatch.record import Limit
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class View:
     blocks: Tensor | str = "the class blocks were not measured"
     path_length: float | str = "the path was not followed"
     loss: LossAt | str = "no loss is known"
-    optimizer: Rule | str = "no optimizer is known"
+    optimizer: UpdateRule | str = "no optimizer is known"
     f_lazy: Tensor | str = "no forecast is attached"
     lazy_start: float | str = "no forecast is attached"
     nngp: tuple[Tensor, Tensor] | str = "no NNGP kernel is known"

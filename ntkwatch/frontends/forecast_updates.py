@@ -19,7 +19,7 @@ from ntkwatch.linearized.optimizer_copy import NotRepeatable
 from ntkwatch.measurement.monitor import Monitor
 from ntkwatch.model import Network
 from ntkwatch.probes import content_hash
-from ntkwatch.record import FORECASTS, RecordError, Shelf
+from ntkwatch.record import FORECASTS, RecordError, TensorStore
 from ntkwatch.watching.error_policy import Failures
 from ntkwatch.watching.messages import log, warn
 from ntkwatch.watching.session import Session
@@ -153,7 +153,7 @@ class Follower:
 
     # ── checkpoints ───────────────────────────────────────────────────────────────────────────────────────────────
     def state(self, folder: Path | None) -> dict[str, str] | None:
-        """For a checkpoint: a name and checksums; the tensors go on a shelf beside the record in `folder`."""
+        """For a checkpoint: a name and checksums; the tensors go into a store beside the record in `folder`."""
         forecast = self._forecast
         if forecast is None or self._error is not None or folder is None:
             return None
@@ -161,7 +161,7 @@ class Follower:
             if forecast.moved() is not None:  # in the middle of a batch, say
                 return None
             if self._saved is None:
-                kept = Shelf(folder / FORECASTS).put(self._trainer.global_step, forecast.tensors())
+                kept = TensorStore(folder / FORECASTS).put(self._trainer.global_step, forecast.tensors())
                 self._saved = kept | {"weights": content_hash(forecast.network.parameters)}
             return self._saved
         except Exception as error:  # a checkpoint is the run's, and saved whatever becomes of the forecast
@@ -233,7 +233,7 @@ def _begun(session: Session, earlier: Mapping[str, Any] | None) -> Begun | str:
     if not kept or session.record is None:
         return NOT_SAVED
     try:
-        return start, Shelf(session.record / FORECASTS).get(kept), kept["weights"]
+        return start, TensorStore(session.record / FORECASTS).get(kept), kept["weights"]
     except (RecordError, KeyError, TypeError) as error:
         return str(error)
     except (RuntimeError, MemoryError) as error:

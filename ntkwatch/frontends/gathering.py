@@ -11,7 +11,7 @@ from torch import nn
 from ntkwatch.diagnostics.evaluations import NO_THETA_0
 from ntkwatch.frontends.trainer import Moment
 from ntkwatch.measurement.initial_state import InitialState
-from ntkwatch.probes import Gathered, batches_of
+from ntkwatch.probes import RowCollector, batches_of
 from ntkwatch.watching.messages import log
 
 
@@ -27,7 +27,7 @@ class Gathering:
         patient: whether to wait for further batches at all.
     """
 
-    def __init__(self, stream: Gathered | None, patient: bool = True) -> None:
+    def __init__(self, stream: RowCollector | None, patient: bool = True) -> None:
         self.stream, self._patient = stream, patient and stream is not None
         self.first: Any = None  # the first batch, while nothing has been trained on
         self.start: Moment | None = None

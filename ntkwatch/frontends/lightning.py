@@ -17,8 +17,8 @@ from ntkwatch.frontends.continuation import Continuation
 from ntkwatch.frontends.forecast_updates import Follower, follow
 from ntkwatch.frontends.opening import Opening
 from ntkwatch.frontends.trainer import Moment, import_names, now, show_columns, stays_out, true_precision
-from ntkwatch.guard.default_device import ours
-from ntkwatch.guard.interruption import Ended, signals_later
+from ntkwatch.guard.default_device import cpu_default_device
+from ntkwatch.guard.interruption import ProbeEnded, deferred_signals
 from ntkwatch.loggers.group import publish
 from ntkwatch.measurement.arguments import check_choice
 from ntkwatch.record import Measurement
@@ -303,11 +303,11 @@ class NTKWatch(Callback):
 
         def timed() -> Measurement | None:
             if trainer.received_sigterm:
-                raise Ended
-            with self.schedule.probing(), others_warnings(), ours():
+                raise ProbeEnded
+            with self.schedule.probing(), others_warnings(), cpu_default_device():
                 return work()
 
-        with signals_later():
+        with deferred_signals():
             done = jointly(
                 self._ranks, self._failures, timed, lambda m: m and self._session and self._session.loggers.values
             )

@@ -17,7 +17,7 @@ from ntkwatch.measurement.monitor import Monitor
 from ntkwatch.model import Batch, Network, as_batch
 from ntkwatch.model.batch_reading import Signature
 from ntkwatch.model.wrappers import unwrap
-from ntkwatch.probes import FEWEST, Gathered, ProbeSet
+from ntkwatch.probes import MIN_PROBES, ProbeSet, RowCollector
 from ntkwatch.watching.messages import warn
 from ntkwatch.watching.session import Session, stored_probes
 from ntkwatch.watching.settings import Settings
@@ -43,12 +43,12 @@ class Opening:
         probes = self._choose(self.settings.seed)
         return self._open(probes) if probes is not None else None
 
-    def stream(self) -> Gathered:
+    def stream(self) -> RowCollector:
         """What gathers the probes of a stream."""
         network = Network(self.pl_module, self.settings.monitor["outputs"])
-        return Gathered(self._n, partial(_settled, network))
+        return RowCollector(self._n, partial(_settled, network))
 
-    def from_stream(self, stream: Gathered, state: Mapping[str, Any] | None) -> Session:
+    def from_stream(self, stream: RowCollector, state: Mapping[str, Any] | None) -> Session:
         """The session on the first rows of the stream, or on the rows that the record of a resumed run keeps."""
         targets, kept = self.settings.targets, None
         if state is not None:
@@ -58,14 +58,16 @@ class Opening:
     def _choose(self, seed: int) -> ProbeSet | None:
         settings = self.settings
         if settings.wanted.data is not None:
-            return probing.given(settings.wanted.data, settings.targets)
+            return probing.as_probe_set(settings.wanted.data, settings.targets)
         source, loader = probe_loader(self.trainer, settings.wanted.split)
         if source == "val" and settings.wanted.split is None and probing.is_streaming(loader):
             source, loader = probe_loader(self.trainer, "train")
         if probing.is_streaming(loader):
             return None
         leading = Signature.of(unwrap(self.pl_module)).leading
-        return probing.choose(loader, self._n, seed=seed, source=source, targets=settings.targets, leading=leading)
+        return probing.choose_probes(
+            loader, self._n, seed=seed, source=source, targets=settings.targets, leading=leading
+        )
 
     def _open(self, probes: ProbeSet, streamed: bool = False) -> Session:
         settings, trainer = self.settings, self.trainer
@@ -95,7 +97,7 @@ class Opening:
 
     def _tell_if_few(self, probes: ProbeSet) -> None:
         wanted = self.settings.wanted
-        if wanted.data is None and not self.trial and len(probes) < min(FEWEST, wanted.n):
+        if wanted.data is None and not self.trial and len(probes) < min(MIN_PROBES, wanted.n):
             warn(
                 f"there are only {len(probes)} probes ({probes.how}), and the angle between so small kernels says "
                 "little: pass a batch of more examples, as NTKWatch(probes=next(iter(DataLoader(dataset, 64))))"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ntkwatch.guard import leave_no_trace
-from ntkwatch.probes import ProbeSet, batches_of, form_of
+from ntkwatch.probes import ProbeSet, batches_of, row_format
 
 
 def import_names() -> list[str]:
@@ -57,8 +57,8 @@ def calibration(trainer: Any, batch: Any, probes: ProbeSet) -> list[Any]:
         [] if batch is None else [each for each in batches_of(trainer.train_dataloader, batch) if each is not None]
     )
     if len(singles) > 1:
-        form = form_of(probes.batch, row_shapes=False)
-        singles.sort(key=lambda each: form_of(each, row_shapes=False) != form)  # a stable sort
+        form = row_format(probes.batch, row_shapes=False)
+        singles.sort(key=lambda each: row_format(each, row_shapes=False) != form)  # a stable sort
     return singles[:1]
 
 

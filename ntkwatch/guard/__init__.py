@@ -14,13 +14,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ntkwatch.guard.default_device import ours
+from ntkwatch.guard.default_device import cpu_default_device
 from ntkwatch.guard.modules import Modules
-from ntkwatch.guard.objects import leave_objects
+from ntkwatch.guard.objects import preserve_objects
 from ntkwatch.guard.process import guard_flags, guard_generators
 from ntkwatch.guard.values import GuardError, Undo, put_back
 
-__all__ = ["GuardError", "leave_no_trace", "leave_objects"]
+__all__ = ["GuardError", "leave_no_trace", "preserve_objects"]
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def leave_no_trace(*modules: nn.Module) -> Iterator[None]:
             a parameter that was changed in place (its `_version` moved). A signal on its way up is never replaced.
     """
     undo: list[Undo] = []
-    with ours(), torch.inference_mode(False):
+    with cpu_default_device(), torch.inference_mode(False):
         try:
             try:
                 tree = Modules(modules)

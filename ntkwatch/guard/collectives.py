@@ -13,19 +13,21 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ntkwatch.guard.interruption import Ended, check
+from ntkwatch.guard.interruption import ProbeEnded, check
 
-PARTNERS = ("process_group", "group_name", "ranks", "peer")  # an operation that communicates takes one of these
-NAMES_GROUPS = "_process_group_name"  # what torch calls first for every new group, before it counts or waits
-MODE = ("__torch_dispatch__", "refuse", "refuse_group")  # functions of modes, between an operation and who asks for it
+# An operation that communicates takes an argument of one of these names.
+COMMUNICATION_ARGUMENTS = ("process_group", "group_name", "ranks", "peer")
+GROUP_NAMING = "_process_group_name"  # what torch calls first for every new group, before it counts or waits
+# Functions of dispatch modes, which lie on the stack between an operation and the code that asked for it.
+MODE_FUNCTIONS = ("__torch_dispatch__", "refuse", "refuse_group")
 LIBRARIES = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities")
 
 
 class CollectiveError(RuntimeError):
-    """What a probe calls communicates between ranks; nothing has been sent."""
+    """The probed code communicates between ranks; nothing has been sent."""
 
 
-class Alone(TorchDispatchMode):
+class RefuseCollectives(TorchDispatchMode):
     """Inside, an operation that communicates with another rank ends the probe before anything is sent.
 
     Backward passes run under it too, since autograd gives its threads the modes of the thread that asked. It does not
@@ -52,10 +54,10 @@ class Alone(TorchDispatchMode):
         if not self._ended:
             self._check()
         if func not in self._local:
-            partners = _partners(func, args, kwargs or {})
+            partners = _participants(func, args, kwargs or {})
             if partners is None:
                 self._local.add(func)
-            elif not _of_one(partners):
+            elif not _is_single_rank(partners):
                 self.refuse(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -63,7 +65,7 @@ class Alone(TorchDispatchMode):
         """At any operation, so that a long pass ends too: once, since what then puts the model back is operations."""
         try:
             check()
-        except Ended:
+        except ProbeEnded:
             self._ended = True
             raise
 
@@ -71,42 +73,45 @@ class Alone(TorchDispatchMode):
         """Ends the probe."""
         error = CollectiveError(f"{_caller()} communicates between ranks ({operation}), and rank 0 measures alone")
         self.refused = self.refused or error
-        raise Ended(error)
+        raise ProbeEnded(error)
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """For code of the run's that one rank runs by itself: raises `Ended` with a CollectiveError where it communicates.
+def refuse_collectives() -> Iterator[None]:
+    """Context in which one rank runs the user's code by itself; it also refuses to create a new process group.
 
-    Makes no new group of processes either, for which torch would wait for every rank.
+    Creating a group would make torch wait for every rank.
+
+    Raises:
+        ProbeEnded: with a CollectiveError, where the code communicates with another rank; nothing has been sent.
     """
-    mode, thread = Alone(), threading.get_ident()
-    name_group = getattr(dist.distributed_c10d, NAMES_GROUPS)
+    mode, thread = RefuseCollectives(), threading.get_ident()
+    name_group = getattr(dist.distributed_c10d, GROUP_NAMING)
 
     def refuse_group(*args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() == thread:
             mode.refuse("torch.distributed.new_group")
         return name_group(*args, **kwargs)
 
-    setattr(dist.distributed_c10d, NAMES_GROUPS, refuse_group)
+    setattr(dist.distributed_c10d, GROUP_NAMING, refuse_group)
     try:
         with mode:
             yield
     finally:
-        setattr(dist.distributed_c10d, NAMES_GROUPS, name_group)
+        setattr(dist.distributed_c10d, GROUP_NAMING, name_group)
     if mode.refused is not None:
-        raise Ended(mode.refused)
+        raise ProbeEnded(mode.refused)
 
 
-def _partners(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _participants(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Who takes part in an operation; None where it is one that does not communicate."""
     schema = getattr(func, "_schema", None)  # higher-order operations have none
     names = [argument.name for argument in schema.arguments] if schema is not None else []
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return next((given.get(name, name) for name in PARTNERS if name in names), None)
+    return next((given.get(name, name) for name in COMMUNICATION_ARGUMENTS if name in names), None)
 
 
-def _of_one(group: Any) -> bool:
+def _is_single_rank(group: Any) -> bool:
     """Whether it is a group, or the name of one, that has this rank alone; no where that cannot be told."""
     try:
         named = isinstance(group, str)
@@ -121,7 +126,7 @@ def _caller() -> str:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         code, room = frame.f_code, frame.f_globals.get("__name__", "").partition(".")[0]
-        if room == __name__.partition(".")[0] and code.co_name not in MODE:
+        if room == __name__.partition(".")[0] and code.co_name not in MODE_FUNCTIONS:
             break  # the probe itself
         if room not in (*LIBRARIES, __name__.partition(".")[0]):
             name = getattr(code, "co_qualname", code.co_name)

@@ -12,28 +12,30 @@ from contextvars import ContextVar
 
 import torch
 
-_THEIRS: ContextVar[torch.device | None] = ContextVar("theirs", default=None)  # the script's, while ours is in force
+_USERS_DEVICE: ContextVar[torch.device | None] = ContextVar(
+    "users_default_device", default=None
+)  # the script's, while the CPU is in force
 
 
 @contextlib.contextmanager
-def ours() -> Iterator[None]:
+def cpu_default_device() -> Iterator[None]:
     """The CPU, whatever a script has set. May be nested."""
     device = torch.get_default_device()
     if device.type == "cpu":
         yield
         return
-    token = _THEIRS.set(device)
+    token = _USERS_DEVICE.set(device)
     try:
         with torch.device("cpu"):
             yield
     finally:
-        _THEIRS.reset(token)
+        _USERS_DEVICE.reset(token)
 
 
 @contextlib.contextmanager
-def theirs() -> Iterator[None]:
-    """Inside `ours`, what the script has set: for calls of its own code."""
-    device = _THEIRS.get()
+def users_default_device() -> Iterator[None]:
+    """Inside `cpu_default_device`, what the script has set: for calls of its own code."""
+    device = _USERS_DEVICE.get()
     if device is None:
         yield
         return

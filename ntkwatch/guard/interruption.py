@@ -13,12 +13,12 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")  # by which schedulers and launchers stop or requeue a job
+SIGNAL_NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")  # by which schedulers and launchers stop or requeue a job
 _pending: list[int] = []
 _deadlines: list[tuple[float, Exception]] = []  # by time.monotonic, and what is said then; the innermost last
 
 
-class Ended(BaseException):
+class ProbeEnded(BaseException):
     """Raised inside a probe, past everything that handles a model's failures. error: what went wrong, None: nothing."""
 
     def __init__(self, error: Exception | None = None) -> None:
@@ -29,9 +29,9 @@ class Ended(BaseException):
 def check() -> None:
     """Ends the probe that this is called in, where there is a reason to; called before every pass of the model."""
     if _pending:
-        raise Ended()
+        raise ProbeEnded()
     if _deadlines and time.monotonic() > _deadlines[-1][0]:
-        raise Ended(_deadlines[-1][1])
+        raise ProbeEnded(_deadlines[-1][1])
 
 
 def pending() -> list[str]:
@@ -40,7 +40,7 @@ def pending() -> list[str]:
 
 
 @contextlib.contextmanager
-def at_most(seconds: float, otherwise: Exception) -> Iterator[None]:
+def time_limit(seconds: float, otherwise: Exception) -> Iterator[None]:
     """A probe inside ends with that error when so much time has passed."""
     _deadlines.append((time.monotonic() + seconds, otherwise))
     try:
@@ -50,38 +50,38 @@ def at_most(seconds: float, otherwise: Exception) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def signals_later() -> Iterator[None]:
+def deferred_signals() -> Iterator[None]:
     """Signals that the run has handlers for are kept, and sent again after this, in the order in which they came."""
-    if _kept or threading.current_thread() is not threading.main_thread():
+    if _handlers or threading.current_thread() is not threading.main_thread():
         yield
         return
     try:
-        _keep()
+        _replace_handlers()
         yield
     finally:
-        _put_back()
+        _restore_handlers()
         waiting, _pending[:] = list(_pending), []
         for number in waiting:
             signal.raise_signal(number)
 
 
-_kept: dict[int, object] = {}  # number -> the run's handler
+_handlers: dict[int, object] = {}  # number -> the run's handler
 
 
-def _note(number: int, frame: FrameType | None) -> None:
+def _defer(number: int, frame: FrameType | None) -> None:
     _pending.append(number)
 
 
-def _keep() -> None:
-    for name in NAMES:
+def _replace_handlers() -> None:
+    for name in SIGNAL_NAMES:
         number = getattr(signal, name, None)
         if number is not None and callable(handler := signal.getsignal(number)):
-            _kept[number] = handler
-            signal.signal(number, _note)
+            _handlers[number] = handler
+            signal.signal(number, _defer)
 
 
-def _put_back() -> None:
-    while _kept:
-        number, handler = _kept.popitem()
-        if signal.getsignal(number) is _note:
+def _restore_handlers() -> None:
+    while _handlers:
+        number, handler = _handlers.popitem()
+        if signal.getsignal(number) is _defer:
             signal.signal(number, handler)  # type: ignore[arg-type]

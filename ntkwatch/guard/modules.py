@@ -14,21 +14,21 @@ from torch import Tensor, nn
 
 from ntkwatch.distributed import spread
 from ntkwatch.guard.values import (
-    Boxes,
     GuardError,
+    SavedContainers,
     Undo,
     array,
-    bits,
     generators_of,
-    is_box,
-    moved,
-    plain,
+    has_plain_storage,
+    is_container,
+    is_data_replaced,
     same,
+    saved_bytes,
     stateful,
 )
 
 _TORCH_OWNED = frozenset(vars(nn.Module()))
-_TORCH_BOXES = tuple(name for name, value in vars(nn.Module()).items() if is_box(value))  # parameters, hooks, …
+_TORCH_BOXES = tuple(name for name, value in vars(nn.Module()).items() if is_container(value))  # parameters, hooks, …
 _ATOMS = frozenset({int, float, bool, str, type(None)})
 _WALK_DEPTH = 3  # containers in containers of a module's attributes that are looked into
 _WALK_ITEMS = 1000  # and how far: a list of every loss of a run is kept whole but not searched for tensors
@@ -44,7 +44,7 @@ class Modules:
         self.leaves: dict[int, Tensor] = {}  # parameters and other leaves that collect a gradient: watched, not copied
         self.state: dict[int, Tensor] = {}  # buffers and tensors kept as attributes: copied
         self.stashed: dict[int, Tensor] = {}  # tensors kept in lists and dicts: copied up to a limit, the rest watched
-        self.boxes, self.owned = Boxes(), Boxes()  # of the user's; of torch's own
+        self.boxes, self.owned = SavedContainers(), SavedContainers()  # of the user's; of torch's own
         self.undo: list[Undo] = []
         self.seen: set[int] = set()
         self.todo: list[nn.Module] = list(roots)
@@ -89,7 +89,11 @@ class Modules:
                 f"{type(module).__name__} has parameters that are not initialised yet (a lazy module), "
                 "and a probe would initialise them; run the model on one batch before training"
             )
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None and plain(parameter):
+        if (
+            isinstance(module, nn.Embedding | nn.EmbeddingBag)
+            and module.max_norm is not None
+            and has_plain_storage(parameter)
+        ):
             self.state[id(parameter)] = parameter  # its forward renormalises the rows that it reads, in place
         self.leaves[id(parameter)] = parameter
 
@@ -101,7 +105,7 @@ class Modules:
             self._tensor(value, self.state if depth == _WALK_DEPTH else self.stashed)
         elif isinstance(value, nn.Module):
             self.todo.append(value)
-        elif is_box(value) or isinstance(value, tuple):
+        elif is_container(value) or isinstance(value, tuple):
             self._box(value, depth)
         elif isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
             self._box(getattr(value, "__dict__", {}), depth)
@@ -112,16 +116,16 @@ class Modules:
         if not depth or id(box) in self.seen:
             return
         self.seen.add(id(box))
-        if is_box(box):
+        if is_container(box):
             self.boxes.keep(box)
         for item in islice(box.values() if isinstance(box, dict) else box, _WALK_ITEMS):
             self._attribute(item, depth - 1)
 
-    def _tensor(self, tensor: Tensor, shelf: dict[int, Tensor]) -> None:
+    def _tensor(self, tensor: Tensor, destination: dict[int, Tensor]) -> None:
         if tensor.requires_grad and tensor.is_leaf:
             self.leaves.setdefault(id(tensor), tensor)
-        elif id(tensor) not in self.state and plain(tensor):
-            shelf[id(tensor)] = tensor
+        elif id(tensor) not in self.state and has_plain_storage(tensor):
+            destination[id(tensor)] = tensor
 
     def guard(self, undo: list[Undo]) -> None:
         """Save, then disturb: evaluation mode, no gradients, no backward hooks, no compiled calls, no logging."""
@@ -132,10 +136,10 @@ class Modules:
             (copied if room >= 0 else watched).append(tensor)
         undo.append(_unmoved(watched, self.roots))
         undo.extend([*([] if self.aloof else [self.boxes.restore]), *self.undo])
-        undo.extend(bits(copied))
+        undo.extend(saved_bytes(copied))
         if not self.sharded:
             undo.append(self.owned.restore)
-            _guard_leaves([leaf for leaf in self.leaves.values() if leaf.is_leaf and plain(leaf)], undo)
+            _guard_leaves([leaf for leaf in self.leaves.values() if leaf.is_leaf and has_plain_storage(leaf)], undo)
         _guard_attributes(self.modules, undo, self.sharded, self.aloof)
 
 
@@ -158,7 +162,7 @@ def _unmoved(tensors: list[Tensor], modules: Sequence[nn.Module]) -> Undo:
 def _guard_leaves(leaves: list[Tensor], undo: list[Undo]) -> None:
     """Gradient, data and gradient hooks of parameters: the same objects afterwards, none meanwhile."""
     saved = [(leaf, leaf.detach(), leaf.data_ptr(), leaf.requires_grad, leaf.grad) for leaf in leaves]
-    hooks = Boxes()
+    hooks = SavedContainers()
     undo += [partial(_restore_leaves, saved), hooks.restore]
     for leaf in leaves:
         for box in (leaf._backward_hooks, getattr(leaf, "_post_accumulate_grad_hooks", None)):
@@ -180,7 +184,7 @@ def _reassignable(leaf: Tensor) -> bool:
 
 def _restore_leaves(saved: list[tuple[Tensor, Tensor, int, bool, Tensor | None]]) -> None:
     for leaf, data, where, requires_grad, grad in saved:
-        if moved(leaf, data, where):
+        if is_data_replaced(leaf, data, where):
             leaf.data = data
         if leaf.requires_grad != requires_grad:
             leaf.requires_grad_(requires_grad)

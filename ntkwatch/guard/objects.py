@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ntkwatch.guard.process import guard_generators
-from ntkwatch.guard.values import Boxes, Undo, generators_of, is_box, put_back, same, stateful
+from ntkwatch.guard.values import SavedContainers, Undo, generators_of, is_container, put_back, same, stateful
 
 _DEPTH = 6  # dataset, subset of it, its transform, the list in it, one of them, its generator
 _CALLED = ("__getitem__", "__call__", "forward")
@@ -22,7 +22,7 @@ _ITEMS = 64  # of a list or dict: transforms are few, samples are many
 
 
 @contextmanager
-def leave_objects(*objects: object) -> Iterator[None]:
+def preserve_objects(*objects: object) -> Iterator[None]:
     """After it, `objects` and the process's random state are as before, whatever indexing and calling them did.
 
     Of the objects themselves, and of the datasets in them, every attribute and what lists and dicts hold comes back: a
@@ -40,7 +40,7 @@ def leave_objects(*objects: object) -> Iterator[None]:
 
 
 def _guard_objects(objects: tuple[object, ...], undo: list[Undo]) -> None:
-    boxes, seen = Boxes(), set[int]()
+    boxes, seen = SavedContainers(), set[int]()
     undo.append(boxes.restore)
     todo: list[tuple[object, int]] = [(getattr(value, "__self__", value), 0) for value in objects]
     while todo:
@@ -52,14 +52,14 @@ def _guard_objects(objects: tuple[object, ...], undo: list[Undo]) -> None:
             todo.extend((generator, depth) for generator in generators_of(function))
         if (restore := stateful(value)) is not None:
             undo.append(restore)
-        elif is_box(value) or isinstance(value, tuple):
+        elif is_container(value) or isinstance(value, tuple):
             items: Any = value.values() if isinstance(value, dict) else value
             todo.extend((item, depth + 1) for item in islice(items, _ITEMS))
         elif isinstance(held := getattr(value, "__dict__", None), dict):
             todo.extend((item, depth + 1) for item in held.values())
             if depth == 0 or isinstance(value, torch.utils.data.Dataset):
                 undo.append(partial(_restore, held, dict(held)))
-                for box in filter(is_box, held.values()):
+                for box in filter(is_container, held.values()):
                     boxes.keep(box)
 
 

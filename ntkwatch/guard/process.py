@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn.utils import parametrize
 
-from ntkwatch.guard.values import Boxes, Undo
+from ntkwatch.guard.values import SavedContainers, Undo
 
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
@@ -23,7 +23,7 @@ _Precision = tuple[str, bool, tuple[str, ...]]  # matmul precision, cuDNN's TF32
 _EXACT: _Precision = ("highest", False, ("ieee",) * len(_PRECISIONS) if _NEW_FLAGS else ())
 
 
-def _keep(undo: list[Undo], get: Callable[[], Any], put: Callable[[Any], Any], *during: Any) -> None:
+def _restore_later(undo: list[Undo], get: Callable[[], Any], put: Callable[[Any], Any], *during: Any) -> None:
     """Remember `get()`, put it back at the end if it moved; meanwhile `during`, if one is given."""
     saved = get()
 
@@ -39,22 +39,24 @@ def _keep(undo: list[Undo], get: Callable[[], Any], put: Callable[[Any], Any], *
 def guard_flags(undo: list[Undo], recurrent: bool = False) -> None:
     """`recurrent`: on a GPU, where cuDNN's recurrent layers have no backward pass in evaluation mode."""
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
-    _keep(undo, torch.is_grad_enabled, torch._C._set_grad_enabled, True)
+    _restore_later(undo, torch.is_grad_enabled, torch._C._set_grad_enabled, True)
     for device in _AUTOCAST:
         _keep_autocast(undo, device)
-    _keep(undo, torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, False)  # or training reuses a cast
-    _keep(undo, torch.get_default_dtype, torch.set_default_dtype)
-    _keep(undo, _default_device, torch.set_default_device)
-    _keep(undo, torch.get_num_threads, torch.set_num_threads)
-    _keep(undo, _determinism, lambda saved: torch.use_deterministic_algorithms(saved[0], warn_only=saved[1]))
-    _keep(undo, _anomaly, _set_anomaly, (False, True))
-    _keep(undo, torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False)
+    _restore_later(
+        undo, torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, False
+    )  # or training reuses a cast
+    _restore_later(undo, torch.get_default_dtype, torch.set_default_dtype)
+    _restore_later(undo, _default_device, torch.set_default_device)
+    _restore_later(undo, torch.get_num_threads, torch.set_num_threads)
+    _restore_later(undo, _determinism, lambda saved: torch.use_deterministic_algorithms(saved[0], warn_only=saved[1]))
+    _restore_later(undo, _anomaly, _set_anomaly, (False, True))
+    _restore_later(undo, torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False)
     for name, during in {"enabled": (False,) * recurrent, "deterministic": (), "benchmark": (False,)}.items():
-        _keep(undo, partial(getattr, cudnn, name), partial(setattr, cudnn, name), *during)
+        _restore_later(undo, partial(getattr, cudnn, name), partial(setattr, cudnn, name), *during)
     for name in ("flash", "mem_efficient", "math", "cudnn"):
         if hasattr(cuda, f"{name}_sdp_enabled"):
-            _keep(undo, getattr(cuda, f"{name}_sdp_enabled"), getattr(cuda, f"enable_{name}_sdp"))
-    _keep(undo, _read_precision, _write_precision, _EXACT)
+            _restore_later(undo, getattr(cuda, f"{name}_sdp_enabled"), getattr(cuda, f"enable_{name}_sdp"))
+    _restore_later(undo, _read_precision, _write_precision, _EXACT)
     _guard_global_hooks(undo)
     _guard_parametrizations(undo)
     _force_eager(undo)
@@ -62,7 +64,7 @@ def guard_flags(undo: list[Undo], recurrent: bool = False) -> None:
 
 def _guard_global_hooks(undo: list[Undo]) -> None:
     """Hooks on every module: forward ones run, backward ones listen to training and do not."""
-    boxes = Boxes()
+    boxes = SavedContainers()
     undo.append(boxes.restore)
     for name, box in vars(torch.nn.modules.module).items():
         if name.startswith("_global_") and isinstance(box, dict):
@@ -74,7 +76,7 @@ def _guard_global_hooks(undo: list[Undo]) -> None:
 def _guard_parametrizations(undo: list[Undo]) -> None:
     """Inside `parametrize.cached()` a probe would get training's weights, and training the probe's."""
     undo.append(partial(setattr, parametrize, "_cache", parametrize._cache))
-    _keep(undo, lambda: parametrize._cache_enabled, partial(setattr, parametrize, "_cache_enabled"), 0)
+    _restore_later(undo, lambda: parametrize._cache_enabled, partial(setattr, parametrize, "_cache_enabled"), 0)
     parametrize._cache = {}
 
 
@@ -83,8 +85,12 @@ def _keep_autocast(undo: list[Undo], device: str) -> None:
         torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     except RuntimeError:  # this build of torch knows no such device
         return
-    _keep(undo, lambda: torch.is_autocast_enabled(device), lambda on: torch.set_autocast_enabled(device, on), False)
-    _keep(undo, lambda: torch.get_autocast_dtype(device), lambda dtype: torch.set_autocast_dtype(device, dtype))
+    _restore_later(
+        undo, lambda: torch.is_autocast_enabled(device), lambda on: torch.set_autocast_enabled(device, on), False
+    )
+    _restore_later(
+        undo, lambda: torch.get_autocast_dtype(device), lambda dtype: torch.set_autocast_dtype(device, dtype)
+    )
 
 
 def _default_device() -> torch.device | None:
@@ -108,7 +114,7 @@ def _force_eager(undo: list[Undo]) -> None:
     """Compiled functions run uncompiled, so that a probe's shapes make no new graphs."""
     frames = sys.modules.get("torch._dynamo.eval_frame")
     if frames is not None and hasattr(frames, "_set_stance"):  # torch ≥ 2.6, and something has been compiled
-        _keep(undo, lambda: frames._stance, frames._set_stance)
+        _restore_later(undo, lambda: frames._stance, frames._set_stance)
         torch.compiler.set_stance("force_eager")
 
 
@@ -163,7 +169,7 @@ def guard_generators(undo: list[Undo]) -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         sources.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
     else:  # seeds wait in a queue for CUDA's start
-        queue = Boxes()
+        queue = SavedContainers()
         queue.keep(torch.cuda._queued_calls)
         undo.append(queue.restore)
     if torch.backends.mps.is_available():

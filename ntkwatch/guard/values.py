@@ -26,7 +26,7 @@ class GuardError(RuntimeError):
     """A probe changed what cannot be put back, or a part of the run could not be saved."""
 
 
-def plain(tensor: Tensor) -> bool:
+def has_plain_storage(tensor: Tensor) -> bool:
     """True where a byte copy says all: strided, with storage; no DTensor, fake, quantized or functorch wrapper."""
     if is_traceable_wrapper_subclass(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
@@ -38,7 +38,7 @@ def plain(tensor: Tensor) -> bool:
         return False
 
 
-def bits(tensors: Sequence[Tensor]) -> Iterator[Undo]:
+def saved_bytes(tensors: Sequence[Tensor]) -> Iterator[Undo]:
     """One flat copy per device and dtype; compared by bytes (NaN and −0 count), written back only where it differs.
 
     Storage, shape and the count of changes come back too.
@@ -53,7 +53,7 @@ def bits(tensors: Sequence[Tensor]) -> Iterator[Undo]:
 
 def _restore_bits(saved: list[tuple[Tensor, Tensor, int, int | None]], flat: Tensor) -> None:
     for tensor, data, where, version in saved:
-        if moved(tensor, data, where) and version is not None:
+        if is_data_replaced(tensor, data, where) and version is not None:
             tensor.data = data
     if not _equal(_flat([tensor for tensor, *_ in saved]), flat):
         parts = flat.split([data.numel() for _, data, *_ in saved])
@@ -66,7 +66,7 @@ def _restore_bits(saved: list[tuple[Tensor, Tensor, int, int | None]], flat: Ten
             _set_version(tensor, version)
 
 
-def moved(tensor: Tensor, data: Tensor, where: int) -> bool:
+def is_data_replaced(tensor: Tensor, data: Tensor, where: int) -> bool:
     """Whether `.data` of the tensor is not what it was."""
     return tensor.data_ptr() != where or tensor.dtype != data.dtype or tensor.shape != data.shape
 
@@ -90,7 +90,7 @@ def _set_version(tensor: Tensor, version: int) -> None:
         put(tensor, version)
 
 
-class Boxes:
+class SavedContainers:
     """The very items of dicts, lists, sets and deques, in their order.
 
     Most of a module's boxes are empty dicts of hooks; these cost one reference each and no copy. A list or dict of more
@@ -143,7 +143,7 @@ def same(box: dict[Any, Any], saved: dict[Any, Any]) -> bool:
     return all(map(operator.is_, box.values(), saved.values())) and all(map(operator.is_, box, saved))
 
 
-def is_box(value: object) -> bool:
+def is_container(value: object) -> bool:
     return isinstance(value, _CONTAINERS)
 
 

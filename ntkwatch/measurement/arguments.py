@@ -14,7 +14,7 @@ from ntkwatch.engines.base import Reduction, richest
 from ntkwatch.engines.memory import first_line, is_out_of_memory
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import Network, UnsupportedModel, to_device
-from ntkwatch.model.errors import why_not
+from ntkwatch.model.errors import explain_failure
 
 REDUCTIONS = ("trace", "blocks", "full", "sum")
 ENGINES = ("auto", "functional", "layerwise")
@@ -113,7 +113,7 @@ def _outputs(network: Network, batch: Any) -> Tensor:
                 f"memory ran out in one forward pass of the probes ({first_line(error)}): take fewer probes"
             ) from error
         raise ValueError(
-            why_not(network, batch, error)
+            explain_failure(network, batch, error)
             or f"the model failed on the probes ({type(error).__name__}: {error}): "
             "give probes= in the form of the loader's batches, or outputs=, a callable (model, batch) -> [n, C]"
         ) from error

@@ -122,13 +122,13 @@ def batch_size(inputs: Any) -> int:
     for leaf in leaves(inputs):
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
             return leaf.shape[0]
-    if (said := of_objects(inputs)) is not None:
+    if (said := custom_batch_advice(inputs)) is not None:
         raise ValueError(said)
     got = "a tensor of no dimensions" if isinstance(inputs, Tensor) else type(inputs).__name__
     raise ValueError(f"a batch must hold a tensor [n, ...], got {got}; pass tensors, or collate them first")
 
 
-def of_objects(inputs: Any) -> str | None:
+def custom_batch_advice(inputs: Any) -> str | None:
     """What to do about an object that holds its tensors in its own way, such as a batch of graphs; None for others."""
     given = next((leaf for leaf in leaves(inputs) if hasattr(leaf, "to") and not isinstance(leaf, Tensor)), None)
     if given is None:

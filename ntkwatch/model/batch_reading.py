@@ -84,7 +84,7 @@ class Reading:
 
     def code(self, part: Callable[[Place], str] | None = None) -> str:
         """The call in Python, of `model` and `batch`, or of what `part` writes for a place."""
-        write = source if part is None else part
+        write = as_python if part is None else part
         by_name = [f"{name}={write(place)}" for name, place in self.named]
         return f"model({', '.join([*(write(place) for place in self.args), *by_name])})"
 
@@ -96,7 +96,7 @@ def at(batch: Any, place: Place) -> Any:
     return batch
 
 
-def source(place: Place, of: str = "batch") -> str:
+def as_python(place: Place, of: str = "batch") -> str:
     """A place in Python."""
     return of + "".join(f"[{key!r}]" for key in place)
 
@@ -179,14 +179,14 @@ def _of_mapping(signature: Signature, batch: Mapping[Any, Any]) -> Iterator[Read
 # ── in words ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def shape(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """Type and shape of a part of a batch: "float32 [64, 8]"."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, Mapping):
         return f"{type(value).__name__} of {', '.join(map(str, value))}"
     if isinstance(value, tuple | list) and not (value and isinstance(value[0], str)):
-        return f"{type(value).__name__} of {', '.join(shape(item) for item in value)}"
+        return f"{type(value).__name__} of {', '.join(describe_value(item) for item in value)}"
     return f"{type(value).__name__}{f' of {len(value)}' if isinstance(value, tuple | list) else ''}"
 
 
@@ -202,14 +202,17 @@ def name_of(batch: Any, place: Place) -> str:
     return f"{field}item {key + 1} of {name_of(batch, tuple(outer)) if outer else len(parent)}"
 
 
-def inputs_in_words(reading: Reading, signature: Signature, batch: Any) -> str:
+def describe_inputs(reading: Reading, signature: Signature, batch: Any) -> str:
     """What goes in, with type and shape, by the names of forward's arguments where these are known."""
     names = [*signature.required, *("" for _ in reading.args)]
-    parts = [f"{name or name_of(batch, p)} {shape(at(batch, p))}" for name, p in zip(names, reading.args, strict=False)]
-    return ", ".join([*parts, *(f"{name} {shape(at(batch, p))}" for name, p in reading.named)])
+    parts = [
+        f"{name or name_of(batch, p)} {describe_value(at(batch, p))}"
+        for name, p in zip(names, reading.args, strict=False)
+    ]
+    return ", ".join([*parts, *(f"{name} {describe_value(at(batch, p))}" for name, p in reading.named)])
 
 
-def ignored(reading: Reading, batch: Any) -> list[str]:
+def ignored_parts(reading: Reading, batch: Any) -> list[str]:
     """The parts of the batch that are neither inputs nor target, by name."""
     used = {place[:1] for place in (*reading.places, *([reading.target] if reading.target is not None else []))}
     if () in used or not isinstance(batch, Mapping | tuple | list):

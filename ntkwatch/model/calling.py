@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ntkwatch.model.batch_reading import Reading, Signature, readings
 
-NOT_SO = (TypeError, AttributeError, ValueError, LookupError)  # how a model says that it is not called so
+CALL_ERRORS = (TypeError, AttributeError, ValueError, LookupError)  # how a model says that it is not called so
 
 
 class Caller:
@@ -26,7 +26,7 @@ class Caller:
         for reading in readings(self.signature, value) if known is None else [known]:
             try:
                 result = reading.call(self.module, value)
-            except NOT_SO as error:
+            except CALL_ERRORS as error:
                 failures.append(error)
             else:
                 self.known[form] = reading
@@ -37,7 +37,7 @@ class Caller:
         """How the module takes a batch: as it took one of its form, else the likeliest way."""
         return self.known.get(form_of(value)) or next(readings(self.signature, value))
 
-    def settled(self, value: Any) -> bool:
+    def is_unambiguous(self, value: Any) -> bool:
         """Whether there is one way, or the module has taken one."""
         return form_of(value) in self.known or len(list(readings(self.signature, value))) == 1
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ntkwatch.metrics.undefined import Undefined
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
-SEPARATE = 1e-5  # of the curvature: above rounding in float32, far below what examples that are coupled have
-ROWS = 4  # that tell how a loss meets flat targets
+COUPLING_TOLERANCE = 1e-5  # of the curvature: above rounding in float32, far below what examples that are coupled have
+CHECKED_ROWS = 4  # that tell how a loss meets flat targets
 NO_LOSS = "no loss is known: pass loss=, a callable (outputs, targets) -> mean loss, or define ntk_loss on the module"
 
 
@@ -78,7 +78,7 @@ class LossAt:
 
     def _gap(self, shape: Callable[[Tensor], Tensor]) -> float:
         """How far the loss of some rows is from the mean, or the sum, of their own; infinite where it fails."""
-        f, y = self.outputs[:ROWS].detach(), shape(self.targets[:ROWS])
+        f, y = self.outputs[:CHECKED_ROWS].detach(), shape(self.targets[:CHECKED_ROWS])
         if len(f) == 0:
             return math.inf
         try:
@@ -134,5 +134,5 @@ class LossAt:
         w = torch.randn(f.shape, dtype=f.dtype, generator=torch.Generator().manual_seed(0), device="cpu").to(f.device)
         product = torch.autograd.grad((gradient * w).sum(), f, retain_graph=True)[0]
         own = torch.einsum("ncd,nc->nd", blocks, w)
-        if (product - own).norm() > SEPARATE * own.norm():
+        if (product - own).norm() > COUPLING_TOLERANCE * own.norm():
             raise Undefined("the loss couples examples: its curvature is not one block for each")

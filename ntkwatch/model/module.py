@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ntkwatch.guard import interruption
-from ntkwatch.guard.default_device import theirs
+from ntkwatch.guard.default_device import users_default_device
 from ntkwatch.model.batch import (
     LABEL_KEYS,
     Batch,
@@ -28,9 +28,9 @@ from ntkwatch.model.batch import (
 )
 from ntkwatch.model.batch_reading import Reading
 from ntkwatch.model.calling import Caller, form_of
-from ntkwatch.model.output import UnsupportedModel, as_output, rows_of, to_pass
-from ntkwatch.model.shared_leaves import elsewhere, settle
-from ntkwatch.model.wrappers import eager, not_reentrant, places_of, unfused, unwrap
+from ntkwatch.model.output import UnsupportedModel, as_output, outputs_advice, rows_expression
+from ntkwatch.model.shared_leaves import elsewhere, infer_rows
+from ntkwatch.model.wrappers import attribute_paths, eager, not_reentrant, unfused, unwrap
 
 __all__ = [
     "LABEL_KEYS",
@@ -85,9 +85,11 @@ class Network:
         self.module = unwrap(module)
         self._outputs = outputs
         self.call = Caller(self.module)
-        self._settled: dict[Any, tuple[int, tuple[bool, ...]]] = {}  # n, and which leaves have a row for each example
+        self._row_layouts: dict[
+            Any, tuple[int, tuple[bool, ...]]
+        ] = {}  # n, and which leaves have a row for each example
         self._wrapper = _Forward(self.module, self._raw)
-        self.parameters: dict[str, Tensor] = _trained(self.module, params)
+        self.parameters: dict[str, Tensor] = _trained_parameters(self.module, params)
         _check_devices(self.module, self.parameters)
         self._place = ""  # of the output in what was returned last, in Python
         self.mixes: Network | None = None  # the network whose outputs this one mixes
@@ -154,9 +156,9 @@ class Network:
         return self._run(batch, elsewhere(self.parameters))
 
     def _called(self, batch: Any, state: Mapping[str, Tensor] | None) -> Any:
-        places = places_of(self.module) if state else {}
+        places = attribute_paths(self.module) if state else {}
         swapped = {f"module.{place}": t for name, t in (state or {}).items() for place in places.get(name, (name,))}
-        with theirs():
+        with users_default_device():
             if not state:
                 return self._raw(batch)
             return torch.func.functional_call(self._wrapper, swapped, (batch,), tie_weights=False)
@@ -164,11 +166,11 @@ class Network:
     @property
     def forms(self) -> tuple[Any, ...]:
         """What was learned of how batches go in, and of the types inside: of another Network of the same module too."""
-        return dict(self._settled), dict(self.call.known), self.inside
+        return dict(self._row_layouts), dict(self.call.known), self.inside
 
     @forms.setter
     def forms(self, learned: tuple[Any, ...]) -> None:
-        self._settled, self.call.known, self.inside = dict(learned[0]), dict(learned[1]), learned[2]
+        self._row_layouts, self.call.known, self.inside = dict(learned[0]), dict(learned[1]), learned[2]
 
     @property
     def custom(self) -> OutputsFn | None:
@@ -211,20 +213,20 @@ class Network:
         """
         if isinstance(raw, Batch):
             return raw
-        form = (form_of(raw), *(_side(leaf) for leaf in leaves(raw)))
-        if form not in self._settled:
+        form = (form_of(raw), *(_length(leaf) for leaf in leaves(raw)))
+        if form not in self._row_layouts:
             batch_size(inputs_of(raw))  # raises
             with torch.no_grad():
-                found = settle(raw, self._inputs(raw), self._run, self._run_elsewhere, self.tolerance)
-            self._settled[form] = (found.n, found.rows)
-        return Batch.of(raw, *self._settled[form])
+                found = infer_rows(raw, self._inputs(raw), self._run, self._run_elsewhere, self.tolerance)
+            self._row_layouts[form] = (found.n, found.rows)
+        return Batch.of(raw, *self._row_layouts[form])
 
     def _inputs(self, raw: Any) -> list[int]:
         """Numbers of the leaves that may go in and have rows, the one that n is read from first."""
         flat = leaves(raw)
         parts = inputs_of(raw)
         if not self.custom_outputs:
-            if not self.call.settled(raw):
+            if not self.call.is_unambiguous(raw):
                 with contextlib.suppress(Exception):  # whoever runs it next says so
                     self._run(raw)
             parts = self.reading(raw).inputs(raw)
@@ -246,12 +248,12 @@ class Network:
         if f.ndim != 2 or f.shape[0] != n or f.shape[1] == 0 or not f.is_floating_point():
             raise UnsupportedModel(
                 f"the output must be real and [n, C] with n = {n} (or [n]), got {tuple(whole.shape)}, {f.dtype}; "
-                f"{to_pass(rows_of(whole, self.code(batch) + self._place, n))}"
+                f"{outputs_advice(rows_expression(whole, self.code(batch) + self._place, n))}"
             )
         return f
 
 
-def _trained(module: nn.Module, params: str | Sequence[str] | None) -> dict[str, Tensor]:
+def _trained_parameters(module: nn.Module, params: str | Sequence[str] | None) -> dict[str, Tensor]:
     trained: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
     for name, p in trained.items():
         if isinstance(p, nn.parameter.UninitializedParameter):
@@ -267,7 +269,7 @@ def _trained(module: nn.Module, params: str | Sequence[str] | None) -> dict[str,
             )
         )
     if params is None:
-        return _dense(trained)
+        return _require_dense(trained)
     globs = [params] if isinstance(params, str) else list(params)
     if not globs:
         raise ValueError("params: an empty list matches no trained parameter; None takes all of them")
@@ -276,10 +278,10 @@ def _trained(module: nn.Module, params: str | Sequence[str] | None) -> dict[str,
             raise ValueError(
                 f"params: {glob!r} matches no trained parameter; there are {', '.join(list(trained)[:8])}…"
             )
-    return _dense({name: p for name, p in trained.items() if any(fnmatch.fnmatchcase(name, g) for g in globs)})
+    return _require_dense({name: p for name, p in trained.items() if any(fnmatch.fnmatchcase(name, g) for g in globs)})
 
 
-def _dense(trained: dict[str, Tensor]) -> dict[str, Tensor]:
+def _require_dense(trained: dict[str, Tensor]) -> dict[str, Tensor]:
     """Them, unless one is sparse, of which layouts differ in what they take as its gradient."""
     for name, p in trained.items():
         if p.layout is not torch.strided:
@@ -310,7 +312,7 @@ def _check_devices(module: nn.Module, trained: Mapping[str, Tensor]) -> None:
         )
 
 
-def _side(leaf: Any) -> int | None:
+def _length(leaf: Any) -> int | None:
     """The first side of a leaf."""
     if isinstance(leaf, Tensor):
         return leaf.shape[0] if leaf.ndim else None

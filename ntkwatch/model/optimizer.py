@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KNOWN = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+SUPPORTED_OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 NO_OPTIMIZER = (
     "no optimizer is known: give measure(step, optimizer=...); a run with several has no one rule, and a baseline that "
     "waited for the rows of a stream has lost its own"
@@ -17,7 +17,7 @@ NO_OPTIMIZER = (
 
 
 @dataclass(frozen=True)
-class Rule:
+class UpdateRule:
     """V ← βV + ∇, θ ← θ − factor·S·V with S = lr/D, the form that SGD with momentum and Adam share.
 
     Attributes:
@@ -57,11 +57,11 @@ class Rule:
         }
 
 
-def read_rule(optimizer: torch.optim.Optimizer | None, parameters: Mapping[str, Tensor]) -> Rule | str:
+def read_rule(optimizer: torch.optim.Optimizer | None, parameters: Mapping[str, Tensor]) -> UpdateRule | str:
     """The rule that `optimizer` trains these parameters by, or why it has none of the form above, in one sentence."""
     if optimizer is None:
         return NO_OPTIMIZER
-    if not isinstance(optimizer, KNOWN):
+    if not isinstance(optimizer, SUPPORTED_OPTIMIZERS):
         return f"{type(optimizer).__name__} is not SGD, Adam or AdamW: its rule on the kernel is not known"
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     own = {name: groups[id(p)] for name, p in parameters.items() if id(p) in groups}
@@ -79,18 +79,18 @@ def read_rule(optimizer: torch.optim.Optimizer | None, parameters: Mapping[str, 
     return _adam(name, lr, decay, own, {key: optimizer.state.get(parameters[key]) for key in own})
 
 
-def _sgd(name: str, lr: dict[str, float], decay: dict[str, float], own: Mapping[str, Any]) -> Rule | str:
+def _sgd(name: str, lr: dict[str, float], decay: dict[str, float], own: Mapping[str, Any]) -> UpdateRule | str:
     rules = {(float(g["momentum"]), float(g["dampening"]), bool(g["nesterov"])) for g in own.values()}
     if len(rules) > 1:
         return "the parameter groups have different momentum: there is no one stability limit"
     momentum, dampening, nesterov = rules.pop()
     factor = 1 - dampening if momentum else 1.0  # torch ignores dampening without momentum
-    return Rule(name, lr, momentum, nesterov, factor, decay=decay)
+    return UpdateRule(name, lr, momentum, nesterov, factor, decay=decay)
 
 
 def _adam(
     name: str, lr: dict[str, float], decay: dict[str, float], own: Mapping[str, Any], state: Mapping[str, Any]
-) -> Rule | str:
+) -> UpdateRule | str:
     rules = {(float(g["betas"][0]), bool(g["amsgrad"])) for g in own.values()}
     if len(rules) > 1:
         return "the parameter groups have different β1: there is no one stability limit"
@@ -106,4 +106,4 @@ def _adam(
     for key, s in stepped.items():
         correction = 1 - float(own[key]["betas"][1]) ** float(s["step"])
         d[key] = (s[moment].detach().double() / correction).sqrt() + float(own[key]["eps"])
-    return Rule(name, lr, beta1, False, (1 - beta1) / (1 - beta1**step), d, decay)
+    return UpdateRule(name, lr, beta1, False, (1 - beta1) / (1 - beta1**step), d, decay)

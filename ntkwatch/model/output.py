@@ -36,26 +36,26 @@ def as_output(result: Any, call: str = "model(batch)", n: int | None = None) -> 
         logits, place = result[0], "[0]"
     if isinstance(logits, Tensor):
         return Output(logits, place)
-    codes = (rows_of(tensor, call + place, n) for place, tensor in _others(result))
+    codes = (rows_expression(tensor, call + place, n) for place, tensor in _other_tensors(result))
     raise UnsupportedModel(
         f"the model returned {type(result).__name__}, which holds no tensor under .logits, ['logits'] or first place; "
-        f"{to_pass(next((code for code in codes if code is not None), None))}"
+        f"{outputs_advice(next((code for code in codes if code is not None), None))}"
     )
 
 
-def _others(result: Any) -> Iterator[tuple[str, Tensor]]:
+def _other_tensors(result: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors that a model returned under other names, and where, in Python."""
     if isinstance(result, Mapping):
         held = [(f"[{key!r}]", value) for key, value in result.items()]
     elif isinstance(result, tuple | list):
         held = [(f"[{i}]", value) for i, value in enumerate(result)]
-        held += [(f"[{i}]{inner}", value) for i, each in enumerate(result) for inner, value in _others(each)]
+        held += [(f"[{i}]{inner}", value) for i, each in enumerate(result) for inner, value in _other_tensors(each)]
     else:
         held = [(f".{name}", value) for name, value in getattr(result, "__dict__", {}).items()]
     yield from ((place, value) for place, value in held if isinstance(value, Tensor))
 
 
-def rows_of(f: Tensor, code: str, n: int | None) -> str | None:
+def rows_expression(f: Tensor, code: str, n: int | None) -> str | None:
     """Code whose value is [n, C] or [n], of code whose value is f; None where it is not known how."""
     if f.is_complex():
         return f"torch.view_as_real({code}).flatten(1)"
@@ -68,7 +68,7 @@ def rows_of(f: Tensor, code: str, n: int | None) -> str | None:
     return f"{code}.mean(0)" if f.ndim == 3 and f.shape[1] == n else None
 
 
-def to_pass(code: str | None) -> str:
+def outputs_advice(code: str | None) -> str:
     """What to pass as outputs=, where the code is known."""
     if code is None:
         return "pass as outputs= a function of model and batch that returns [n, C]"

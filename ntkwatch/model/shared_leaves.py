@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ntkwatch.model.batch import Batch, has_rows, is_per_example, leaves, take
 
-_FEW = 3  # examples that are run apart, of either end
-_TRIED = 64  # ways in which leaves may be shared, at most
+_SUBSET_SIZE = 3  # examples that are run apart, of either end
+_MAX_COMBINATIONS = 64  # ways in which leaves may be shared, at most
 
 Outputs = Callable[[Batch], Tensor]
 
 
-def settle(
+def infer_rows(
     raw: Any, inputs: Sequence[int], outputs: Outputs, moved: Outputs, limit: Callable[[Tensor], Tensor]
 ) -> Batch:
     """The batch with what is known of its leaves.
@@ -50,8 +50,8 @@ def settle(
     except Exception:  # whoever runs it next says so
         return found
     doubtful = [i for i in reversed(inputs) if is_per_example(flat[i], found.n)]
-    ways = itertools.islice(_ways(found, doubtful), _TRIED if len(doubtful) > 1 else 0)
-    return next((way for way in ways if _agrees(way, whole, outputs, limit)), found)
+    ways = itertools.islice(_row_assignments(found, doubtful), _MAX_COMBINATIONS if len(doubtful) > 1 else 0)
+    return next((way for way in ways if _is_consistent(way, whole, outputs, limit)), found)
 
 
 def elsewhere(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ def _by_shape(raw: Any, n: int) -> Batch:
     return Batch.of(raw, n, [has_rows(leaf, n) for leaf in leaves(raw)])
 
 
-def _ways(batch: Batch, doubtful: Sequence[int]) -> Iterator[Batch]:
+def _row_assignments(batch: Batch, doubtful: Sequence[int]) -> Iterator[Batch]:
     """With none of the leaves shared, with one of them, with two, …: all but one at most."""
     for count in range(len(doubtful)):
         for shared in itertools.combinations(doubtful, count):
@@ -78,9 +78,9 @@ def _ways(batch: Batch, doubtful: Sequence[int]) -> Iterator[Batch]:
             yield dataclasses.replace(batch, rows=rows)
 
 
-def _agrees(batch: Batch, whole: Tensor, outputs: Outputs, limit: Callable[[Tensor], Tensor]) -> bool:
+def _is_consistent(batch: Batch, whole: Tensor, outputs: Outputs, limit: Callable[[Tensor], Tensor]) -> bool:
     """Whether the first few and the last few examples alone give what they give in the whole."""
-    few = min(_FEW, batch.n - 1)
+    few = min(_SUBSET_SIZE, batch.n - 1)
     for part in (slice(0, few), slice(batch.n - few, batch.n)):
         try:
             alone = outputs(take(batch, part))

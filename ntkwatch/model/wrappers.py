@@ -47,7 +47,7 @@ def unfused() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(kept)
 
 
-class _Direct:
+class _NoCheckpoint:
     """Stands in for reentrant checkpointing, whose backward pass cannot be asked for single gradients."""
 
     @staticmethod
@@ -62,14 +62,14 @@ def not_reentrant() -> Iterator[None]:
     if module is None:
         yield
         return
-    kept, module.CheckpointFunction = module.CheckpointFunction, _Direct
+    kept, module.CheckpointFunction = module.CheckpointFunction, _NoCheckpoint
     try:
         yield
     finally:
         module.CheckpointFunction = kept
 
 
-def places_of(module: nn.Module) -> dict[str, tuple[str, ...]]:
+def attribute_paths(module: nn.Module) -> dict[str, tuple[str, ...]]:
     """Name of a parameter or buffer → where the same tensor is held, each place once.
 
     torch ties weights by name: of a module that is there under two names it swaps one attribute twice, and puts back

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from ntkwatch.probes.choose import choose
 from ntkwatch.probes.loaders import batches_of, is_streaming
-from ntkwatch.probes.probeset import ProbeSet, Wanted, content_hash, given, resolve
-from ntkwatch.probes.stream import FEWEST, Gathered, form_of, from_stream
+from ntkwatch.probes.probeset import ProbeRequest, ProbeSet, as_probe_set, content_hash, parse_probes
+from ntkwatch.probes.selection import choose_probes
+from ntkwatch.probes.stream import MIN_PROBES, RowCollector, from_stream, row_format
 from ntkwatch.probes.taken import taken
 from ntkwatch.probes.targets import encode_targets
 
 __all__ = [
-    "FEWEST",
-    "Gathered",
+    "MIN_PROBES",
+    "ProbeRequest",
     "ProbeSet",
-    "Wanted",
+    "RowCollector",
+    "as_probe_set",
     "batches_of",
-    "choose",
+    "choose_probes",
     "content_hash",
     "encode_targets",
-    "form_of",
     "from_stream",
-    "given",
     "is_streaming",
-    "resolve",
+    "parse_probes",
+    "row_format",
     "taken",
 ]

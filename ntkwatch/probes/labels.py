@@ -13,24 +13,24 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from ntkwatch.model.batch import LABEL_KEYS
 
 
-def seen_labels(dataset: Any, leading: int | None = None) -> tuple[Tensor, str] | None:
+def dataset_labels(dataset: Any, leading: int | None = None) -> tuple[Tensor, str] | None:
     """(class of each example [len(dataset)], where it was read), or None.
 
     Read from `.targets`, `.labels`, the tensor of a TensorDataset after the `leading` ones that a model takes (None:
     the last), a label column of a table (Hugging Face), and from subsets and concatenations of those. Classes are what
-    `as_classes` says.
+    `class_ids` says.
     """
     if isinstance(dataset, Subset):
-        inner = seen_labels(dataset.dataset, leading)
+        inner = dataset_labels(dataset.dataset, leading)
         if inner is None:
             return None
         return inner[0][torch.as_tensor(list(dataset.indices), dtype=torch.long, device="cpu")], inner[1]
     if isinstance(dataset, ConcatDataset):
-        parts = [seen_labels(part, leading) for part in dataset.datasets]
+        parts = [dataset_labels(part, leading) for part in dataset.datasets]
         found = [part for part in parts if part is not None]
         return (torch.cat([labels for labels, _ in found]), found[0][1]) if found and len(found) == len(parts) else None
     for name, read in _candidates(dataset, leading):
-        labels = as_classes(read, len(dataset))
+        labels = class_ids(read, len(dataset))
         if labels is not None:
             return labels, name
     return None
@@ -44,7 +44,7 @@ def _candidates(dataset: Any, leading: int | None) -> list[tuple[str, Any]]:
         except Exception:  # noqa: BLE001, S112, RUF100  a property of the user's, which may need what is not there yet
             continue
     if isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
-        place, last = _place(dataset.tensors, leading), len(dataset.tensors) - 1
+        place, last = _label_index(dataset.tensors, leading), len(dataset.tensors) - 1
         which = "last tensor" if place == last else f"tensor {place + 1}"
         found.append((f"the dataset's {which}", dataset.tensors[place]))
     columns = getattr(dataset, "column_names", None)
@@ -54,7 +54,7 @@ def _candidates(dataset: Any, leading: int | None) -> list[tuple[str, Any]]:
     return found
 
 
-def as_classes(values: Any, n: int) -> Tensor | None:
+def class_ids(values: Any, n: int) -> Tensor | None:
     """[n] class numbers 0 … of n integers, booleans, strings, or floats of two values; None for anything else."""
     if values is None or isinstance(values, str | Mapping):
         return None
@@ -80,7 +80,7 @@ def label_of(item: Any, leading: int | None = None) -> int | float | str | None:
     if isinstance(item, Mapping):
         value = next((item[key] for key in LABEL_KEYS if key in item), None)
     elif isinstance(item, tuple | list):
-        rest = item[_place(item, leading) :] if len(item) > 1 else ()
+        rest = item[_label_index(item, leading) :] if len(item) > 1 else ()
         value = next((each for each in rest if not isinstance(each, str)), next(iter(rest), None))
     else:
         return None
@@ -90,7 +90,7 @@ def label_of(item: Any, leading: int | None = None) -> int | float | str | None:
     return value if isinstance(value, int | float | str) else None
 
 
-def _place(item: Any, leading: int | None) -> int:
+def _label_index(item: Any, leading: int | None) -> int:
     """Where the label is in a tuple; the last where a collate function must add what the model takes besides."""
     nested = isinstance(item[0], tuple | list) and len(item[0]) == leading  # ((x1, x2), y)
     place = 1 if nested else leading

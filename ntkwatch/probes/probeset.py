@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ntkwatch.model import Network, batch_size, inputs_of, map_leaves
-from ntkwatch.model.batch import of_objects
+from ntkwatch.model.batch import custom_batch_advice
 from ntkwatch.model.batch_reading import likely_targets
-from ntkwatch.model.errors import check_form, giver_of_batches
+from ntkwatch.model.errors import batch_source, check_form
 
 Targets = Tensor | Callable[[Any], Any] | None
 
@@ -70,7 +70,7 @@ class ProbeSet:
             ValueError: a loader, a dataset, no dense tensor with a row per example among the inputs, no rows, or
                 targets of another length.
         """
-        batch = map_leaves(frozen, batch)
+        batch = map_leaves(frozen_copy, batch)
         check_form(batch)
         n = batch_size(inputs_of(batch))
         if n == 0:
@@ -104,7 +104,7 @@ class ProbeSet:
         return replace(self, n=n, targets=None if raw is None else raw.detach().clone(), targets_hash=digest)
 
 
-def frozen(leaf: Any) -> Any:
+def frozen_copy(leaf: Any) -> Any:
     """A copy of one's own: the loader or the user may write into theirs."""
     with torch.inference_mode(False), torch.no_grad():
         if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc":
@@ -180,7 +180,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ProbeRequest:
     """What `probes=` asks for: n from a split ("val", "train", None: val where there is one), or the data itself."""
 
     n: int = 64
@@ -188,25 +188,25 @@ class Wanted:
     data: Any = None
 
 
-def resolve(probes: Any) -> Wanted:
+def parse_probes(probes: Any) -> ProbeRequest:
     """Split, count and data told apart.
 
     Raises:
         ValueError: what is none of "train", "val", a count of at least 2, a tensor, a batch, a ProbeSet.
     """
     if isinstance(probes, str) and probes in ("train", "val"):
-        return Wanted(split=probes)
+        return ProbeRequest(split=probes)
     if isinstance(probes, int | np.integer) and not isinstance(probes, bool) and probes >= 2:
-        return Wanted(n=int(probes))
+        return ProbeRequest(n=int(probes))
     if isinstance(probes, Tensor | np.ndarray | Mapping | tuple | list | ProbeSet) or dataclasses.is_dataclass(probes):
-        given(probes)
-        return Wanted(data=probes)
-    if (giver := giver_of_batches(probes)) is not None:
+        as_probe_set(probes)
+        return ProbeRequest(data=probes)
+    if (giver := batch_source(probes)) is not None:
         kind, how = giver
         raise ValueError(
             f"probes= takes no {kind}, got {type(probes).__name__}; pass a batch of it, {how}, or 'train' or 'val'"
         )
-    if (said := of_objects(probes)) is not None:
+    if (said := custom_batch_advice(probes)) is not None:
         raise ValueError(f"probes=: {said}")
     raise ValueError(
         f"probes={probes!r} is not understood; use 'train', 'val', how many examples (2 or more), "
@@ -214,7 +214,7 @@ def resolve(probes: Any) -> Wanted:
     )
 
 
-def given(data: Any, targets: Targets = None) -> ProbeSet:
+def as_probe_set(data: Any, targets: Targets = None) -> ProbeSet:
     """The ProbeSet of data that the user passed; raises ValueError as `from_batch`, naming `probes=`."""
     if isinstance(data, ProbeSet):
         if targets is None:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ntkwatch.model.batch import as_batch, batch_size, leaves, map_leaves, raw_of, take
-from ntkwatch.probes.probeset import ProbeSet, Targets, content_hash, frozen
+from ntkwatch.probes.probeset import ProbeSet, Targets, content_hash, frozen_copy
 
-FEWEST = 8  # probes below which angles say little
-MOST_BATCHES = 8  # that are read for each probe asked for, where few of them fit together
-MOST_BYTES = 2**30  # of rows that are kept meanwhile
+MIN_PROBES = 8  # probes below which angles say little
+MAX_BATCHES_PER_PROBE = 8  # that are read for each probe asked for, where few of them fit together
+MAX_BYTES = 2**30  # of rows that are kept meanwhile
 
 
-class Gathered:
+class RowCollector:
     """Copies of the rows of batches, up to n that can be one batch: alike in form, and in the shape of a row.
 
     Batches that do not fit together (padded to other lengths) are gathered apart, and the most rows of one form become
@@ -38,7 +38,7 @@ class Gathered:
         """Look at one more batch; rows beyond n are not kept."""
         self.batches += 1
         batch = self._settle(batch)
-        form, size = form_of(batch), batch_size(batch)
+        form, size = row_format(batch), batch_size(batch)
         room = self.n - self._counts.get(form, 0)
         if min(size, room) <= 0:
             return
@@ -50,7 +50,7 @@ class Gathered:
     @property
     def enough(self) -> bool:
         """Whether there are as many rows as angles need, be they fewer than n."""
-        return len(self) >= min(FEWEST, self.n)
+        return len(self) >= min(MIN_PROBES, self.n)
 
     @property
     def complete(self) -> bool:
@@ -58,7 +58,7 @@ class Gathered:
 
         That is after n batches with FEWEST rows that fit together, after MOST_BATCHES · n, or above MOST_BYTES.
         """
-        given_up = self.batches >= MOST_BATCHES * self.n or self._bytes > MOST_BYTES
+        given_up = self.batches >= MAX_BATCHES_PER_PROBE * self.n or self._bytes > MAX_BYTES
         return len(self) >= self.n or given_up or (self.batches >= self.n and self.enough)
 
     def probes(self, targets: Targets = None, source: str = "train", how: str | None = None) -> ProbeSet:
@@ -85,7 +85,7 @@ def from_stream(
     batches: Sequence[Any], n: int = 64, source: str = "train", targets: Targets = None, how: str | None = None
 ) -> ProbeSet:
     """The first n rows of these batches; fewer where there are fewer, or where batches do not fit together."""
-    gathered = Gathered(n)
+    gathered = RowCollector(n)
     for batch in batches:
         gathered.add(batch)
         if gathered.complete:
@@ -93,7 +93,7 @@ def from_stream(
     return gathered.probes(targets, source, how)
 
 
-def form_of(batch: Any, row_shapes: bool = True) -> Hashable:
+def row_format(batch: Any, row_shapes: bool = True) -> Hashable:
     """Equal for batches whose rows can stand in one batch; for those of one kind at least, without `row_shapes`.
 
     Tensors that have no row for each example, as positions or a mask that all share, must be the same.
@@ -115,7 +115,7 @@ def _form(leaf: Any, own: bool, row_shapes: bool) -> tuple[Any, ...]:
 
 
 def _on_cpu(leaf: Any) -> Any:
-    return frozen(leaf.detach().cpu().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf)
+    return frozen_copy(leaf.detach().cpu().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf)
 
 
 def _joined(batches: Sequence[Any]) -> Any:

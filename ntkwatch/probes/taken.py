@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ntkwatch.model import Network
-from ntkwatch.model.batch_reading import Reading, ignored, inputs_in_words, name_of, shape
+from ntkwatch.model.batch_reading import Reading, describe_inputs, describe_value, ignored_parts, name_of
 from ntkwatch.probes.probeset import ProbeSet
-from ntkwatch.probes.targets import kind
+from ntkwatch.probes.targets import describe_targets
 
 _MANY = 3  # arguments that forward may be called without: more are not listed
 
@@ -18,7 +18,7 @@ def taken(network: Network, probes: ProbeSet, n_outputs: int) -> str:
     if network.custom_outputs:
         inputs, left = "what outputs= (or ntk_outputs) takes of the batch", []
     else:
-        inputs, left = inputs_in_words(reading, network.call.signature, batch), ignored(reading, batch)
+        inputs, left = describe_inputs(reading, network.call.signature, batch), ignored_parts(reading, batch)
     parts = [f"inputs: {inputs}", f"targets: {_targets(probes, reading, n_outputs)}"]
     if not network.custom_outputs and (unfilled := _unfilled(network, reading, batch)):
         parts.append(f"forward is called without its optional {unfilled}")
@@ -29,7 +29,7 @@ def _targets(probes: ProbeSet, reading: Reading, n_outputs: int) -> str:
     if probes.targets is None:
         return "none in the batch (targets= gives them)"
     where = "those given" if not probes.own or reading.target is None else name_of(probes.batch, reading.target)
-    return f"{where}, {shape(probes.targets)}, {kind(probes.targets, n_outputs)}"
+    return f"{where}, {describe_value(probes.targets)}, {describe_targets(probes.targets, n_outputs)}"
 
 
 def _unfilled(network: Network, reading: Reading, batch: Any) -> str:

@@ -28,8 +28,8 @@ def encode_targets(raw: Tensor | None, n_outputs: int) -> tuple[Tensor | None, s
         y = y[:, 0]
     if y.ndim not in (1, 2):
         return None, f"targets of shape {list(y.shape)} are not one class or one row of values for each probe"
-    if (two := two_values(y)) is not None:
-        return _checked(_of_two(y, *two, n_outputs), y)
+    if (two := binary_values(y)) is not None:
+        return _checked(_encode_binary(y, *two, n_outputs), y)
     if y.is_floating_point():
         return _checked(_values(y.double()), y)
     if y.ndim == 2:
@@ -39,7 +39,7 @@ def encode_targets(raw: Tensor | None, n_outputs: int) -> tuple[Tensor | None, s
     return _classes(y.long(), n_outputs)
 
 
-def two_values(y: Tensor) -> tuple[float, float] | None:
+def binary_values(y: Tensor) -> tuple[float, float] | None:
     """The two values of floats [n], or −1 and 1 of a column [n, 1], which are classes; None of anything else."""
     if not y.is_floating_point() or y.ndim not in (1, 2) or y.shape[1:] not in ((), (1,)):
         return None
@@ -49,7 +49,7 @@ def two_values(y: Tensor) -> tuple[float, float] | None:
     return values[0], values[1]
 
 
-def _of_two(y: Tensor, low: float, high: float, n_outputs: int) -> Tensor:
+def _encode_binary(y: Tensor, low: float, high: float, n_outputs: int) -> Tensor:
     """A column of −1 and 1 for one output; else one-hot, of the values themselves where they are class ids."""
     is_high = (y.reshape(-1) == high).long()
     if n_outputs == 1:
@@ -59,12 +59,12 @@ def _of_two(y: Tensor, low: float, high: float, n_outputs: int) -> Tensor:
     return torch.nn.functional.one_hot(numbers, n_outputs).double()
 
 
-def kind(raw: Tensor, n_outputs: int) -> str:
+def describe_targets(raw: Tensor, n_outputs: int) -> str:
     """What targets are taken as, in words."""
     encoded, why = encode_targets(raw, n_outputs)
     if encoded is None:
         return f"undefined: {why}"
-    if two_values(raw) is not None or (not raw.is_floating_point() and raw.numel() == len(raw)):
+    if binary_values(raw) is not None or (not raw.is_floating_point() and raw.numel() == len(raw)):
         return f"{len(raw.unique())} classes"
     return "values" if raw.is_floating_point() else "several labels each"
 

@@ -28,10 +28,10 @@ from ntkwatch.record.format import (
     save_tensors,
 )
 from ntkwatch.record.measurement import Limit, Measurement
-from ntkwatch.record.ownership import Owned, Owner, claim, own
+from ntkwatch.record.ownership import Owner, RecordInUse, acquire, acquire_free
 from ntkwatch.record.run import Run, find_runs, load_run
 from ntkwatch.record.schema import SCHEMA
-from ntkwatch.record.shelf import FORECASTS, Shelf
+from ntkwatch.record.tensor_store import FORECASTS, TensorStore
 from ntkwatch.record.writer import RecordWriter
 
 __all__ = [
@@ -41,18 +41,18 @@ __all__ = [
     "DamagedRecord",
     "Limit",
     "Measurement",
-    "Owned",
     "Owner",
     "RecordError",
+    "RecordInUse",
     "RecordWriter",
     "Run",
-    "Shelf",
+    "TensorStore",
+    "acquire",
+    "acquire_free",
     "branch",
-    "claim",
     "find_runs",
     "load_run",
     "load_tensors",
-    "own",
     "read_manifest",
     "safe_name",
     "save_tensors",

@@ -12,9 +12,9 @@ from typing import Any
 from ntkwatch.record.format import (
     INDEX,
     SNAPSHOTS,
-    inside,
+    encode_line,
+    path_inside,
     read_manifest,
-    seal,
     sync_folder,
     write_atomic,
     write_manifest,
@@ -35,10 +35,10 @@ def branch(
     rows = [row for at, row in read_index(parent).items() if at <= step]
     for row in rows:
         name = f"{row['snapshot']['name']}.safetensors"
-        _share(inside(parent, SNAPSHOTS, name), inside(folder, SNAPSHOTS, name))
+        _share(path_inside(parent, SNAPSHOTS, name), path_inside(folder, SNAPSHOTS, name))
     for name in side_files:
-        _share(inside(parent, f"{name}.safetensors"), inside(folder, f"{name}.safetensors"))
-    lines = [seal({"line": i, **_body(row)}) for i, row in enumerate(rows, start=1)]
+        _share(path_inside(parent, f"{name}.safetensors"), path_inside(folder, f"{name}.safetensors"))
+    lines = [encode_line({"line": i, **_body(row)}) for i, row in enumerate(rows, start=1)]
     write_atomic(folder / INDEX, b"".join(lines))
     own = {
         "id": new_id(),

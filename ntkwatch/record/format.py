@@ -23,12 +23,12 @@ from ntkwatch.record.schema import SCHEMA, check_depth, check_manifest, is_count
 
 MANIFEST, INDEX, SNAPSHOTS = "manifest.json", "metrics.jsonl", "snapshots"
 TEMPORARY = ".*.tmp"
-LARGEST = {MANIFEST: 64 << 20, INDEX: 1 << 30}  # bytes: beyond what any run writes, within what a machine reads
-LARGEST_TENSORS = 16 << 30
-_SEAL = re.compile(rb'\{"crc":"([0-9a-f]{8})",')
+MAX_FILE_BYTES = {MANIFEST: 64 << 20, INDEX: 1 << 30}  # bytes: beyond what any run writes, within what a machine reads
+MAX_TENSOR_BYTES = 16 << 30
+_LINE_CHECKSUM = re.compile(rb'\{"crc":"([0-9a-f]{8})",')
 _SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # device names on Windows
-_LONGEST_NAME = 100  # leaves room for an extension and a temporary suffix under the usual 255 bytes
+_MAX_NAME_LENGTH = 100  # leaves room for an extension and a temporary suffix under the usual 255 bytes
 
 
 class RecordError(ValueError):
@@ -47,15 +47,15 @@ def safe_name(name: str) -> str:
     >>> safe_name("../../etc/passwd")
     'etc_passwd-3754d6cb'
     """
-    fits = _SAFE.fullmatch(name) and not _RESERVED.fullmatch(name) and len(name) <= _LONGEST_NAME
+    fits = _SAFE.fullmatch(name) and not _RESERVED.fullmatch(name) and len(name) <= _MAX_NAME_LENGTH
     if fits and not name.endswith("."):
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    part = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_")[: _LONGEST_NAME - 20]
+    part = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_")[: _MAX_NAME_LENGTH - 20]
     return f"{part or 'unnamed'}-{digest}"
 
 
-def inside(root: Path, *parts: str) -> Path:
+def path_inside(root: Path, *parts: str) -> Path:
     """``root/parts``, refused where it would leave ``root`` (by ``..``, an absolute part or a link)."""
     path = root.joinpath(*parts)
     try:
@@ -105,14 +105,14 @@ def save_tensors(folder: Path | str, name: str, tensors: Mapping[str, Tensor]) -
     # Clones: safetensors refuses tensors that share memory, as a one-layer model's kernel and layer kernel may.
     plain = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     data = safetensors.torch.save(plain, metadata={"order": json.dumps(list(plain))})
-    write_atomic(inside(Path(folder), f"{safe_name(name)}.safetensors"), data)
+    write_atomic(path_inside(Path(folder), f"{safe_name(name)}.safetensors"), data)
     return hashlib.sha256(data).hexdigest()
 
 
 def load_tensors(folder: Path | str, name: str, sha256: str) -> dict[str, Tensor]:
     """What ``save_tensors(folder, name, …)`` wrote, in its order, on the CPU; RecordError if a byte has changed."""
-    path = inside(Path(folder), f"{safe_name(name)}.safetensors")
-    data = read_bytes(path, LARGEST_TENSORS)
+    path = path_inside(Path(folder), f"{safe_name(name)}.safetensors")
+    data = read_bytes(path, MAX_TENSOR_BYTES)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise DamagedRecord(f"{path} has changed since it was written (its checksum differs); restore it from a copy.")
     try:
@@ -121,18 +121,20 @@ def load_tensors(folder: Path | str, name: str, sha256: str) -> dict[str, Tensor
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         return {key: tensors[key] for key in json.loads(header["__metadata__"]["order"])}
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
-        raise DamagedRecord(f"{path} is not a safetensors file ({_told(error)}); restore it from a copy.") from error
+        raise DamagedRecord(
+            f"{path} is not a safetensors file ({_one_line(error)}); restore it from a copy."
+        ) from error
 
 
-def seal(body: Mapping[str, Any]) -> bytes:
+def encode_line(body: Mapping[str, Any]) -> bytes:
     """One line of the index: ``body`` as JSON with the CRC-32 of that JSON in front, newline at the end."""
     text = json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
     return b'{"crc":"%08x",' % zlib.crc32(text) + text[1:] + b"\n"
 
 
-def unseal(line: bytes) -> dict[str, Any]:
+def decode_line(line: bytes) -> dict[str, Any]:
     """The body of a sealed line without its newline; ValueError, saying what is wrong, if it is not what was sealed."""
-    found = _SEAL.match(line)
+    found = _LINE_CHECKSUM.match(line)
     if found is None:
         raise ValueError("it does not begin with its checksum")
     text = b"{" + line[found.end() :]
@@ -143,7 +145,7 @@ def unseal(line: bytes) -> dict[str, Any]:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """``manifest.json``, indented for people, with a sha256 of the content under ``checksum``."""
-    body = plain(manifest)
+    body = json_ready(manifest)
     text = json.dumps(body | {"checksum": _checksum(body)}, allow_nan=False, indent=1)
     write_atomic(folder / MANIFEST, text.encode() + b"\n")
 
@@ -151,7 +153,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest as it was written; DamagedRecord if it is missing, changed, or of an unknown schema."""
     path = folder / MANIFEST
-    data = read_bytes(path, LARGEST[MANIFEST])
+    data = read_bytes(path, MAX_FILE_BYTES[MANIFEST])
     try:
         body = _json_object(data)
     except ValueError as error:
@@ -171,12 +173,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return body
 
 
-def plain(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
     """``value`` as JSON can hold it: numbers, text, lists, mappings; anything else, and inf or nan, as text."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item) for item in value]
+        return [json_ready(item) for item in value]
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a numpy or torch scalar
         value = value.item()
     if value is None or isinstance(value, bool | str):
@@ -194,16 +196,16 @@ def _checksum(body: Mapping[str, Any]) -> str:
 
 def _json_object(data: bytes) -> dict[str, Any]:
     try:
-        body = json.loads(data, object_pairs_hook=_each_once, parse_constant=_refuse)
+        body = json.loads(data, object_pairs_hook=_unique_keys, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is not JSON: {_told(error)}") from error
+        raise ValueError(f"it is not JSON: {_one_line(error)}") from error
     if not isinstance(body, dict):
         raise ValueError("it is not a JSON object")
     check_depth(body)
     return body
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     body = dict(pairs)
     if len(body) < len(pairs):
         raise ValueError("a name stands twice in one object")
@@ -214,7 +216,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no number of JSON")
 
 
-def _told(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     """A parser's message may hold what it could not parse: of that, one short line."""
     return " ".join(str(error).split())[:200]
 

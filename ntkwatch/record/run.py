@@ -14,22 +14,22 @@ from torch import Tensor
 
 from ntkwatch.record.format import (
     INDEX,
-    LARGEST,
     MANIFEST,
+    MAX_FILE_BYTES,
     SNAPSHOTS,
     DamagedRecord,
     RecordError,
-    inside,
+    decode_line,
     load_tensors,
+    path_inside,
     read_bytes,
     read_manifest,
-    unseal,
 )
 from ntkwatch.record.measurement import Limit, Measurement
-from ntkwatch.record.schema import LAYER, LIMIT, LIMIT_NNGP, LIMIT_ROWS, check_row, check_tensors, is_number
+from ntkwatch.record.schema import LAYER_PREFIX, LIMIT, LIMIT_NNGP, LIMIT_ROWS, check_row, check_tensors, is_number
 
-HOME = "ntkwatch"  # the record's folder inside a logger's
-WIDTHS = (
+RECORD_FOLDER = "ntkwatch"  # the record's folder inside a logger's
+WIDTH_NAMES = (
     *("width", "hidden_size", "d_model", "hidden_dim", "hidden_width", "hidden_features", "hidden_units", "n_hidden"),
     *("num_hidden", "n_units", "n_embd", "embed_dim", "embedding_dim", "model_dim", "base_width", "hidden"),
 )
@@ -90,7 +90,9 @@ class Run:
         tensors = self._snapshot(step)
         if "kernel" not in tensors:
             raise self._absent(step, "kernel")
-        return {name.removeprefix(LAYER): kernel for name, kernel in tensors.items() if name.startswith(LAYER)}
+        return {
+            name.removeprefix(LAYER_PREFIX): kernel for name, kernel in tensors.items() if name.startswith(LAYER_PREFIX)
+        }
 
     def eigenvalues(self, step: int) -> Tensor:
         """[n] (or [n·C] under the full reduction), descending."""
@@ -136,7 +138,7 @@ class Run:
     @property
     def width(self) -> float | None:
         """The width among the hyperparameters: ``width`` or a common synonym (hidden_size, d_model …), else None."""
-        return next((value for name in WIDTHS if (value := self.hparam(name)) is not None), None)
+        return next((value for name in WIDTH_NAMES if (value := self.hparam(name)) is not None), None)
 
     def hparam(self, name: str) -> float | None:
         """A hyperparameter as a number, also by its last name in a nested mapping; None if absent or not one number."""
@@ -150,7 +152,7 @@ class Run:
 
     def _snapshot(self, step: int) -> dict[str, Tensor]:
         snapshot = self._row(step)["snapshot"]
-        tensors = load_tensors(inside(self.folder, SNAPSHOTS), snapshot["name"], snapshot["sha256"])
+        tensors = load_tensors(path_inside(self.folder, SNAPSHOTS), snapshot["name"], snapshot["sha256"])
         try:
             check_tensors(tensors)
         except ValueError as error:
@@ -198,7 +200,8 @@ def find_runs(paths: Iterable[Path | str]) -> list[Path]:
     if not found:
         where = ", ".join(str(path) for path in folders[:3]) + (", …" if len(folders) > 3 else "")
         raise RecordError(
-            f"{where or 'the empty list'} holds no record of ntkwatch (no {HOME}/{MANIFEST}); pass a run's folder."
+            f"{where or 'the empty list'} holds no record of ntkwatch (no {RECORD_FOLDER}/{MANIFEST}); "
+            "pass a run's folder."
         )
     return found
 
@@ -206,11 +209,11 @@ def find_runs(paths: Iterable[Path | str]) -> list[Path]:
 def read_index(folder: Path) -> dict[int, dict[str, Any]]:
     """The rows that count, by ascending step. A last line still being written is passed over; other damage raises."""
     path = folder / INDEX
-    data = read_bytes(path, LARGEST[INDEX])
+    data = read_bytes(path, MAX_FILE_BYTES[INDEX])
     try:
         return _rows(path, data)
     except RecordError:
-        again = read_bytes(path, LARGEST[INDEX])  # a resuming writer may have cut a torn line off while we read
+        again = read_bytes(path, MAX_FILE_BYTES[INDEX])  # a resuming writer may have cut a torn line off while we read
         if again == data:
             raise
         return _rows(path, again)
@@ -221,7 +224,7 @@ def _rows(path: Path, data: bytes) -> dict[int, dict[str, Any]]:
     *lines, tail = data.split(b"\n")
     for number, line in enumerate([*lines, tail] if tail else lines, start=1):
         try:
-            row = unseal(line)
+            row = decode_line(line)
             check_row(row, number)
         except ValueError as error:
             if number > len(lines):
@@ -258,13 +261,13 @@ def _find(hparams: Any, name: str) -> float | None:
 
 
 def _records(path: Path) -> list[Path]:
-    if _holds(path, MANIFEST, INDEX) or (path.name == HOME and _holds(path, MANIFEST)):
+    if _holds(path, MANIFEST, INDEX) or (path.name == RECORD_FOLDER and _holds(path, MANIFEST)):
         return [path]
-    if _holds(path / HOME, MANIFEST):
-        return _siblings(path / HOME)[-1:]
+    if _holds(path / RECORD_FOLDER, MANIFEST):
+        return _siblings(path / RECORD_FOLDER)[-1:]
     found: list[Path] = []
     for parent, below, files in os.walk(path):
-        if MANIFEST in (held := {*files, *below}) and (INDEX in held or Path(parent).name == HOME):
+        if MANIFEST in (held := {*files, *below}) and (INDEX in held or Path(parent).name == RECORD_FOLDER):
             found.append(Path(parent))
             below.clear()
     return list(dict.fromkeys(_siblings(folder)[-1] for folder in sorted(found, key=_natural)))

@@ -12,10 +12,10 @@ from typing import Any, TypeGuard
 from torch import Tensor
 
 SCHEMA = 1
-LAYER = "layer:"  # before a parameter's name, in a snapshot
+LAYER_PREFIX = "layer:"  # before a parameter's name, in a snapshot
 LIMIT, LIMIT_ROWS, LIMIT_NNGP = "limit", "limit_rows", "limit_nngp"  # infinite width, in a run's first snapshot
-DEEPEST = 50  # lists and objects inside each other; a record has five
-LARGEST = 2**53  # of steps and counts: what every reader of JSON holds exactly
+MAX_DEPTH = 50  # lists and objects inside each other; a record has five
+MAX_COUNT = 2**53  # of steps and counts: what every reader of JSON holds exactly
 Check = Callable[[Any], bool]
 
 
@@ -43,7 +43,7 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
     _expect(kernel is None or _is_kernel(kernel), "kernel")
     rows = None if kernel is None else kernel.shape[-2 if kernel.ndim == 4 else -1]
     for name, tensor in tensors.items():
-        if name.startswith(LAYER):
+        if name.startswith(LAYER_PREFIX):
             _expect(_square(tensor) and len(tensor) == rows, name)
         elif name in SHAPES:
             _expect(SHAPES[name](tensor), name)
@@ -55,11 +55,11 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
 def check_depth(value: Any) -> None:
     """ValueError where lists and objects lie deeper inside each other than any record's."""
     level = [value]
-    for _ in range(DEEPEST):
+    for _ in range(MAX_DEPTH):
         level = [child for item in level if isinstance(item, dict | list) for child in _children(item)]
         if not level:
             return
-    raise ValueError(f"it is nested more than {DEEPEST} deep")
+    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -74,7 +74,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 def is_count(value: Any) -> TypeGuard[int]:
     """A whole number from 0 to 2⁵³."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT
 
 
 def _is_text(value: Any) -> bool:

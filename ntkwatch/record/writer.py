@@ -17,18 +17,18 @@ from ntkwatch.record.format import (
     MANIFEST,
     SNAPSHOTS,
     TEMPORARY,
-    inside,
-    plain,
+    decode_line,
+    encode_line,
+    json_ready,
+    path_inside,
     read_manifest,
     save_tensors,
-    seal,
-    unseal,
     write_atomic,
     write_manifest,
 )
 from ntkwatch.record.measurement import Measurement
 from ntkwatch.record.run import read_index
-from ntkwatch.record.schema import LAYER, LIMIT, LIMIT_NNGP, LIMIT_ROWS, SCHEMA
+from ntkwatch.record.schema import LAYER_PREFIX, LIMIT, LIMIT_NNGP, LIMIT_ROWS, SCHEMA
 
 
 class RecordWriter:
@@ -49,7 +49,7 @@ class RecordWriter:
                 f"{folder} already holds the record of a run; choose another folder, or resume that run."
             )
         created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        writer = cls(folder, plain({"schema": SCHEMA, "id": new_id(), "created": created} | dict(manifest)))
+        writer = cls(folder, json_ready({"schema": SCHEMA, "id": new_id(), "created": created} | dict(manifest)))
         write_atomic(folder / INDEX, b"")
         write_manifest(folder, writer.manifest)  # last: a folder with a manifest is a whole record
         return writer
@@ -88,20 +88,20 @@ class RecordWriter:
                 "metrics": _defined(m.metrics),
                 "reasons": {key: reason for key, reason in reasons.items() if not _finite(m.metrics.get(key))},
                 "layer_metrics": {module: _defined(values) for module, values in m.layer_metrics.items()},
-                "context": plain(m.context),
+                "context": json_ready(m.context),
                 "snapshot": {"name": name, "sha256": sha256},
             }
         )
 
     def update_manifest(self, **changes: Any) -> None:
         """Add or replace entries of the manifest, all at once."""
-        self.manifest = self.manifest | plain(changes)
+        self.manifest = self.manifest | json_ready(changes)
         write_manifest(self.folder, self.manifest)
 
     def _free_name(self, step: int) -> str:
         """A snapshot is never written over: an old line, or a reader that holds one, may still point at it."""
         name, attempt = f"step_{step:08d}", 1
-        while inside(self.folder, SNAPSHOTS, f"{name}.safetensors").exists():
+        while path_inside(self.folder, SNAPSHOTS, f"{name}.safetensors").exists():
             name, attempt = f"step_{step:08d}_{attempt}", attempt + 1
         return name
 
@@ -110,8 +110,8 @@ class RecordWriter:
         try:
             size = os.fstat(handle).st_size
             if size != self._size:
-                size, self._lines = _mend(handle, (self.folder / INDEX).read_bytes())
-            line = seal({"line": self._lines + 1} | body)
+                size, self._lines = _repair_last_line(handle, (self.folder / INDEX).read_bytes())
+            line = encode_line({"line": self._lines + 1} | body)
             try:
                 written = os.write(handle, line)
                 if written < len(line):
@@ -133,12 +133,12 @@ def new_id() -> str:
     return secrets.token_hex(8)
 
 
-def _mend(handle: int, data: bytes) -> tuple[int, int]:
+def _repair_last_line(handle: int, data: bytes) -> tuple[int, int]:
     """End the index on a whole line: a last one cut short is cut off, one that lacks only its newline gets it."""
     end = data.rfind(b"\n") + 1
     if end < len(data):
         try:
-            unseal(data[end:])
+            decode_line(data[end:])
         except ValueError:
             os.ftruncate(handle, end)
         else:
@@ -156,7 +156,7 @@ def _tensors(m: Measurement, save_kernels: bool) -> dict[str, Tensor]:
         if m.limit is not None:
             tensors |= {LIMIT: m.limit.kernel, LIMIT_ROWS: m.limit.rows}
             tensors |= {} if m.limit.nngp is None else {LIMIT_NNGP: m.limit.nngp}
-        tensors |= {LAYER + name: kernel for name, kernel in m.layers.items()}
+        tensors |= {LAYER_PREFIX + name: kernel for name, kernel in m.layers.items()}
     return tensors
 
 

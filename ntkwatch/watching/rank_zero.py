@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from ntkwatch.distributed import Ranks, TooLong
-from ntkwatch.guard.collectives import alone
-from ntkwatch.guard.interruption import Ended, at_most, pending
+from ntkwatch.guard.collectives import refuse_collectives
+from ntkwatch.guard.interruption import ProbeEnded, pending, time_limit
 from ntkwatch.watching.error_policy import Failures, Told, stopped, told
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ def _tried(ranks: Ranks, work: Callable[[], T], tell: Callable[[T], Any]) -> Don
         with _by_itself(ranks):
             value = work()
         return Done(value, said=tell(value))
-    except Ended as ended:
+    except ProbeEnded as ended:
         by = ", ".join(pending()) or "SIGTERM"
         return Done(error=ended.error, failure=told(ended.error) if ended.error is not None else stopped(by))
     except Exception as error:  # whatever a probe meets, the run that it watches goes on
@@ -66,7 +66,7 @@ def _by_itself(ranks: Ranks) -> Iterator[None]:
         yield
         return
     late = TooLong(f"it has taken {ranks.patience:g} s, and the other ranks wait no longer")
-    with at_most(ranks.patience, late), alone():
+    with time_limit(ranks.patience, late), refuse_collectives():
         yield
 
 

@@ -18,16 +18,16 @@ from ntkwatch.measurement.monitor import Monitor
 from ntkwatch.model import Network
 from ntkwatch.record import (
     FORECASTS,
-    Owned,
     Owner,
     RecordError,
+    RecordInUse,
     RecordWriter,
     Run,
+    acquire,
+    acquire_free,
     branch,
-    claim,
     load_run,
     load_tensors,
-    own,
     safe_name,
 )
 
@@ -88,12 +88,12 @@ class Earlier:
         why = self._why_not_here(place, is_log)
         if why is None:
             try:
-                return *_owning(own(self.run.folder), lambda folder: self._continued(again)), None
-            except Owned as error:
+                return *_owning(acquire(self.run.folder), lambda folder: self._continued(again)), None
+            except RecordInUse as error:
                 why = str(error).rstrip(".")
         side = self._side_files()
         parts = (self.run.folder, self.step, {**changes, **again}, side)
-        return *_owning(claim(place), lambda folder: branch(folder, *parts)), why
+        return *_owning(acquire_free(place), lambda folder: branch(folder, *parts)), why
 
     def _continued(self, again: Mapping[str, Any]) -> RecordWriter:
         writer = RecordWriter.resume(self.run.folder, self.step)

@@ -25,7 +25,7 @@ from ntkwatch.record import (
     Owner,
     RecordError,
     RecordWriter,
-    claim,
+    acquire_free,
     load_run,
     load_tensors,
     save_tensors,
@@ -158,7 +158,7 @@ class Session:
         baseline, wanted = self.monitor.baseline, self.folder
         if wanted is None or baseline is None:
             return
-        self._owner = claim(wanted)
+        self._owner = acquire_free(wanted)
         self.folder = folder = self._owner.folder
         sha256 = save_tensors(folder, BASELINE_FILE, baseline.tensors())
         side: dict[str, Any] = {"theta0": {"file": BASELINE_FILE, "sha256": sha256}, "baseline_step": baseline.step}

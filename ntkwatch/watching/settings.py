@@ -17,7 +17,7 @@ from ntkwatch.measurement.arguments import check_arguments
 class Settings:
     """What the user passed; `monitor` holds what goes to the Monitor as it is."""
 
-    wanted: probing.Wanted
+    wanted: probing.ProbeRequest
     targets: Tensor | Callable[[Any], Tensor] | None
     every: str | int | Sequence[int] | Callable[[int], bool]
     budget: float | None
@@ -38,7 +38,7 @@ class Settings:
         select(monitor["diagnostics"])
         apart = {name: monitor[name] for name in ("outputs", "loss")}
         check_arguments(monitor["reduction"], monitor["engine"], seed, hparams=hparams, **apart, **given)
-        wanted = probing.resolve(probes)
+        wanted = probing.parse_probes(probes)
         if given["resample"] and wanted.data is not None:
             raise ValueError("resample=True draws fresh probes each time: pass a number, 'val' or 'train' as probes=")
         kept: dict[str, Any] = {**given, "hparams": dict(hparams or {}), "monitor": {**monitor, "seed": seed}}

@@ -17,7 +17,7 @@ from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import Network
 from ntkwatch.model.loss import LossAt
-from ntkwatch.model.optimizer import Rule, read_rule
+from ntkwatch.model.optimizer import UpdateRule, read_rule
 
 SPEED = ["gauss_newton_mu_max", "stability_ratio", "max_stable_lr", "time_constant_fastest", "time_constant_slowest"]
 cross_entropy = nn.functional.cross_entropy
@@ -90,7 +90,7 @@ def test_the_preconditioned_kernel_is_the_one_formed_by_hand(case: str, engine: 
     trained(model, optimizer, x, y)
     network = Network(model)
     rule = read_rule(optimizer, network.parameters)
-    assert isinstance(rule, Rule), rule
+    assert isinstance(rule, UpdateRule), rule
     wanted = sum(
         (s * torch.ones_like(p)).flatten().mul(j) @ j.T
         for (p, j, s) in zip(
@@ -359,7 +359,7 @@ def test_a_step_of_the_optimizer_is_the_rule(case: str) -> None:
         beta = optimizer.param_groups[0].get("momentum", 0.9)
         trained(model, optimizer, x, y, steps=1)
         rule = read_rule(optimizer, network.parameters)
-        assert isinstance(rule, Rule), rule
+        assert isinstance(rule, UpdateRule), rule
         for name, p in model.named_parameters():
             assert p.grad is not None
             momentum[name] = beta * momentum[name] + p.grad

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ntkwatch import NTKWatch, load_run
-from ntkwatch.record import own
+from ntkwatch.record import acquire
 from tests.support.runs import Classifier, loaders, trainer
 
 SETTINGS: dict[str, Any] = {"probes": 8, "every": 1, "budget": None}
@@ -274,7 +274,7 @@ def test_a_run_that_came_to_its_end_is_not_shortened(base: Path, tmp_path: Path)
 
 
 def test_a_record_that_another_run_is_writing_is_branched(base: Path, tmp_path: Path) -> None:
-    owner = own(base)
+    owner = acquire(base)
     with pytest.warns(UserWarning, match="being written by another run: this run goes on from step 3 in a record"):
         watch = resumed(tmp_path / "base", tmp_path / "a.ckpt", 5)
     owner.release()

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ntkwatch import NTKWatch, empirical_ntk, plan
 from ntkwatch.guard import leave_no_trace
-from ntkwatch.guard.collectives import Alone
-from ntkwatch.guard.interruption import Ended, at_most, check, signals_later
+from ntkwatch.guard.collectives import RefuseCollectives
+from ntkwatch.guard.interruption import ProbeEnded, check, deferred_signals, time_limit
 from tests.support.runs import Classifier, loaders, trainer
 
 
@@ -62,7 +62,7 @@ def test_a_kernel_and_its_plan_are_the_same_under_the_mode(case: str, engine: st
     if (case, engine) == ("recurrent", "functional"):
         engine = "layerwise"  # torch.func has no rule for it
     expected, planned = empirical_ntk(model, x, engine=engine), plan(model, x, engine=engine)
-    with Alone():
+    with RefuseCollectives():
         assert torch.allclose(empirical_ntk(model, x, engine=engine), expected, rtol=1e-12, atol=0), case
         again = plan(model, x, engine=engine)
     assert (again.engine, again.peak_bytes) == (planned.engine, planned.peak_bytes), case
@@ -89,10 +89,10 @@ def test_a_probe_that_is_ended_is_put_back() -> None:
     late = TimeoutError("late")
 
     def probe() -> None:
-        with at_most(0.0, late), Alone(), leave_no_trace(model):
+        with time_limit(0.0, late), RefuseCollectives(), leave_no_trace(model):
             model[0].bias.data = torch.ones(8)
 
-    with pytest.raises(Ended) as ended:
+    with pytest.raises(ProbeEnded) as ended:
         probe()
     assert ended.value.error is late
     assert model.training
@@ -101,7 +101,7 @@ def test_a_probe_that_is_ended_is_put_back() -> None:
 
 def test_checks_are_nothing_outside() -> None:
     check()
-    with at_most(60.0, TimeoutError()), signals_later():
+    with time_limit(60.0, TimeoutError()), deferred_signals():
         check()
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from ntkwatch import Monitor, NTKWatch, empirical_ntk, layer_ntks
-from ntkwatch.probes import choose, encode_targets
-from ntkwatch.probes.targets import kind
+from ntkwatch.probes import choose_probes, encode_targets
+from ntkwatch.probes.targets import describe_targets
 
 N, D = 6, 4
 G = torch.Generator().manual_seed(0)
@@ -268,7 +268,9 @@ def test_floats_of_two_values_are_classes(case: str) -> None:
         want = (want - want.mean(0)) / want.std(0, correction=0)
     assert found is not None, f"{case}: {why}"
     torch.testing.assert_close(found, want, msg=case)
-    assert ("classes" in kind(raw, outputs)) == ("values" not in case), f"{case}: {kind(raw, outputs)}"
+    assert ("classes" in describe_targets(raw, outputs)) == ("values" not in case), (
+        f"{case}: {describe_targets(raw, outputs)}"
+    )
 
 
 M = 400
@@ -293,7 +295,7 @@ BALANCED: dict[str, tuple[Any, int]] = {  # a dataset, how many items of a tuple
 @pytest.mark.parametrize("case", BALANCED)
 def test_probes_are_balanced_over_the_label_and_nothing_else(case: str) -> None:
     dataset, leading = BALANCED[case]
-    probes = choose(DataLoader(dataset, 8), 20, leading=leading)
+    probes = choose_probes(DataLoader(dataset, 8), 20, leading=leading)
     x = probes.batch[0] if isinstance(probes.batch[0], Tensor) else probes.batch[0][0]
     rare = {tuple(row.tolist()) for row in POINTS[RARE]}
     share = sum(tuple(row.tolist()) in rare for row in x)

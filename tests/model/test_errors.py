@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from ntkwatch import Monitor, UnsupportedModel, empirical_ntk, layer_ntks, plan
 from ntkwatch.measurement.arguments import count_outputs
 from ntkwatch.model import Network
-from ntkwatch.model.errors import misfit
+from ntkwatch.model.errors import describe_mismatch
 from tests.support.cases import CASES, build
 
 N = 5
@@ -146,7 +146,7 @@ def test_other_errors_stay_what_they_are() -> None:
             empirical_ntk(model, x)
         with pytest.raises(ValueError, match=r"the model failed on the probes \(RuntimeError: no such page\)"):
             count_outputs(Network(model), x, "trace")
-    assert misfit(_mlp(), torch.randn(N, 12), RuntimeError("never raised")) is None
+    assert describe_mismatch(_mlp(), torch.randn(N, 12), RuntimeError("never raised")) is None
 
 
 class Large(nn.Linear):
@@ -167,7 +167,9 @@ def test_whatever_fits_is_not_called_a_misfit() -> None:
         with pytest.raises(RuntimeError, match="at the end") as caught:
             Network(module).outputs(batch)
         handle.remove()
-        assert misfit(module, batch, caught.value) is None, f"{case}: {misfit(module, batch, caught.value)}"
+        assert describe_mismatch(module, batch, caught.value) is None, (
+            f"{case}: {describe_mismatch(module, batch, caught.value)}"
+        )
 
 
 def _fail(*_: Any) -> None:

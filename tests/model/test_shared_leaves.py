@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ntkwatch import Monitor, NTKWatch, empirical_ntk, layer_ntks, load_run, plan
-from ntkwatch.probes import choose
+from ntkwatch.probes import choose_probes
 
 T, D = 5, 4
 Batch = Any
@@ -170,7 +170,7 @@ def test_probes_that_are_chosen_from_a_dataset() -> None:
         return {"x": x, "mask": MASK, "label": y}
 
     for n in (T, T + 3):
-        probes = choose(DataLoader(data, batch_size=4, collate_fn=collate), n)
+        probes = choose_probes(DataLoader(data, batch_size=4, collate_fn=collate), n)
         want = empirical_ntk(model, probes.batch["x"], outputs=lambda m, x: m(x, MASK))
         assert torch.allclose(Monitor(model, probes).measure(0).kernel, want, rtol=1e-9), n
 

@@ -33,7 +33,15 @@ from torch.utils.data import (
 )  # fmt: skip
 
 from ntkwatch.model import inputs_of
-from ntkwatch.probes import ProbeSet, choose, encode_targets, from_stream, given, is_streaming, resolve
+from ntkwatch.probes import (
+    ProbeSet,
+    as_probe_set,
+    choose_probes,
+    encode_targets,
+    from_stream,
+    is_streaming,
+    parse_probes,
+)
 from ntkwatch.probes.probeset import content_hash
 
 N, CLASSES = 500, 10
@@ -108,7 +116,7 @@ BALANCED: dict[str, tuple[Callable[[], Any], str]] = {
 def test_classes_are_balanced(name: str) -> None:
     """No class has fewer probes than another, by more than one, unless all of its examples are probes."""
     make, where = BALANCED[name]
-    probes = choose(DataLoader(make(), batch_size=32, shuffle=True), 40)
+    probes = choose_probes(DataLoader(make(), batch_size=32, shuffle=True), 40)
     assert where in probes.how, f"{name}: {probes.how}"
     assert probes.targets is not None
     counts = torch.unique(probes.targets, return_counts=True)[1]
@@ -121,22 +129,22 @@ def test_a_rare_class_is_taken_whole() -> None:
     y = torch.zeros(1000, dtype=torch.long)
     y[[3, 500]] = 1
     y[700:] = 2
-    probes = choose(DataLoader(TensorDataset(torch.randn(1000, 3), y)), 64)
+    probes = choose_probes(DataLoader(TensorDataset(torch.randn(1000, 3), y)), 64)
     assert torch.bincount(probes.targets).tolist() == [31, 2, 31]
     assert {3, 500} <= set(probes.indices)
 
 
 def test_more_classes_than_probes_draws_among_the_classes() -> None:
     y = torch.arange(1000) // 2
-    probes = choose(DataLoader(TensorDataset(torch.randn(1000, 3), y)), 64)
+    probes = choose_probes(DataLoader(TensorDataset(torch.randn(1000, 3), y)), 64)
     assert len(torch.unique(probes.targets)) == 64
     assert int(probes.targets.max()) > 300, "the first classes were taken instead of any"
 
 
 def test_balance_follows_the_seed() -> None:
     loader = DataLoader(TensorDataset(X, Y))
-    assert choose(loader, 40, seed=1).indices != choose(loader, 40, seed=2).indices
-    assert choose(loader, 40, seed=1).indices == choose(loader, 40, seed=1).indices
+    assert choose_probes(loader, 40, seed=1).indices != choose_probes(loader, 40, seed=2).indices
+    assert choose_probes(loader, 40, seed=1).indices == choose_probes(loader, 40, seed=1).indices
 
 
 UNIFORM: dict[str, Callable[[], Any]] = {
@@ -159,7 +167,7 @@ def with_float_labels(name: str, values: Any) -> Plain:
 @pytest.mark.parametrize("name", UNIFORM)
 def test_without_classes_the_choice_is_uniform_and_says_so(name: str) -> None:
     READS.clear()
-    probes = choose(DataLoader(UNIFORM[name](), batch_size=8), 40)
+    probes = choose_probes(DataLoader(UNIFORM[name](), batch_size=8), 40)
     assert "uniformly: no class labels are seen" in probes.how, f"{name}: {probes.how}"
     assert len(probes) == 40
     assert len(READS) <= 41, f"{name}: {len(READS)} examples were loaded to choose 40"
@@ -172,18 +180,18 @@ def test_labels_that_belong_to_other_examples_are_not_believed() -> None:
         targets = (torch.arange(N) % 5).tolist()
 
     order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
-    probes = choose(DataLoader(Reordered(lambda i: (X[order[i]], int(order[i] % 5)))), 40)
+    probes = choose_probes(DataLoader(Reordered(lambda i: (X[order[i]], int(order[i] % 5)))), 40)
     assert "candidates" in probes.how, probes.how
     assert torch.bincount(probes.targets).tolist() == [8] * 5
     coarse = with_attribute("targets", list(range(N)))  # fine classes outside, coarse ones inside: no contradiction
-    assert "dataset.targets" in choose(DataLoader(coarse), 40).how
+    assert "dataset.targets" in choose_probes(DataLoader(coarse), 40).how
 
 
 def test_a_collate_function_that_drops_examples() -> None:
     def collate(items: list[Any]) -> Any:
         return torch.utils.data.default_collate([item for item in items if item[1] > 0])
 
-    probes = choose(DataLoader(TensorDataset(X, Y), collate_fn=collate), 40)
+    probes = choose_probes(DataLoader(TensorDataset(X, Y), collate_fn=collate), 40)
     assert 0 < len(probes) < 40
     assert f"of which collate_fn made {len(probes)} rows" in probes.how
     assert probes.indices is None, "rows and indices no longer match"
@@ -195,15 +203,15 @@ def test_a_target_property_that_raises_is_passed_over() -> None:
         def targets(self) -> Any:
             raise RuntimeError("download me first")
 
-    assert "candidates" in choose(DataLoader(Shy(lambda i: (X[i], int(Y[i])))), 40).how
+    assert "candidates" in choose_probes(DataLoader(Shy(lambda i: (X[i], int(Y[i])))), 40).how
 
 
 def test_no_more_candidates_than_needed_are_loaded() -> None:
     READS.clear()
-    choose(DataLoader(Plain(lambda i: (X[i % N], i % 4), n=100_000)), 64)
+    choose_probes(DataLoader(Plain(lambda i: (X[i % N], i % 4), n=100_000)), 64)
     assert len(READS) <= 4 * 64 + 8 + 64, f"{len(READS)} examples loaded for 64 probes of 4 classes"
     READS.clear()
-    choose(DataLoader(Plain(lambda i: (X[i % N], i), n=100_000)), 64)
+    choose_probes(DataLoader(Plain(lambda i: (X[i % N], i), n=100_000)), 64)
     assert len(READS) <= 1024 + 64, f"{len(READS)} examples loaded where each is its own class"
 
 
@@ -263,7 +271,7 @@ def test_choosing_draws_nothing_and_leaves_the_dataset_alone() -> None:
     own = torch.Generator().manual_seed(2)
     loader = DataLoader(dataset, batch_size=8, shuffle=True, collate_fn=noisy_collate, generator=own)
     before = [*state_of(dataset), own.get_state().tolist()]
-    choose(loader, 32)
+    choose_probes(loader, 32)
     assert [*state_of(dataset), own.get_state().tolist()] == before
 
 
@@ -283,7 +291,7 @@ def test_a_failing_dataset_leaves_the_random_state_too() -> None:
 
     torch_state, python_state = torch.get_rng_state(), random.getstate()
     with pytest.raises(OSError, match="file not found"):
-        choose(DataLoader(Plain(form)), 8)
+        choose_probes(DataLoader(Plain(form)), 8)
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert random.getstate() == python_state
 
@@ -295,19 +303,19 @@ def test_the_choice_is_the_same_whatever_was_drawn_before(classes: int | None) -
     chosen = []
     for seed in range(3):
         torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)  # noqa: NPY002
-        chosen.append(choose(loader, 12).indices)
+        chosen.append(choose_probes(loader, 12).indices)
     assert chosen[0] == chosen[1] == chosen[2]
 
 
 def test_augmentation_is_the_same_whatever_was_drawn_before() -> None:
     def probes() -> ProbeSet:
-        return choose(DataLoader(Augmented(), collate_fn=noisy_collate), 32, seed=5)
+        return choose_probes(DataLoader(Augmented(), collate_fn=noisy_collate), 32, seed=5)
 
     first = probes()
     torch.rand(7), random.random(), np.random.rand(5)  # noqa: NPY002
     second = probes()
     assert first.hash == second.hash
-    assert choose(DataLoader(Augmented(), collate_fn=noisy_collate), 32, seed=6).hash != first.hash
+    assert choose_probes(DataLoader(Augmented(), collate_fn=noisy_collate), 32, seed=6).hash != first.hash
 
 
 def test_the_loader_is_never_iterated() -> None:
@@ -320,25 +328,25 @@ def test_the_loader_is_never_iterated() -> None:
             raise AssertionError("the sampler was iterated")
 
     dataset = TensorDataset(X, Y)
-    assert len(choose(Watched(dataset, sampler=Sampler(dataset)), 16)) == 16
+    assert len(choose_probes(Watched(dataset, sampler=Sampler(dataset)), 16)) == 16
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=["inference mode", "no grad"])
 def test_probes_chosen_in_any_mode_are_ordinary_tensors(mode: Any) -> None:
     with mode():
-        probes = choose(DataLoader(TensorDataset(X, Y)), 8)
-        moved = given((X, Y))
+        probes = choose_probes(DataLoader(TensorDataset(X, Y)), 8)
+        moved = as_probe_set((X, Y))
     for held in (probes, moved):
         assert not held.batch[0].is_inference()
         assert not held.batch[0].requires_grad
 
 
 def test_another_default_device_or_type_changes_nothing() -> None:
-    expected = choose(DataLoader(TensorDataset(X, Y)), 16)
+    expected = choose_probes(DataLoader(TensorDataset(X, Y)), 16)
     try:
         torch.set_default_device("meta")
         torch.set_default_dtype(torch.float64)
-        assert choose(DataLoader(TensorDataset(X, Y), generator=torch.Generator()), 16).hash == expected.hash
+        assert choose_probes(DataLoader(TensorDataset(X, Y), generator=torch.Generator()), 16).hash == expected.hash
         assert encode_targets(expected.targets, 10)[0].device.type == "cpu"
     finally:
         torch.set_default_device(None)
@@ -355,7 +363,7 @@ def test_the_batch_is_as_the_loader_gives_it() -> None:
         return {"input_ids": ids, "attention_mask": ids != 0, "labels": torch.tensor([item["y"] for item in items])}
 
     dataset = Plain(lambda i: {"ids": torch.arange(1, 3 + i % 5), "y": int(Y[i])})
-    probes = choose(DataLoader(dataset, batch_size=4, collate_fn=collate), 20)
+    probes = choose_probes(DataLoader(dataset, batch_size=4, collate_fn=collate), 20)
     assert set(probes.batch) == {"input_ids", "attention_mask", "labels"}
     assert set(probes.inputs) == {"input_ids", "attention_mask"}
     assert torch.equal(probes.targets, Y[list(probes.indices)])
@@ -371,7 +379,7 @@ def test_custom_batch_samplers_and_batch_sizes_do_not_matter() -> None:
         "weighted": DataLoader(dataset, sampler=WeightedRandomSampler([1.0] * N, 5)),
         "workers": DataLoader(dataset, batch_size=4, num_workers=2, persistent_workers=True),
     }
-    hashes = {name: choose(loader, 16).hash for name, loader in loaders.items()}
+    hashes = {name: choose_probes(loader, 16).hash for name, loader in loaders.items()}
     assert len(set(hashes.values())) == 1, hashes
 
 
@@ -383,7 +391,7 @@ def test_a_split_by_sampler_is_kept() -> None:
         "batch sampler": {"batch_sampler": BatchSampler(SubsetRandomSampler(held_out), 8, False)},
     }
     for name, arguments in samplers.items():
-        probes = choose(DataLoader(dataset, **arguments), 40)
+        probes = choose_probes(DataLoader(dataset, **arguments), 40)
         assert set(probes.indices) <= set(held_out), f"{name}: probes from outside the split"
         assert "of 150 examples" in probes.how, probes.how
 
@@ -392,7 +400,7 @@ def test_a_split_by_sampler_is_kept_under_lightnings_wrappers() -> None:
     wrappers = pytest.importorskip("lightning_fabric.utilities.distributed")
     held_out = list(range(300, 450))
     wrapped = wrappers.DistributedSamplerWrapper(SubsetRandomSampler(held_out), num_replicas=2, rank=0)
-    probes = choose(DataLoader(TensorDataset(X, Y), sampler=wrapped), 40)
+    probes = choose_probes(DataLoader(TensorDataset(X, Y), sampler=wrapped), 40)
     assert set(probes.indices) <= set(held_out)
 
 
@@ -401,7 +409,7 @@ def test_a_sampler_with_indices_of_another_kind_is_ignored() -> None:
         indices = (("a", 3), ("b", 4))
 
     dataset = TensorDataset(X, Y)
-    assert len(choose(DataLoader(dataset, sampler=Buckets(dataset)), 40)) == 40
+    assert len(choose_probes(DataLoader(dataset, sampler=Buckets(dataset)), 40)) == 40
 
 
 LOADERS: dict[str, Callable[[Any, Any], Any]] = {
@@ -420,28 +428,28 @@ def test_of_several_loaders_the_first_is_taken_and_said(name: str) -> None:
         loaders = combined.CombinedLoader({"a": first, "b": second}, "max_size_cycle")
     else:
         loaders = LOADERS[name](first, second)
-    probes = choose(loaders, 16)
+    probes = choose_probes(loaders, 16)
     assert "the first of 2 loaders" in probes.how, probes.how
-    assert probes.hash == choose(first, 16).hash
-    assert "loaders" not in choose([first], 16).how
+    assert probes.hash == choose_probes(first, 16).hash
+    assert "loaders" not in choose_probes([first], 16).how
 
 
 def test_small_and_empty_datasets() -> None:
-    probes = choose(DataLoader(TensorDataset(X[:5], Y[:5])), 64)
+    probes = choose_probes(DataLoader(TensorDataset(X[:5], Y[:5])), 64)
     assert len(probes) == 5
     assert probes.indices == (0, 1, 2, 3, 4)
     assert "all 5 examples (64 were asked for)" in probes.how
-    assert "asked" not in choose(DataLoader(TensorDataset(X[:64], Y[:64])), 64).how
+    assert "asked" not in choose_probes(DataLoader(TensorDataset(X[:64], Y[:64])), 64).how
     with pytest.raises(ValueError, match="the val dataset is empty: pass probes="):
-        choose(DataLoader(TensorDataset(X[:0], Y[:0])), 64)
+        choose_probes(DataLoader(TensorDataset(X[:0], Y[:0])), 64)
     with pytest.raises(ValueError, match="the train dataset is empty"):
-        choose(DataLoader(TensorDataset(X, Y), sampler=SubsetRandomSampler([])), 64, source="train")
+        choose_probes(DataLoader(TensorDataset(X, Y), sampler=SubsetRandomSampler([])), 64, source="train")
 
 
 def test_a_dataset_that_gives_batches() -> None:
     """batch_size=None: each item is a batch already."""
     batches = Plain(lambda i: (X[8 * i : 8 * i + 8], Y[8 * i : 8 * i + 8]), n=60)
-    probes = choose(DataLoader(batches, batch_size=None), 20)
+    probes = choose_probes(DataLoader(batches, batch_size=None), 20)
     assert len(probes) == 20
     assert "of 3 of the 60 batches" in probes.how
     assert torch.equal(probes.targets, Y[(probes.batch[0][:, 0] * 100 / 6).round().long()]), "targets match inputs"
@@ -486,7 +494,7 @@ def test_is_streaming(loader: Any, streams: bool) -> None:
     assert is_streaming(loader) is streams
     if streams:
         with pytest.raises(ValueError, match="only streams"):
-            choose(loader, 4)
+            choose_probes(loader, 4)
 
 
 def test_probes_from_a_stream() -> None:
@@ -557,7 +565,7 @@ def test_batches_of_every_kind(name: str) -> None:
 
 def test_probes_are_frozen() -> None:
     x, y = X[:8].clone().requires_grad_(), Y[:8].clone()
-    probes = given((x, y))
+    probes = as_probe_set((x, y))
     with torch.no_grad():
         x.zero_(), y.zero_()
     assert torch.equal(probes.batch[0], X[:8])
@@ -578,24 +586,24 @@ def test_probes_are_frozen() -> None:
     ids=["callable", "numpy", "list", "callable that gives None", "tensor"],
 )
 def test_targets_of_the_user(targets: Any, expected: Tensor) -> None:
-    assert torch.equal(given((X[:8], Y[:8]), targets).targets, expected)
+    assert torch.equal(as_probe_set((X[:8], Y[:8]), targets).targets, expected)
 
 
 def test_targets_that_do_not_fit_say_so() -> None:
     with pytest.raises(ValueError, match=r"targets= gives \[5\] for 8 probes"):
-        given(X[:8], Y[:5])
+        as_probe_set(X[:8], Y[:5])
     with pytest.raises(ValueError, match=r"targets= gives \[\] for 8 probes"):
-        given(X[:8], lambda batch: 3)
+        as_probe_set(X[:8], lambda batch: 3)
     with pytest.raises(ValueError, match="targets= gives str, not a tensor"):
-        given(X[:8], lambda batch: "cats")
+        as_probe_set(X[:8], lambda batch: "cats")
     with pytest.raises(ValueError, match="targets= is a tensor, but which examples become probes"):
-        choose(DataLoader(TensorDataset(X, Y)), 8, targets=Y[:8])
+        choose_probes(DataLoader(TensorDataset(X, Y)), 8, targets=Y[:8])
 
 
 def test_a_probe_set_is_taken_as_it_is() -> None:
-    probes = choose(DataLoader(TensorDataset(X, Y)), 8)
-    assert given(probes) is probes
-    other = given(probes, lambda batch: batch[0].sum(1))
+    probes = choose_probes(DataLoader(TensorDataset(X, Y)), 8)
+    assert as_probe_set(probes) is probes
+    other = as_probe_set(probes, lambda batch: batch[0].sum(1))
     assert (other.hash, other.how, other.indices) == (probes.hash, probes.how, probes.indices)
     assert other.targets_hash != probes.targets_hash
 
@@ -656,7 +664,7 @@ def test_the_hash_is_of_the_content_alone() -> None:
 
 
 def test_the_hash_is_taken_before_any_cast() -> None:
-    probes = choose(DataLoader(TensorDataset(X, Y)), 8)
+    probes = choose_probes(DataLoader(TensorDataset(X, Y)), 8)
     cast = dataclasses.replace(probes, batch=(probes.batch[0].half(), probes.batch[1]))
     assert cast.hash == probes.hash
 
@@ -673,14 +681,14 @@ def test_objects_with_addresses_hash_by_content() -> None:
 
 
 def test_resolve_tells_split_count_and_data_apart() -> None:
-    assert (resolve(64).n, resolve(64).split, resolve(64).data) == (64, None, None)
-    assert resolve(np.int64(32)).n == 32
-    assert (resolve("train").n, resolve("train").split) == (64, "train")
-    assert resolve("val").split == "val"
+    assert (parse_probes(64).n, parse_probes(64).split, parse_probes(64).data) == (64, None, None)
+    assert parse_probes(np.int64(32)).n == 32
+    assert (parse_probes("train").n, parse_probes("train").split) == (64, "train")
+    assert parse_probes("val").split == "val"
     for name, (batch, _, _) in BATCHES.items():
-        assert resolve(batch).data is batch, name
-    probes = given(X[:8])
-    assert resolve(probes).data is probes
+        assert parse_probes(batch).data is batch, name
+    probes = as_probe_set(X[:8])
+    assert parse_probes(probes).data is probes
 
 
 BAD: dict[str, tuple[Any, str]] = {
@@ -711,7 +719,7 @@ BAD: dict[str, tuple[Any, str]] = {
 def test_what_is_no_probes_is_refused(name: str) -> None:
     value, message = BAD[name]
     with pytest.raises(ValueError) as caught:  # noqa: PT011  the message is checked below
-        resolve(value)
+        parse_probes(value)
     assert message in str(caught.value), f"{name}: {caught.value}"
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ntkwatch import NTKWatch, empirical_ntk, load_run
 from ntkwatch.metrics import kernel_angle
-from ntkwatch.probes import Gathered, from_stream
+from ntkwatch.probes import RowCollector, from_stream
 from tests.support.runs import Classifier, rows, trainer
 
 X, Y = rows(96).tensors
@@ -282,8 +282,8 @@ def test_what_fits_together(case: str) -> None:
 
 
 def test_waiting_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(lengths: Iterator[int], n: int) -> Gathered:
-        gathered = Gathered(n)
+    def read(lengths: Iterator[int], n: int) -> RowCollector:
+        gathered = RowCollector(n)
         while not gathered.complete:
             gathered.add(torch.ones(1, next(lengths)))
         return gathered
@@ -294,13 +294,13 @@ def test_waiting_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert read(iter([2, 3, 4, 5] * 100), 16).batches == 29, "… and are waited for where they have not"
     assert read(iter(range(1, 1000)), 16).batches == 8 * 16, "no length comes twice"
-    monkeypatch.setattr("ntkwatch.probes.stream.MOST_BYTES", 100)
+    monkeypatch.setattr("ntkwatch.probes.stream.MAX_BYTES", 100)
     assert read(iter([10] * 100), 16).batches == 3, "rows of 40 bytes"
 
 
 def test_rows_are_copies() -> None:
     batch = torch.ones(4, 2)
-    gathered = Gathered(4)
+    gathered = RowCollector(4)
     gathered.add(batch)
     batch.zero_()
     assert gathered.probes(targets=lambda b: torch.arange(4)).batch.sum() == 8

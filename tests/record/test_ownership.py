@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 
-from ntkwatch.record import DamagedRecord, Owned, RecordWriter, branch, claim, load_run, own, save_tensors
+from ntkwatch.record import (
+    DamagedRecord,
+    RecordInUse,
+    RecordWriter,
+    acquire,
+    acquire_free,
+    branch,
+    load_run,
+    save_tensors,
+)
 from ntkwatch.record import ownership as module
 from tests.support.record_writers import measurement
 
@@ -22,8 +31,8 @@ FOREIGN = {"machine": "another", "pid": 7, "token": "00", "renewed": 0.0}
 
 def process(folder: Path, then: str = "time.sleep(60)") -> subprocess.Popen[str]:
     """Another process that owns the folder, says so, and then does something."""
-    code = "import os, sys, time; from pathlib import Path; from ntkwatch.record import own; "
-    code += f"owner = own(Path({str(folder)!r})); print('owned', flush=True); {then}"
+    code = "import os, sys, time; from pathlib import Path; from ntkwatch.record import acquire; "
+    code += f"owner = acquire(Path({str(folder)!r})); print('owned', flush=True); {then}"
     started = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert started.stdout is not None
     assert started.stdout.readline() == "owned\n"
@@ -48,11 +57,11 @@ def lease(folder: Path, ago: float = 0.0, **changes: Any) -> Path:
 def test_a_record_that_a_living_process_owns_is_refused_until_it_is_killed(
     other: subprocess.Popen[str], tmp_path: Path
 ) -> None:
-    with pytest.raises(Owned, match="is being written by another run"):
-        own(tmp_path / "r")
+    with pytest.raises(RecordInUse, match="is being written by another run"):
+        acquire(tmp_path / "r")
     other.kill()
     other.wait()
-    own(tmp_path / "r").release()
+    acquire(tmp_path / "r").release()
 
 
 def test_a_fork_that_outlives_its_parent_owns_nothing(tmp_path: Path) -> None:
@@ -61,47 +70,47 @@ def test_a_fork_that_outlives_its_parent_owns_nothing(tmp_path: Path) -> None:
     assert started.stdout is not None
     child = int(started.stdout.readline())
     try:
-        with pytest.raises(Owned):
-            own(tmp_path / "r")
+        with pytest.raises(RecordInUse):
+            acquire(tmp_path / "r")
         started.kill()
         started.wait()
-        own(tmp_path / "r").release()
+        acquire(tmp_path / "r").release()
     finally:
         os.kill(child, 9)
         started.stdout.close()
 
 
 def test_an_owner_gives_back_what_it_owned(tmp_path: Path) -> None:
-    first = own(tmp_path / "r")
-    with pytest.raises(Owned):
-        own(tmp_path / "r")
+    first = acquire(tmp_path / "r")
+    with pytest.raises(RecordInUse):
+        acquire(tmp_path / "r")
     first.release()
     first.release()
     assert not (tmp_path / "r" / module.LEASE).exists()
-    own(tmp_path / "r").release()
+    acquire(tmp_path / "r").release()
 
 
 def test_the_first_free_folder_is_claimed(tmp_path: Path) -> None:
     RecordWriter.create(tmp_path / "r", {})
-    running = claim(tmp_path / "r")
-    beside = claim(tmp_path / "r")
+    running = acquire_free(tmp_path / "r")
+    beside = acquire_free(tmp_path / "r")
     assert (running.folder.name, beside.folder.name) == ("r-2", "r-3")
     running.release()
     beside.release()
     (tmp_path / "r" / "manifest.json").unlink()
-    assert claim(tmp_path / "r").folder.name == "r"
+    assert acquire_free(tmp_path / "r").folder.name == "r"
 
 
 # ── other machines ────────────────────────────────────────────────────────────────────────────────────────────────────
 FRESH: dict[str, Any] = {
     "just renewed": {},
-    "renewed a while ago": {"ago": module.STALE / 2},
-    "a clock that is ahead": {"ago": -module.STALE / 2},
+    "renewed a while ago": {"ago": module.STALE_SECONDS / 2},
+    "a clock that is ahead": {"ago": -module.STALE_SECONDS / 2},
     "another pid": {"pid": os.getpid()},
 }
 STALE: dict[str, Any] = {
-    "not renewed for long": {"ago": 2 * module.STALE},
-    "a clock that is far ahead": {"ago": -10 * module.STALE},
+    "not renewed for long": {"ago": 2 * module.STALE_SECONDS},
+    "a clock that is far ahead": {"ago": -10 * module.STALE_SECONDS},
     "at the beginning of time": {"renewed": 0.0},
     "this machine, whose lock is free": {"machine": module._machine()},
     "no time": {"renewed": "now"},
@@ -115,15 +124,15 @@ STALE: dict[str, Any] = {
 @pytest.mark.parametrize("name", FRESH)
 def test_a_lease_that_is_fresh_holds(name: str, tmp_path: Path) -> None:
     folder = lease(tmp_path / "r", **FRESH[name])
-    with pytest.raises(Owned, match="another machine"):
-        own(folder)
-    assert claim(folder).folder.name == "r-2", name
+    with pytest.raises(RecordInUse, match="another machine"):
+        acquire(folder)
+    assert acquire_free(folder).folder.name == "r-2", name
     assert json.loads((folder / module.LEASE).read_text())["machine"] == "another", "it was written over"
 
 
 @pytest.mark.parametrize("name", STALE)
 def test_a_lease_that_is_stale_or_makes_no_sense_is_nobodys(name: str, tmp_path: Path) -> None:
-    owner = own(lease(tmp_path / "r", **STALE[name]))
+    owner = acquire(lease(tmp_path / "r", **STALE[name]))
     assert owner.holds(), name
     owner.release()
 
@@ -131,38 +140,38 @@ def test_a_lease_that_is_stale_or_makes_no_sense_is_nobodys(name: str, tmp_path:
 @pytest.mark.parametrize("data", [b"", b"[", b"[]", b"\xff", b"[" * 100_000, b"x" * 10_000, b"null"])
 def test_a_lease_that_is_no_json_is_nobodys(data: bytes, tmp_path: Path) -> None:
     (tmp_path / module.LEASE).write_bytes(data)
-    own(tmp_path).release()
+    acquire(tmp_path).release()
 
 
 def test_a_lease_is_renewed_by_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner = own(tmp_path)
+    owner = acquire(tmp_path)
     begun = json.loads((tmp_path / module.LEASE).read_text())
     owner.renew()
     assert json.loads((tmp_path / module.LEASE).read_text()) == begun, "at most every 30 s"
     clock, wall = time.monotonic(), time.time()
-    monkeypatch.setattr(time, "monotonic", lambda: clock + 2 * module.RENEWED)
-    monkeypatch.setattr(time, "time", lambda: wall + 2 * module.RENEWED)
+    monkeypatch.setattr(time, "monotonic", lambda: clock + 2 * module.RENEWAL_SECONDS)
+    monkeypatch.setattr(time, "time", lambda: wall + 2 * module.RENEWAL_SECONDS)
     owner.renew()
-    assert json.loads((tmp_path / module.LEASE).read_text())["renewed"] > begun["renewed"] + module.RENEWED
+    assert json.loads((tmp_path / module.LEASE).read_text())["renewed"] > begun["renewed"] + module.RENEWAL_SECONDS
     lease(tmp_path)
-    monkeypatch.setattr(time, "monotonic", lambda: clock + 4 * module.RENEWED)
+    monkeypatch.setattr(time, "monotonic", lambda: clock + 4 * module.RENEWAL_SECONDS)
     owner.renew()
     assert not owner.holds()
     owner.release()
     assert json.loads((tmp_path / module.LEASE).read_text())["machine"] == "another", "it is the other's now"
 
 
-@pytest.mark.parametrize("error", sorted(module.NO_LOCKS))
+@pytest.mark.parametrize("error", sorted(module.LOCK_UNSUPPORTED))
 def test_without_locks_the_lease_alone_decides(error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(self: Any) -> None:
         raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr(module.FileLock, "acquire", no_locks)
-    owner = own(tmp_path)
-    with pytest.raises(Owned, match="on another machine"):
-        own(tmp_path)
+    owner = acquire(tmp_path)
+    with pytest.raises(RecordInUse, match="on another machine"):
+        acquire(tmp_path)
     owner.release()
-    own(tmp_path).release()
+    acquire(tmp_path).release()
 
 
 def test_a_disk_that_is_full_is_not_taken_for_one_without_locks(
@@ -173,7 +182,7 @@ def test_a_disk_that_is_full_is_not_taken_for_one_without_locks(
 
     monkeypatch.setattr(module.FileLock, "acquire", full)
     with pytest.raises(OSError, match="No space left"):
-        own(tmp_path)
+        acquire(tmp_path)
 
 
 # ── branches ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -25,7 +25,7 @@ from ntkwatch.record import (
     RecordError,
     RecordWriter,
     Run,
-    Shelf,
+    TensorStore,
     find_runs,
     load_run,
     load_tensors,
@@ -539,8 +539,8 @@ FORGED = {
 @pytest.mark.parametrize("name", FORGED)
 def test_a_line_with_a_right_checksum_and_wrong_content_is_refused(name: str, record: Path) -> None:
     lines = (record / "metrics.jsonl").read_bytes().splitlines()
-    body = record_format.unseal(lines[0]) | FORGED[name]
-    (record / "metrics.jsonl").write_bytes(record_format.seal(body))
+    body = record_format.decode_line(lines[0]) | FORGED[name]
+    (record / "metrics.jsonl").write_bytes(record_format.encode_line(body))
     with pytest.raises(RecordError, match=r"line 1 is damaged: its \w+"):
         load_run(record)
 
@@ -706,8 +706,10 @@ def test_a_plain_name_stays_as_it_is(name: str) -> None:
 @pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "..", "a/../../secret", "secret\0"])
 def test_a_record_that_names_a_file_outside_itself_is_refused(name: str, record: Path) -> None:
     sha256 = save_tensors(record.parent, "secret", {"kernel": torch.ones(2, 2), "eigenvalues": torch.ones(2)})
-    body = record_format.unseal((record / "metrics.jsonl").read_bytes().splitlines()[0])
-    (record / "metrics.jsonl").write_bytes(record_format.seal(body | {"snapshot": {"name": name, "sha256": sha256}}))
+    body = record_format.decode_line((record / "metrics.jsonl").read_bytes().splitlines()[0])
+    (record / "metrics.jsonl").write_bytes(
+        record_format.encode_line(body | {"snapshot": {"name": name, "sha256": sha256}})
+    )
     with pytest.raises(RecordError, match="cannot be read"):
         load_run(record).kernel(0)
 
@@ -730,9 +732,9 @@ def test_a_pickle_is_never_opened(record: Path) -> None:
 
     for data in (pickle.dumps(Bomb()), b""):
         (record / "snapshots" / "step_00000000.safetensors").write_bytes(data)
-        body = record_format.unseal((record / "metrics.jsonl").read_bytes().splitlines()[0])
+        body = record_format.decode_line((record / "metrics.jsonl").read_bytes().splitlines()[0])
         forged = {"name": "step_00000000", "sha256": hashlib.sha256(data).hexdigest()}
-        (record / "metrics.jsonl").write_bytes(record_format.seal(body | {"snapshot": forged}))
+        (record / "metrics.jsonl").write_bytes(record_format.encode_line(body | {"snapshot": forged}))
         with pytest.raises(RecordError, match="is not a safetensors file"):
             load_run(record).kernel(0)
 
@@ -744,39 +746,39 @@ def test_the_writers_of_these_tests_write_what_the_readers_expect(tmp_path: Path
     assert load_run(tmp_path).metrics.loc[1, "double"] != 2.0
 
 
-# ── the shelf ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the store ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def some(value: float, size: int = 1000) -> dict[str, Tensor]:
     return {"theta/net.0.weight": torch.full((size,), float(value)), "steps": torch.tensor(3)}
 
 
-def test_a_shelf_gives_back_every_branch_of_a_run(tmp_path: Path) -> None:
+def test_a_store_gives_back_every_branch_of_a_run(tmp_path: Path) -> None:
     """Resumed from step 5, the run comes by step 9 again: both are there, by their own names."""
-    shelf = Shelf(tmp_path)
-    entries = [shelf.put(step, some(i)) for i, step in enumerate((5, 9, 9))]
+    store = TensorStore(tmp_path)
+    entries = [store.put(step, some(i)) for i, step in enumerate((5, 9, 9))]
     assert len({entry["name"] for entry in entries}) == 3
     for i, entry in enumerate(entries):
-        found = Shelf(tmp_path).get(entry)
+        found = TensorStore(tmp_path).get(entry)
         assert list(found) == ["theta/net.0.weight", "steps"]
         assert found["theta/net.0.weight"].unique().tolist() == [i]
 
 
 @pytest.mark.parametrize(("limits", "kept"), [((20_000, 100), 4), ((10**9, 3), 3), ((1, 100), 2), ((10**9, 100), 9)])
-def test_a_shelf_keeps_the_newest_within_its_limits_and_two_in_any_case(
+def test_a_store_keeps_the_newest_within_its_limits_and_two_in_any_case(
     limits: tuple[int, int], kept: int, tmp_path: Path
 ) -> None:
-    shelf = Shelf(tmp_path, *limits)
+    store = TensorStore(tmp_path, *limits)
     (tmp_path / ".step_00000000.safetensors.dead.tmp").write_bytes(b"of a writer that was killed")
-    entries = [shelf.put(step, some(step)) for step in range(9)]
+    entries = [store.put(step, some(step)) for step in range(9)]
     assert len(list(tmp_path.iterdir())) == kept, f"{limits}"
     for entry in entries[: 9 - kept]:
         with pytest.raises(RecordError, match="resume from a later checkpoint"):
-            shelf.get(entry)
-    assert all(float(shelf.get(entry)["theta/net.0.weight"][0]) >= 9 - kept for entry in entries[9 - kept :])
+            store.get(entry)
+    assert all(float(store.get(entry)["theta/net.0.weight"][0]) >= 9 - kept for entry in entries[9 - kept :])
 
 
-def test_a_shelf_never_reads_beside_itself(tmp_path: Path) -> None:
-    entry = Shelf(tmp_path / "forecasts").put(1, some(1))
+def test_a_store_never_reads_beside_itself(tmp_path: Path) -> None:
+    entry = TensorStore(tmp_path / "forecasts").put(1, some(1))
     with pytest.raises(RecordError, match="lies outside"):
-        Shelf(tmp_path / "forecasts" / "deeper").get(entry | {"name": "../step_00000001"})
+        TensorStore(tmp_path / "forecasts" / "deeper").get(entry | {"name": "../step_00000001"})

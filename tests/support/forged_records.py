@@ -19,7 +19,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from ntkwatch.record.format import unseal
+from ntkwatch.record.format import decode_line
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\u202egnp.exe\r\n\x9b31m"
 DEEP: Any = 1
@@ -142,7 +142,7 @@ def put(body: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 def forge_row(record: Path, rng: random.Random, path: tuple[str, ...], value: Any) -> None:
     lines = (record / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     at = rng.randrange(len(lines))
-    body = unseal(lines[at].rstrip(b"\n"))
+    body = decode_line(lines[at].rstrip(b"\n"))
     put(body, path, value)
     lines[at] = seal(body)
     (record / "metrics.jsonl").write_bytes(b"".join(lines))
@@ -157,7 +157,7 @@ def forge_manifest(record: Path, rng: random.Random, path: tuple[str, ...], valu
 def forge_snapshot(record: Path, data: bytes, at: int = -1) -> None:
     """A snapshot, the last if not told, and its line with the right checksum."""
     lines = (record / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    body = unseal(lines[at].rstrip(b"\n"))
+    body = decode_line(lines[at].rstrip(b"\n"))
     (record / "snapshots" / f"{body['snapshot']['name']}.safetensors").write_bytes(data)
     body["snapshot"]["sha256"] = hashlib.sha256(data).hexdigest()
     lines[at] = seal(body)
@@ -270,7 +270,7 @@ def _twice_in_a_line(record: Path) -> None:
 
 
 def _rows(record: Path) -> list[dict[str, Any]]:
-    return [unseal(line) for line in (record / "metrics.jsonl").read_bytes().splitlines()]
+    return [decode_line(line) for line in (record / "metrics.jsonl").read_bytes().splitlines()]
 
 
 def _one_step(record: Path) -> None:

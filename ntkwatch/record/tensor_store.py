@@ -7,21 +7,21 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ntkwatch.record.format import TEMPORARY, RecordError, inside, load_tensors, save_tensors
+from ntkwatch.record.format import TEMPORARY, RecordError, load_tensors, path_inside, save_tensors
 
-FORECASTS = "forecasts"  # the shelf beside a record for the linear models of its checkpoints
-KEPT_BYTES = 4 * 1024**3  # in all; the newest two are kept whatever they take
-KEPT_FILES = 1000
-ALWAYS = 2
+FORECASTS = "forecasts"  # the folder beside a record for the linear models of its checkpoints
+MAX_BYTES = 4 * 1024**3  # in all; the newest two are kept whatever they take
+MAX_FILES = 1000
+MIN_FILES = 2
 
 
-class Shelf:
+class TensorStore:
     """A folder of tensor files, one a checkpoint: the newest 1,000 within 4 GiB, and the newest two in any case.
 
     What a checkpoint carries of it is a name and a checksum; the checkpoint itself stays small.
     """
 
-    def __init__(self, folder: Path, kept_bytes: int = KEPT_BYTES, kept_files: int = KEPT_FILES) -> None:
+    def __init__(self, folder: Path, kept_bytes: int = MAX_BYTES, kept_files: int = MAX_FILES) -> None:
         self.folder, self._bytes, self._files = folder, kept_bytes, kept_files
 
     def put(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -33,7 +33,7 @@ class Shelf:
 
     def get(self, entry: Mapping[str, str]) -> dict[str, Tensor]:
         """The tensors that `put` returned the entry for; RecordError where they were let go, lost or changed."""
-        if not inside(self.folder, f"{entry['name']}.safetensors").exists():
+        if not path_inside(self.folder, f"{entry['name']}.safetensors").exists():
             raise RecordError(
                 f"{self.folder} no longer holds {entry['name']}: it keeps the newest {self._files} files within "
                 f"{self._bytes / 1024**3:.0f} GiB; resume from a later checkpoint"
@@ -43,7 +43,7 @@ class Shelf:
     def _free_name(self, step: int) -> str:
         """A file is never written over: another branch of the run may have been at this step, and be resumed."""
         name, attempt = f"step_{step:08d}", 1
-        while inside(self.folder, f"{name}.safetensors").exists():
+        while path_inside(self.folder, f"{name}.safetensors").exists():
             name, attempt = f"step_{step:08d}_{attempt}", attempt + 1
         return name
 
@@ -55,5 +55,5 @@ class Shelf:
         size = 0
         for i, (stat, path) in enumerate(files):
             size += stat.st_size
-            if i >= ALWAYS and (i >= self._files or size > self._bytes):
+            if i >= MIN_FILES and (i >= self._files or size > self._bytes):
                 path.unlink(missing_ok=True)

@@ -11,19 +11,19 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from torch.utils.data._utils.collate import default_convert
 
-from ntkwatch.guard import leave_objects
+from ntkwatch.guard import preserve_objects
 from ntkwatch.model import batch_size, inputs_of
-from ntkwatch.probes.labels import as_classes, balanced, label_of, seen_labels
-from ntkwatch.probes.loaders import first_of, is_streaming
+from ntkwatch.probes.labels import balanced, class_ids, dataset_labels, label_of
+from ntkwatch.probes.loaders import first_loader, is_streaming
 from ntkwatch.probes.probeset import ProbeSet, Targets
-from ntkwatch.probes.stream import Gathered
+from ntkwatch.probes.stream import RowCollector
 
-CANDIDATES = 1024  # examples that are loaded, at most, to see their classes
-_VALUES = 3  # different floats that are values, no classes
-_ENOUGH = 4  # … and fewer, once 4n have been seen and no class that was seen is short of its share
+MAX_CANDIDATES = 1024  # examples that are loaded, at most, to see their classes
+_MIN_FLOAT_VALUES = 3  # different floats that are values, no classes
+_MIN_SAMPLES_PER_PROBE = 4  # … and fewer, once 4n have been seen and no class that was seen is short of its share
 
 
-def choose(
+def choose_probes(
     loader: Any, n: int = 64, seed: int = 0, source: str = "val", targets: Targets = None, leading: int | None = None
 ) -> ProbeSet:
     """n examples of the loader's dataset, class-balanced where classes can be seen, collated as the loader would.
@@ -46,10 +46,10 @@ def choose(
         )
     if is_streaming(loader):
         raise ValueError(f"the {source} loader only streams: use from_stream on its first batches")
-    loader, which = first_of(loader)
+    loader, which = first_loader(loader)
     dataset = loader.dataset
     held = (dataset, getattr(loader, "collate_fn", None))
-    with leave_objects(*held), torch.inference_mode(False), torch.no_grad():
+    with preserve_objects(*held), torch.inference_mode(False), torch.no_grad():
         pool = _pool(loader, len(dataset))
         if len(pool) == 0:
             raise ValueError(f"the {source} dataset is empty: pass probes= a batch, or a loader with examples")
@@ -57,10 +57,12 @@ def choose(
             return _from_batches(loader, pool, n, seed, source, targets, which)
         loaded: dict[int, Any] = {}
         indices, how = _indices(dataset, pool, n, seed, leading, loaded)
-        items = [loaded[i] if i in loaded else _item(dataset, i, seed) for i in indices]
-        if not _as_seen(dataset, indices, items, leading):  # a wrapper that reorders shows the labels of what it wraps
+        items = [loaded[i] if i in loaded else _load_example(dataset, i, seed) for i in indices]
+        if not _labels_agree(
+            dataset, indices, items, leading
+        ):  # a wrapper that reorders shows the labels of what it wraps
             indices, how = _indices(dataset, pool, n, seed, leading, trusted=False)
-            items = [_item(dataset, i, seed) for i in indices]
+            items = [_load_example(dataset, i, seed) for i in indices]
         _seed_process(seed, len(dataset))
         batch = (getattr(loader, "collate_fn", None) or default_collate)(items)
         kept = batch_size(inputs_of(batch))
@@ -113,9 +115,9 @@ def _gives_batches(loader: Any) -> bool:
 def _from_batches(loader: Any, pool: Tensor, n: int, seed: int, source: str, targets: Targets, which: str) -> ProbeSet:
     convert = getattr(loader, "collate_fn", None) or default_convert
     order = pool[torch.randperm(len(pool), generator=_generator(seed), device="cpu")]
-    gathered = Gathered(n)
+    gathered = RowCollector(n)
     for i in order.tolist():
-        gathered.add(convert(_item(loader.dataset, i, seed)))
+        gathered.add(convert(_load_example(loader.dataset, i, seed)))
         if gathered.complete:
             break
     read = f"{gathered.batches} of the {len(pool)} batches that the dataset gives"
@@ -137,24 +139,24 @@ def _indices(
     """Which examples, and how they were chosen; the few that showed no classes are kept in `loaded`."""
     generator = _generator(seed)
     if len(pool) <= n:
-        return pool.tolist(), f"all {len(pool)} examples{_asked(len(pool), n)}"
-    seen = seen_labels(dataset, leading) if trusted else None
+        return pool.tolist(), f"all {len(pool)} examples{_shortfall(len(pool), n)}"
+    seen = dataset_labels(dataset, leading) if trusted else None
     if seen is not None:
-        classes, where = as_classes(seen[0][pool], len(pool)), seen[1]
+        classes, where = class_ids(seen[0][pool], len(pool)), seen[1]
         assert classes is not None
         chosen = pool[balanced(classes, n, generator)].tolist()
-        return chosen, _balance(n, len(pool), int(classes.max()) + 1, where)
-    candidates = pool[torch.randperm(len(pool), generator=generator, device="cpu")[:CANDIDATES]].tolist()
-    classes = _look(dataset, candidates, n, seed, leading, {} if loaded is None else loaded)
+        return chosen, _describe_balance(n, len(pool), int(classes.max()) + 1, where)
+    candidates = pool[torch.randperm(len(pool), generator=generator, device="cpu")[:MAX_CANDIDATES]].tolist()
+    classes = _candidate_classes(dataset, candidates, n, seed, leading, {} if loaded is None else loaded)
     if classes is None:
         return candidates[:n], f"{n} of {len(pool)} examples, uniformly: no class labels are seen"
     chosen = [candidates[i] for i in balanced(classes, n, generator)]
-    return chosen, _balance(n, len(pool), int(classes.max()) + 1, f"the labels of {len(classes)} candidates")
+    return chosen, _describe_balance(n, len(pool), int(classes.max()) + 1, f"the labels of {len(classes)} candidates")
 
 
-def _as_seen(dataset: Any, indices: list[int], items: list[Any], leading: int | None) -> bool:
+def _labels_agree(dataset: Any, indices: list[int], items: list[Any], leading: int | None) -> bool:
     """Whether the labels that were seen from outside decide those of the examples, as far as these show theirs."""
-    seen = seen_labels(dataset, leading)
+    seen = dataset_labels(dataset, leading)
     inside = [label_of(item, leading) for item in items]
     if seen is None or any(label is None or isinstance(label, float) for label in inside):
         return True
@@ -162,32 +164,32 @@ def _as_seen(dataset: Any, indices: list[int], items: list[Any], leading: int | 
     return len(set(zip(outside, inside, strict=True))) == len(set(outside))
 
 
-def _balance(n: int, size: int, classes: int, where: str) -> str:
+def _describe_balance(n: int, size: int, classes: int, where: str) -> str:
     return f"{n} of {size} examples, balanced over {classes} class{'es' * (classes != 1)} from {where}"
 
 
-def _asked(got: int, n: int) -> str:
+def _shortfall(got: int, n: int) -> str:
     return f" ({n} were asked for)" if got < n else ""
 
 
-def _look(
+def _candidate_classes(
     dataset: Any, candidates: list[int], n: int, seed: int, leading: int | None, loaded: dict[int, Any]
 ) -> Tensor | None:
     """Classes of the first candidates, until each class seen has its share; None if an example shows none."""
     labels: list[int | float | str] = []
     counts: dict[int | float | str, int] = {}
     for i in candidates:
-        item = _item(dataset, i, seed)
-        if len(loaded) < _VALUES:
+        item = _load_example(dataset, i, seed)
+        if len(loaded) < _MIN_FLOAT_VALUES:
             loaded[i] = item
         label = label_of(item, leading)
-        if label is None or (isinstance(label, float) and label not in counts and len(counts) == _VALUES - 1):
+        if label is None or (isinstance(label, float) and label not in counts and len(counts) == _MIN_FLOAT_VALUES - 1):
             return None
         labels.append(label)
         counts[label] = counts.get(label, 0) + 1
-        if len(labels) >= _ENOUGH * n and min(counts.values()) * len(counts) >= n:
+        if len(labels) >= _MIN_SAMPLES_PER_PROBE * n and min(counts.values()) * len(counts) >= n:
             break
-    return as_classes(labels, len(labels))
+    return class_ids(labels, len(labels))
 
 
 # ── randomness of one's own ──────────────────────────────────────────────────────────────────────────────────────
@@ -197,7 +199,7 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(seed)
 
 
-def _item(dataset: Any, index: int, seed: int) -> Any:
+def _load_example(dataset: Any, index: int, seed: int) -> Any:
     """One example; its random augmentation depends on the seed and the index alone."""
     _seed_process(seed, index)
     return dataset[index]
