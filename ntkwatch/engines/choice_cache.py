@@ -215,11 +215,12 @@ def _object(value: Any, depth: int) -> Hashable:
         raise _NotComparable from None
 
 
-def _plain(value: Any) -> Hashable:
+def _plain(value: Any, depth: int = _DEPTH) -> Hashable:
+    """The plain values in a value and in its containers."""
     if isinstance(value, _PLAIN):
         return value
-    if isinstance(value, Mapping):
-        return tuple((key, item) for key, item in value.items() if isinstance(item, _PLAIN))
-    if isinstance(value, list | tuple | set | frozenset):
-        return tuple(item for item in value if isinstance(item, _PLAIN))
+    if depth and isinstance(value, Mapping):
+        return tuple((key, _plain(item, depth - 1)) for key, item in value.items())
+    if depth and isinstance(value, list | tuple | set | frozenset):
+        return tuple(_plain(item, depth - 1) for item in value)
     return None
