@@ -28,6 +28,10 @@ class Accumulator:
     short: bool = False
     shared: dict[tuple[int, ...], tuple[PerOutput, PerOutput, Tensor]] = field(default_factory=dict)
     workspace: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
+    scale: float = 1.0  # buffers and rules are chosen for this many times the examples (small kernels: `extrapolation`)
+
+    def _scaled(self, n: int) -> int:
+        return round(n * self.scale)
 
     def zeros(self, c: int, n: int, m: int, device: torch.device) -> Tensor:
         """An empty kernel: [n, m], [C, n, m] for "blocks", [C, n, C, m] for "full"."""

@@ -26,8 +26,8 @@ from ntkwatch.engines.written import Gradients, Written, factor_of, written_byte
 from ntkwatch.model import Network, UnsupportedModel
 
 G = TypeVar("G")
-_SEGMENT_BYTES = 1 << 25  # gradients captured before the pass pauses to use them
-_GROUP_BYTES = 1 << 28  # of one node for a group of outputs: larger groups share more, and hold more
+SEGMENT_BYTES = 1 << 25  # gradients captured before the pass pauses to use them
+GROUP_BYTES = 1 << 28  # of one node for a group of outputs: larger groups share more, and hold more
 _PASS_BYTES = {"cpu": 1 << 25, "cuda": 1 << 27}  # of one node in a batched pass: libraries' workspaces are as large
 _BATCHED_BYTES = {"cpu": 1 << 19, "cuda": 1 << 26}  # of one node and output: above it, passes in turn are faster
 
@@ -47,6 +47,7 @@ class Capture:
     Args:
         summed: take Σ_c f_c for the one output (the "sum" kernel needs no more).
         recipe: from `separate_few`, to save reading the layouts again.
+        scale: groups and segments are chosen for this many times the examples (small kernels: `extrapolation`).
 
     Raises:
         UnsupportedModel: the outputs depend on no trained parameter, or an example's gradient cannot be told apart.
@@ -60,6 +61,7 @@ class Capture:
         *,
         summed: bool = False,
         recipe: Separation | None = None,
+        scale: float = 1.0,
     ) -> None:
         leaves = leaves_at(network, state)
         f = outputs_at(network, x, state, leaves)
@@ -71,12 +73,13 @@ class Capture:
         self.outputs = f.detach()
         self.recipe = separation_for(recipe, self.graph, f)
         self.cotangents = cotangents(f, summed)
+        self._scale = scale
 
     def groups(self) -> list[slice]:
         """Outputs in groups of which the largest node's gradients fit in a moderate amount of memory."""
         largest = max(map(self._kept_bytes, self.recipe.edges))
         outputs = len(self.cotangents)
-        size = min(outputs, max(1, _GROUP_BYTES // max(largest, 1)))
+        size = min(outputs, max(1, int(GROUP_BYTES / max(largest, 1))))
         size = -(-outputs // -(-outputs // size))  # of equal size, nearly
         return [slice(i, min(i + size, outputs)) for i in range(0, outputs, size)]
 
@@ -112,7 +115,7 @@ class Capture:
 
     def _segment(self, wanted: Sequence[int], cuts: Sequence[int], outputs: int) -> tuple[list[int], int | None]:
         """The next wanted nodes up to the first cut at which enough gradients are kept, and the smallest cut there."""
-        held, taken = 0, []
+        held, taken = 0.0, []
         for i, number in enumerate(wanted):
             taken.append(number)
             held += outputs * self._kept_bytes(number)
@@ -120,7 +123,7 @@ class Capture:
             if after is None:
                 break
             between = [cut for cut in cuts if number <= cut < after]
-            if held >= _SEGMENT_BYTES and between:
+            if held >= SEGMENT_BYTES and between:
                 return taken, min(reversed(between), key=lambda cut: node_bytes(self.graph, self.graph.nodes[cut]))
         return taken, None
 
@@ -131,10 +134,10 @@ class Capture:
         nodes = self.graph.nodes
         pairs = [(number, used) for number in numbers for used in self.graph.outputs_used[nodes[number]]]
         wanted = [GradientEdge(nodes[number], used) for number, used in pairs]
-        largest = max(node_bytes(self.graph, nodes[number]) for number in numbers)
+        largest = self._scale * max(node_bytes(self.graph, nodes[number]) for number in numbers)
         grads = None
         if self.recipe.batched and largest <= _BATCHED_BYTES.get(cotangents.device.type, 0):
-            most = max(1, _PASS_BYTES.get(cotangents.device.type, 0) // max(largest, 1))
+            most = max(1, int(_PASS_BYTES.get(cotangents.device.type, 0) / max(largest, 1)))
             grads = at_once(start, wanted, cotangents, most)
         written: dict[int, Written] = {}
         if grads is None:
@@ -159,12 +162,12 @@ class Capture:
     def _written_bytes(self, number: int) -> int | None:
         """Of one output, where a node's Jacobians are written out pass by pass."""
         inputs = [k for k, _ in self.recipe.edges.get(number, ())]
-        return written_bytes(self.graph, self.graph.nodes[number], inputs, self.n) if inputs else None
+        return written_bytes(self.graph, self.graph.nodes[number], inputs, self.n, self._scale) if inputs else None
 
-    def _kept_bytes(self, number: int) -> int:
+    def _kept_bytes(self, number: int) -> float:
         """Of one output, what is kept of a node's passes."""
         written = self._written_bytes(number)
-        return node_bytes(self.graph, self.graph.nodes[number]) if written is None else written
+        return self._scale * (node_bytes(self.graph, self.graph.nodes[number]) if written is None else written)
 
 
 def cotangents(f: Tensor, summed: bool) -> PerOutput:

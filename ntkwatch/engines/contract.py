@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ntkwatch.engines.accumulate import Accumulator
 from ntkwatch.engines.costs import choose, full_rows, gram_rows
@@ -43,7 +42,7 @@ class Contractor(Accumulator):
         """Whether products of inputs times products of output gradients are cheaper than Jacobians."""
         if not isinstance(one, Outer | Rows) or type(one) is not type(two):
             return False
-        return choose(one, one.n, two.n, self.reduction, self.dtype, self.same)[0] == "gram"
+        return choose(one, self._scaled(one.n), self._scaled(two.n), self.reduction, self.dtype, self.same)[0] == "gram"
 
     # ── contractions ──────────────────────────────────────────────────────────────────────────────────────────────
     def _by_jacobian(self, out: Tensor, one: Factor, two: Factor) -> None:
@@ -54,7 +53,7 @@ class Contractor(Accumulator):
         first = self._opened(one, 0, together)
         second = first if one is two else self._opened(two, 1, together)
         held = 1 if at.near and not full else one.outputs
-        row = max(one.n, two.n) * one.trailing * held
+        row = self._scaled(max(one.n, two.n)) * one.trailing * held
         slab = _SMALL_SLAB if self.short else at.slab
         least = 1 if at.near and together else min(_SLAB_ROWS, _SLAB_MOST // row)
         step = min(one.leading, max(1, slab // row, least))
@@ -116,7 +115,7 @@ class Contractor(Accumulator):
     def _gram(self, out: Tensor, one: Outer | Rows, two: Outer | Rows) -> None:
         """Σ_ss' ⟨a_s, a_s'⟩⟨g_s, g_s'⟩ summed over groups, in blocks of examples, lower blocks only where symmetric."""
         s, t = one.positions, two.positions
-        size = gram_rows(one, one.n, s * t * one.groups, self.same)
+        size = self._pair_rows(one, s * t * one.groups)
         inputs1 = self._inputs(one)
         inputs2 = inputs1 if self.same else self._inputs(two)
         for rows in self._blocks(one.n, size):
@@ -130,6 +129,13 @@ class Contractor(Accumulator):
                 if self.same and columns != rows:
                     out[..., columns, rows] += part.transpose(-1, -2)
 
+    def _pair_rows(self, one: Outer | Rows, pairs: int) -> int:
+        """Examples per block of pairs, when a pair of examples has `pairs` entries."""
+        return max(1, round(self._large_pair_rows(one, pairs) / self.scale))
+
+    def _large_pair_rows(self, one: Outer | Rows, pairs: int) -> int:
+        return gram_rows(one, self._scaled(one.n), pairs, self.same)
+
     def _blocks(self, n: int, size: int) -> Iterator[slice]:
         """Of examples."""
         return blocks(n, size)
@@ -142,7 +148,7 @@ class Contractor(Accumulator):
         if not machine(one.device).near:
             self._gram_full_together(out, one, inputs1, inputs2, g)
             return
-        size = full_rows(two)
+        size = max(1, round(full_rows(two) / self.scale))
         for i in self._each(one.n):
             mine = self._positions(one, slice(i, i + 1))
             for columns in blocks(i + 1 if self.same else two.n, size):
@@ -245,10 +251,6 @@ def _sum_positions(products: Tensor, s: int, t: int) -> Tensor:
 
 def _compressed(one: Rows, two: Rows) -> tuple[Rows, Rows]:
     """The same lookups in a table of only the rows that occur."""
-    if isinstance(one.index, FakeTensor):  # a plan: which rows occur is not known, only how many at most
-        most = min(one.table, one.index.numel() + two.index.numel())
-        first = Rows(one.index, one.g, most)
-        return first, first if one is two else Rows(two.index, two.g, most)
     used = torch.cat([one.index.flatten(), two.index.flatten()]).unique()  # sorted
     if len(used) >= one.table:
         return one, two

@@ -50,7 +50,6 @@ class Functional:
     """Exact on whatever torch.func can transform; its memory is that of the Jacobians of a block."""
 
     name = "functional"
-    stretches: int | None = None  # of each product, from its beginning; None takes all
 
     def kernel(
         self,
@@ -110,7 +109,7 @@ class Functional:
         def cell(i: int, j: int) -> dict[str, Tensor]:
             j1, j2 = jacobian(True, i), jacobian(other is None, j)
             right = {name: signs(j.reshape(*j.shape[:2], -1)) for name, j in j2.items()} if signed else j2
-            return {name: contract(j1[name], right[name], reduction, dtype, self.stretches) for name in parameters}
+            return {name: contract(j1[name], right[name], reduction, dtype) for name in parameters}
 
         sizes = [[batch_size(inputs_of(b)) for b in each] for each in (blocks1, blocks2)]
         return assemble(sizes[0], None if other is None and not signed else sizes[1], cell, lambda _: reduction)
@@ -172,18 +171,14 @@ def together(
     return reduce(total, source, reduction), kept
 
 
-def contract(j1: Tensor, j2: Tensor, reduction: Reduction, dtype: torch.dtype, stretches: int | None = None) -> Tensor:
-    """The kernel of two blocks of one parameter's Jacobians [n, C, ...], products in `dtype`, none of many terms.
-
-    stretches: of the sum over the parameter's entries, how many, from its beginning; None: all.
-    """
+def contract(j1: Tensor, j2: Tensor, reduction: Reduction, dtype: torch.dtype) -> Tensor:
+    """The kernel of two blocks of one parameter's Jacobians [n, C, ...], products in `dtype`, none of many terms."""
     a, b = (j.detach().reshape(*j.shape[:2], -1) for j in (j1, j2))
     n_outputs = a.shape[1]
     if reduction == "sum":
         a, b = a.sum(1, keepdim=True), b.sum(1, keepdim=True)
     formula = "ncp,mdp->ncmd" if reduction == "full" else "ncp,mcp->cnm"
-    some = slice(None if stretches is None else stretches * _STRETCH)
-    pieces = zip(*(t[:, :, some].split(_STRETCH, 2) for t in (a, b)), strict=True)
+    pieces = zip(*(t.split(_STRETCH, 2) for t in (a, b)), strict=True)
     total = reduce_with(operator.iadd, (torch.einsum(formula, x.to(dtype), y.to(dtype)) for x, y in pieces))
     return total if reduction in ("full", "blocks") else total.sum(0) / n_outputs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,18 +14,19 @@ from torch import Tensor
 from ntkwatch.engines.base import Kernel, Precision, Reduction, at_hand, noise_floor, reduce, richest
 from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.coupling import Sizes, check_uncoupled
+from ntkwatch.engines.extrapolation import extrapolate, small_block
 from ntkwatch.engines.functional import quiet
 from ntkwatch.engines.memory import backing_off, limit_bytes
 from ntkwatch.engines.one_by_one import one_by_one
-from ntkwatch.engines.prediction import Prediction, predict, try_forward
 from ntkwatch.engines.returned import only_returned
 from ntkwatch.engines.run import WHOLE, Run
 from ntkwatch.engines.separation import Separation, separate_few
 from ntkwatch.engines.signs import SignRun
 from ntkwatch.model import Network, batch_size, inputs_of
 
-_REHEARSED = 32 << 20  # allowed for a kernel: with less, a rehearsal itself would take too much
-ROUGHLY = 3  # times what a run roughly takes, no kernel goes beyond
+_LEAST = 32 << 20  # allowed for a kernel, with which small kernels are tried
+ROUGHLY = 2  # times its rough estimate, and WORKSPACE bytes, no kernel takes more
+WORKSPACE = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -125,21 +127,17 @@ class Layerwise:
         inner = None if network.mixes is None else self.recipe(network.mixes, x, state)
         return separate_few(network, x, state, inner)
 
-    def chunk(self, run: Run, x1: Any, x2: Any = None) -> tuple[int, Prediction | None]:
-        """Probes per block: all, or as many as are predicted to fit in the limit, or as memory turned out to hold.
-
-        With the prediction, where one was made for it now.
-        """
+    def chunk(self, run: Run, x1: Any, x2: Any = None) -> int:
+        """Probes per block: all, or as many as are predicted to fit in the limit, or as memory turned out to hold."""
         n = max(batch_size(inputs_of(x)) for x in (x1, x2) if x is not None)
         known = self._chunks.setdefault(run.network, {})
         limit, key = limit_bytes(run.network.device), (n, run.reduction, run.layers)
-        if key not in known and ROUGHLY * run.rough(n) <= limit:
-            return n, None
-        found = None
-        if key not in known:
-            larger = x1 if batch_size(inputs_of(x1)) == n else x2
-            known[key], found = _fitting(run, larger, n, limit)
-        return known[key], found
+        if key in known:
+            return known[key]
+        if ROUGHLY * run.rough(n) + WORKSPACE <= limit:
+            return n
+        known[key] = _fitting(run, x1 if batch_size(inputs_of(x1)) == n else x2, n, limit)
+        return known[key]
 
     def _backing_off(self, run: Run, x1: Any, x2: Any, chunk_size: int | None) -> dict[str, Tensor]:
         """Halves the blocks as often as memory runs out, and remembers the size that went through."""
@@ -151,16 +149,22 @@ class Layerwise:
             self._sizes.check(run.network, [*parts, *(others or [])], run.state)
             return run.kernels(parts, others)
 
-        chunk = min(n, chunk_size or self.chunk(run, x1, x2)[0])
+        chunk = min(n, chunk_size or self.chunk(run, x1, x2))
         return backing_off(attempt, chunk, run.network.device, lambda size: known.__setitem__(key, size))
 
 
-def _fitting(run: Run, x: Any, n: int, limit: int) -> tuple[int, Prediction | None]:
-    """Halves the blocks until a rehearsal fits; without memory for one, what a pair of blocks roughly takes."""
-    chunk, found = n, None
-    forward = try_forward(run, x) if limit >= _REHEARSED else None
-    while True:
-        found = predict(run, x, chunk, forward) if forward is not None else None
-        if chunk == 1 or (found.peak if found is not None else run.rough(min(n, 2 * chunk))) <= limit:
-            return chunk, found
+def _fitting(run: Run, x: Any, n: int, limit: int) -> int:
+    """Halves the blocks until the peak that small kernels predict fits in the limit."""
+    chunk = n
+    while chunk > 1 and _peak(run, x, chunk, limit) > limit:
         chunk = -(-chunk // 2)
+    return chunk
+
+
+def _peak(run: Run, x: Any, chunk: int, limit: int) -> float:
+    """From a small kernel; a rough estimate where a model takes no few probes, or memory is too short for one."""
+    size = small_block(chunk)
+    if limit >= _LEAST and run.rough(2 * size) <= limit:
+        with contextlib.suppress(Exception):  # whatever a model raises on few probes, running out of memory included
+            return extrapolate(run, x, chunk).peak
+    return run.rough(min(batch_size(inputs_of(x)), 2 * chunk))

@@ -59,13 +59,6 @@ class Scattered:
         index[owner[order], slot] = order
         return index
 
-    def without_memory(self) -> Scattered:
-        """The same shapes, where tensors have no memory; the rows must have been asked for where they had some."""
-        copy = Scattered(torch.empty_like(self.owner), self.n)
-        if "rows" in vars(self):
-            vars(copy)["rows"] = torch.empty_like(self.rows)
-        return copy
-
 
 def digits(n: int, base: int) -> list[Tensor]:
     """Powers of two that spell the example's number: scaling a cotangent by one is exact in any binary type.

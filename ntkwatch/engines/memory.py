@@ -1,4 +1,4 @@
-"""Memory: what is free, and what a run takes at its peak, counted on real or on fake tensors."""
+"""Memory: what is free, what a run takes at its peak, and halving the blocks where it runs out."""
 
 from __future__ import annotations
 
@@ -6,17 +6,11 @@ import contextlib
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import flop_registry
-
-from ntkwatch.engines.shapes import quickly
-from ntkwatch.engines.values import Answers, Described, Lists
 
 T = TypeVar("T")
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
@@ -28,17 +22,12 @@ _UNKNOWN = 2 << 30  # taken as free where the system does not say
 
 
 class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of the storages that operations inside have made and that are still alive.
+    """Counts the bytes of the storages that operations inside have made and that are still alive."""
 
-    Args:
-        answers: what to answer where operations ask for values and tensors have none.
-    """
-
-    def __init__(self, answers: Answers | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = self.made = 0
-        self._known: set[int] = set()
-        self.answers = answers
+        self.now = self.peak = 0.0
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -46,96 +35,39 @@ class LiveStorages(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = quickly(func, args, kwargs)
-        if known is not None:  # of a storage that is counted already, or was there before
-            return known
-        answer = None if self.answers is None else self.answers.give(func, args, kwargs)
-        result = func(*args, **(kwargs or {})) if answer is None else answer()
+        result = func(*args, **(kwargs or {}))
+        self.count(result, args, kwargs)
+        return result
+
+    def count(self, result: Any, args: Any, kwargs: Any) -> None:
+        """Adds the storages that a call has made: those of its result that are not among its arguments'."""
         new = [s for t in _tensors(result) for s in storages(t) if s._cdata not in self._known]
         if new:
-            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            given = {storage._cdata for t in tensors for storage in storages(t)}
+            given = {storage._cdata for t in _tensors((*args, *(kwargs or {}).values())) for storage in storages(t)}
             for storage in new:
                 if storage._cdata not in given:
                     self._watch(storage)
-        return result
 
-    def rise(self, run: Callable[[], T]) -> tuple[T, int]:
-        """What `run` gives, and by how much it raises what is alive, at its worst."""
-        before, start = self.peak, self.now
-        self.peak = start
-        result = run()
-        rise = self.peak - start
-        self.peak = max(before, self.peak)
-        return result, rise
-
-    def reserve(self, size: int) -> None:
-        """Counts `size` more bytes as having been alive for a moment."""
-        self.peak = max(self.peak, self.now + size)
+    def weight(self, size: int) -> float:
+        """How many bytes a storage of `size` bytes counts for."""
+        return size
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage._cdata, self.weight(storage.nbytes())
         if key not in self._known:
-            self._known.add(key)
+            self._known[key] = weakref.ref(storage, lambda _: self._drop(key, size))
             self.now += size
-            self.made += size
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._drop, key, size)
 
-    def _drop(self, key: int, size: int) -> None:
-        self._known.discard(key)
+    def _drop(self, key: int, size: float) -> None:
+        del self._known[key]
         self.now -= size
-
-
-@dataclass
-class Repeats:
-    """What is done once, and then only remembered: how much memory it took in passing, and what it gave."""
-
-    counter: LiveStorages
-    seen: dict[Any, tuple[int, Any]] = field(default_factory=dict)
-
-    def once(self, key: Any, run: Callable[[], Any]) -> Any:
-        """What `run` gives; where something of this key was run before, tensors of the same shapes."""
-        if key not in self.seen:
-            result, rise = self.counter.rise(run)
-            self.seen[key] = rise, tree_map_only(Tensor, Described, result)
-            return result
-        rise, made = self.seen[key]
-        self.counter.reserve(rise)
-        return tree_map_only(Described, Described.made, made)
-
-
-class Forward(LiveStorages):
-    """Notes what a forward pass multiplies, makes and keeps, and what it asks of values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0.0
-        self.calls = 0
-        self.kept = 0  # bytes alive at its end
-        self.noted = Answers()
-        self._lists = Lists(self.noted)
-
-    def __enter__(self) -> Forward:
-        self._lists.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._lists.__exit__(*error)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        self.calls += 1
-        self.noted.note(func, args, kwargs, result)
-        if func.overloadpacket in flop_registry:
-            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
-        return result
 
 
 def storages(t: Tensor) -> list[torch.UntypedStorage]:
     """Of a tensor: one, or those of what a sparse one consists of; none that torch does not give."""
+    if t.layout is torch.strided:
+        return [t.untyped_storage()]
     if t.layout is torch.sparse_coo:
         parts = [t._indices(), t._values()]
     elif t.layout in _COMPRESSED:
@@ -143,20 +75,24 @@ def storages(t: Tensor) -> list[torch.UntypedStorage]:
         parts = [t.crow_indices(), t.col_indices()] if rows else [t.ccol_indices(), t.row_indices()]
         parts.append(t.values())
     else:
-        parts = [t] if t.layout is torch.strided else []
+        parts = []
     return [part.untyped_storage() for part in parts]
 
 
-def _tensors(result: Any) -> Iterator[Tensor]:
-    """Those that an operation gives."""
-    return (t for t in (result if isinstance(result, list | tuple) else (result,)) if isinstance(t, Tensor))
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Those that an operation takes or gives, in lists too."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
     """The most bytes alive at once in tensors that `run` makes."""
     with LiveStorages() as counter:
         run()
-        return counter.peak
+        return int(counter.peak)
 
 
 def free_bytes(device: torch.device) -> int:

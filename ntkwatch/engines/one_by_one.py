@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ntkwatch.engines.capture import Found, cotangents
 from ntkwatch.engines.factors import Dense
@@ -42,21 +41,28 @@ class OneByOne:
 
     Args:
         summed: take Σ_c f_c for the one output.
+        scale: groups are chosen for this many times the examples.
     """
 
     def __init__(
-        self, network: Network, x: Any, state: Mapping[str, Tensor] | None, summed: bool, recipe: Separation
+        self,
+        network: Network,
+        x: Any,
+        state: Mapping[str, Tensor] | None,
+        summed: bool,
+        recipe: Separation,
+        scale: float = 1.0,
     ) -> None:
         self._network, self._x, self._state, self.recipe = network, x, state, recipe
         with torch.no_grad():
             self.outputs = network.outputs(x, state).detach()
-        self.n = self.outputs.shape[0]
+        self.n, self._scale = self.outputs.shape[0], scale
         self.cotangents = cotangents(self.outputs, summed)
 
     def groups(self) -> list[slice]:
         """Outputs in groups of which the Jacobians fit in a moderate amount of memory."""
         outputs = len(self.cotangents)
-        size = max(1, int(_GROUP_BYTES / max(1.0, self.n * self.recipe.captured)))
+        size = max(1, int(_GROUP_BYTES / max(1.0, self._scale * self.n * self.recipe.captured)))
         return [slice(i, min(i + size, outputs)) for i in range(0, outputs, size)]
 
     def factors(self, outputs: slice = slice(None)) -> Iterator[Found]:
@@ -67,10 +73,7 @@ class OneByOne:
 
     def _jacobians(self, cotangent: Tensor) -> list[Tensor]:
         """Of one output: [n, P] by parameter."""
-        first = self._gradients(0, cotangent)
-        if isinstance(first[0], FakeTensor):  # a plan: the others are as large
-            return [g.new_empty(self.n, len(g)) for g in first]
-        rows = [first, *(self._gradients(i, cotangent) for i in range(1, self.n))]
+        rows = [self._gradients(i, cotangent) for i in range(self.n)]
         return [torch.stack(each) for each in zip(*rows, strict=True)]
 
     def _gradients(self, i: int, cotangent: Tensor) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ntkwatch.engines.base import Precision, Reduction, reduce, work_dtype
 from ntkwatch.engines.blocks import assemble
-from ntkwatch.engines.capture import Capture, Found
+from ntkwatch.engines.capture import GROUP_BYTES, SEGMENT_BYTES, Capture, Found
 from ntkwatch.engines.contract import Contractor
 from ntkwatch.engines.one_by_one import OneByOne
 from ntkwatch.engines.separation import Separation
@@ -33,6 +33,7 @@ class Run:
     layers: Reduction | None = "trace"
     outputs: dict[int, Tensor] = field(default_factory=dict)
     in_blocks: bool = False
+    scale: float = 1.0  # portions are chosen for this many times the examples (small kernels: `extrapolation`)
 
     def kernels(self, blocks1: list[Any], blocks2: list[Any] | None) -> dict[str, Tensor]:
         """{WHOLE: kernel in `reduction`, parameter: kernel in `layers`} over all blocks."""
@@ -53,19 +54,23 @@ class Run:
         return assemble(sizes1, sizes2, cell, lambda name: self.reduction if name == WHOLE else str(self.layers))
 
     def rough(self, n: int) -> float:
-        """Bytes that n probes in one block take, roughly: the graph, all its gradients at once, copies in float64."""
+        """Bytes that n probes in one block take, roughly: the graph, gradients and their copies, kernels."""
         if self.recipe is None:
             return math.inf
         outputs, entries = self.recipe.outputs, {"full": self.recipe.outputs**2, "blocks": self.recipe.outputs}
         kept = 0 if self.layers is None else len(self.network.parameters) * entries.get(self.layers, 1)
         kernels = 16 * n * n * (kept + 5 * entries.get(self.reduction, 1))
-        return n * (2 * self.recipe.saved + 8 * outputs * self.recipe.captured) + kernels
+        gradients = n * outputs * self.recipe.captured
+        if self.reduction != "full" and not self.recipe.alone:  # taken by groups of outputs and segments of the graph
+            gradients = min(gradients, SEGMENT_BYTES + GROUP_BYTES + n * self.recipe.captured)
+        return n * 2 * self.recipe.saved + 4 * gradients + kernels
 
     def capture(self, block: Any) -> Capture | OneByOne:
         """A forward pass of a block, or what makes one for each example."""
         if self.recipe is not None and self.recipe.alone:
-            return OneByOne(self.network, block, self.state, self.reduction == "sum", self.recipe)
-        return Capture(self.network, block, self.state, summed=self.reduction == "sum", recipe=self.recipe)
+            return OneByOne(self.network, block, self.state, self.reduction == "sum", self.recipe, self.scale)
+        summed = self.reduction == "sum"
+        return Capture(self.network, block, self.state, summed=summed, recipe=self.recipe, scale=self.scale)
 
     def _contract(self, one: Capture | OneByOne, two: Capture | OneByOne) -> dict[str, Tensor]:
         """One block of each kernel; zero where the outputs do not depend on the parameter."""
@@ -74,7 +79,7 @@ class Run:
         contract = self.contractor(reduction, work_dtype(one.outputs.dtype, self.precision), one is two)
         whole = contract.zeros(c, n, m, device)
         kept: dict[str, Tensor] = {}
-        for outputs in [slice(None)] if reduction == "full" else self.groups(one):
+        for outputs in [slice(None)] if reduction == "full" else one.groups():
             for a, b in _pairs(one, two, outputs):
                 self.note(a, n, m, contract)
                 out = whole if self.layers is None else contract.zeros(c, n, m, device)
@@ -99,10 +104,6 @@ class Run:
     def contractor(self, reduction: Reduction, dtype: torch.dtype, same: bool) -> Contractor:
         """What contracts the factors of a pair of blocks."""
         return Contractor(reduction, dtype, same, self.in_blocks)
-
-    def groups(self, one: Capture | OneByOne) -> list[slice]:
-        """Outputs that are taken together."""
-        return one.groups()
 
     def note(self, found: Found, n: int, m: int, contract: Contractor) -> None:
         """Called before every contraction."""

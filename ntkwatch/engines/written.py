@@ -35,10 +35,13 @@ def factor_of(node: Any, k: int, grads: Gradients, layout: Layout | Scattered, n
     return factor(Use(node, k, operand_shape(node, k), grads, layout, n))
 
 
-def written_bytes(graph: Graph, node: Any, inputs: Sequence[int], n: int) -> int | None:
-    """Of one output's Jacobians of a node's inputs, where they are to be written out; None where they are not."""
+def written_bytes(graph: Graph, node: Any, inputs: Sequence[int], n: int, scale: float = 1.0) -> int | None:
+    """Of one output's Jacobians of a node's inputs, where they are to be written out; None where they are not.
+
+    scale: the choice is that for this many times the examples.
+    """
     gradients = node_bytes(graph, node)
-    if gradients < _LARGE or any(unfolding(node, k) > _WIDE for k in inputs):
+    if scale * gradients < _LARGE or any(unfolding(node, k) > _WIDE for k in inputs):
         return None
     itemsize = max(int(meta.dtype.itemsize) for meta in node._input_metadata)
     size = n * itemsize * sum(math.prod(operand_shape(node, k)) for k in inputs)

@@ -1,4 +1,4 @@
-"""What is foretold of time: laws of the costs that choices rest on, and a trial that no choice rests on. No clock."""
+"""What is predicted of time: laws of the costs that choices rest on, and seconds that no choice rests on. No clock."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ import dataclasses
 
 import pytest
 import torch
-from torch import nn
 
-from ntkwatch.engines import plan, planning, trial
+from ntkwatch.engines import extrapolation, plan, planning
 from ntkwatch.engines.costs import choose, gram_cost, jacobian_cost, products
 from ntkwatch.engines.factors import Columns, Outer
-from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.engines.machines import MACHINES, machine
 from ntkwatch.engines.outputs import PerOutput
-from ntkwatch.engines.run import Run
-from ntkwatch.guard import leave_no_trace
-from ntkwatch.model import Network
 from tests.bench.contractions import SHAPES
 from tests.support.cases import build, find
+from tests.support.clocks import ticking
 
 CPU, F64 = torch.device("cpu"), torch.float64
 SIDES = ("n", "C", "groups", "positions", "p", "q")
@@ -77,49 +73,31 @@ def test_nothing_is_cheaper_than_its_calls() -> None:
     assert jacobian_cost(one, 3, 3, "trace", F64).seconds > 10 * call
 
 
-def run_of(module: nn.Module, x: object) -> Run:
-    network = Network(module)
-    return Run(network, None, "trace", "double", Layerwise().recipe(network, x, None))
+@pytest.mark.parametrize("grows", [1.0, 4.0, 16.0])
+@pytest.mark.parametrize("calls", [0, 10, 10**9])
+def test_time_grows_but_for_that_of_calls(calls: int, grows: float) -> None:
+    fixed = min(2.0, calls * machine(CPU).call)
+    assert extrapolation._larger(2.0, calls, grows, CPU) == pytest.approx(fixed + (2.0 - fixed) * grows)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 12, 100])
-@pytest.mark.parametrize(("fixed", "each"), [(0.004, 0.0), (0.0, 1e-4), (0.002, 3e-4), (0.0, 2.0)])
-def test_a_trial_is_continued_to_all_probes(monkeypatch: pytest.MonkeyPatch, n: int, fixed: float, each: float) -> None:
-    """Exactly, where passes take a fixed time and as much for each probe."""
-    asked: list[int] = []
-
-    def once(run: object, block: torch.Tensor) -> float:
-        asked.append(len(block))
-        return fixed + each * len(block)
-
-    monkeypatch.setattr(trial, "_once", once)
-    found = trial.seconds_of_passes(None, torch.zeros(n, 1), n, 12)  # type: ignore[arg-type]
-    assert found == pytest.approx(fixed + each * n)
-    assert max(asked) <= 12, "more probes than a few were passed through"
-    assert sum(fixed + each * size for size in asked) < 1 or len(asked) == 1, "a slow model was passed through twice"
-
-
-def test_a_trial_takes_all_outputs_into_account(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From some of them: 40 outputs take 40/32 of what 32 take, and the forward pass is made once."""
-    ticks = iter([0.0, 5.0, 37.0])
-    monkeypatch.setattr(trial, "_clock", lambda device: ticks)
-    module, x = nn.Linear(3, 40), torch.randn(4, 3)
-    with leave_no_trace(module):
-        run = run_of(module, x)
-        assert trial._once(run, x) == pytest.approx(5.0 + 32.0 * 40 / 32)
+@pytest.mark.parametrize("chunk", range(1, 70))
+def test_a_small_kernel_takes_about_a_quarter_of_the_probes(chunk: int) -> None:
+    size = extrapolation.small_block(chunk)
+    assert size <= chunk
+    assert size == chunk or (size >= 3 and size % 2 == 1 and size <= chunk / 4 + 2)
 
 
 @pytest.mark.parametrize("case", ["mlp", "conv2d", "conv_groups", "transformer_encoder", "lstm"])
 def test_nothing_is_decided_by_a_time(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    """Only the seconds of the passes tell whether passes took a moment or an hour."""
+    """Only seconds tell whether a small kernel took a moment or an hour."""
     module, x = build(find(case), torch.float32)
     plans = []
-    for seconds in (1e-6, 3600.0):
-        monkeypatch.setattr(trial, "_once", lambda run, block, seconds=seconds: seconds)
+    for seconds in (1e-9, 3600.0):
+        monkeypatch.setattr(extrapolation, "clock", ticking(seconds))
         plans.append(plan(module, x))
     one, two = plans
-    assert one.seconds < 60 < 3600 <= two.seconds, "the trial is not told"
-    assert dataclasses.replace(one, table=one.table[1:]) == dataclasses.replace(two, table=two.table[1:])
-    passes = [dataclasses.replace(found.table[0], seconds=0.0) for found in plans]
-    assert passes[0] == passes[1]
-    assert passes[0].name == planning.PASSES
+    assert one.seconds < 60 < 3600 <= two.seconds, "the clock is not read"
+    timeless = [[dataclasses.replace(row, seconds=0.0) for row in found.table] for found in plans]
+    assert timeless[0] == timeless[1]
+    assert dataclasses.replace(one, table=()) == dataclasses.replace(two, table=())
+    assert one.table[0].name == planning.PASSES

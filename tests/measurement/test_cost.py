@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from ntkwatch import plan
 from ntkwatch.cli.commands import app
 from ntkwatch.diagnostics import DIAGNOSTICS, costs, select
-from ntkwatch.engines import trial
+from ntkwatch.engines import extrapolation
 from ntkwatch.measurement.cost import FORECAST
+from tests.support.clocks import ticking
 
 N, C = 12, 3
 FORWARD = 2.0 * N * (4 * 16 + 16 * C)  # of the MLP below on N probes
@@ -62,7 +63,7 @@ def test_every_cost_of_a_preset_has_one_row(preset: str | Sequence[str]) -> None
 
 
 def test_presets_cost_more_than_a_kernel_and_full_the_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "_once", lambda run, block: 1e-3)  # the passes are the same in all
+    monkeypatch.setattr(extrapolation, "clock", ticking(1e-6))  # what is timed is never twice the same
     x = torch.randn(N, 4)
     seconds = [plan(mlp(), x, diagnostics=d).seconds for d in (None, ["kernel_angle"], "default", "full")]
     assert seconds == sorted(seconds)
@@ -98,7 +99,7 @@ def test_a_kernel_per_parameter_is_counted_as_the_monitor_keeps_it() -> None:
     alone, kept = (plan(mlp(), x, layers=layers) for layers in (None, "trace"))
     kernel = 256 * 256 * 8
     assert kept.peak_bytes - alone.peak_bytes >= 3 * kernel  # of four parameters; one is the whole's buffer
-    counted, without = (sum(row.seconds for row in each.rows()[1:]) for each in (kept, alone))  # passes are timed
+    counted, without = (sum(row.bytes for row in each.rows()[1:]) for each in (kept, alone))
     assert counted > without
     probe = plan(mlp(), x, diagnostics=["kernel_angle"])
     assert probe.peak_bytes == kept.peak_bytes, "a Monitor keeps a kernel of each parameter"

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import Node
 
 from ntkwatch.engines.factors import Dense, Factor
@@ -107,10 +106,7 @@ def masked(use: Use) -> Dense:
         return pull(use.node, grads, use.k, use.shape).flatten()
 
     def every(c: int) -> list[Tensor]:
-        first = one(0, c)
-        if isinstance(first, FakeTensor):  # a plan: the others are as large
-            return [first, *first.new_empty(use.n - 1, *first.shape).unbind()]
-        return [first, *(one(i, c) for i in range(1, use.n))]
+        return [one(i, c) for i in range(use.n)]
 
     with torch.no_grad():
         return Dense(PerOutput(tuple(torch.stack(every(c)) for c in range(use.outputs))))
