@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "NTKWatch": "frontends.lightning",
+    "watch": "frontends.loop",
     "Monitor": "measurement.monitor",
     "Measurement": "record",
     "Run": "record",
@@ -50,6 +51,7 @@ __all__ = [
     "output_scale",
     "plan",
     "twins",
+    "watch",
 ]
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from ntkwatch.compare import Comparison, compare_runs
     from ntkwatch.engines import empirical_ntk, layer_ntks
     from ntkwatch.frontends.lightning import NTKWatch
+    from ntkwatch.frontends.loop import watch
     from ntkwatch.measurement.cost import plan
     from ntkwatch.measurement.monitor import Monitor
     from ntkwatch.model import UnsupportedModel

@@ -17,17 +17,12 @@ from ntkwatch.frontends.continuation import Continuation
 from ntkwatch.frontends.forecast_updates import Follower, follow
 from ntkwatch.frontends.opening import Opening
 from ntkwatch.frontends.trainer import Moment, import_names, now, show_columns, stays_out, true_precision
-from ntkwatch.guard.default_device import cpu_default_device
-from ntkwatch.guard.interruption import ProbeEnded, deferred_signals
 from ntkwatch.loggers.group import publish
 from ntkwatch.measurement.arguments import check_choice
 from ntkwatch.record import Measurement
 from ntkwatch.watching.checkpoint import VERSION
-from ntkwatch.watching.error_policy import Failures
-from ntkwatch.watching.grid import Grid
-from ntkwatch.watching.messages import others_warnings
-from ntkwatch.watching.rank_zero import jointly
 from ntkwatch.watching.results import Outcome
+from ntkwatch.watching.runner import MeasurementRunner, Work
 from ntkwatch.watching.schedule import Schedule
 from ntkwatch.watching.session import Session
 from ntkwatch.watching.settings import Settings
@@ -36,8 +31,6 @@ if TYPE_CHECKING or not (loaded := import_names()):
     from pytorch_lightning import Callback
 else:  # of the import names that the run uses already: a second copy of the package would cost seconds
     Callback = type("Callback", tuple(sys.modules[name].Callback for name in loaded), {})
-
-Work = Callable[[], Measurement | None]
 
 
 class NTKWatch(Callback):
@@ -100,19 +93,18 @@ class NTKWatch(Callback):
         """A clean slate for one fit; a checkpoint's state is loaded after this."""
         self._earlier.begin()
         self._outcome.keep(None)
-        self._failures = Failures(self._on_error, self._settings.explicit, self._note)
-        self._session: Session | None = None
+        self._runner = MeasurementRunner(self._settings, self._on_error, self._outcome)
         self._follower: Follower | None = None
-        self._ranks = Ranks.detect()
         self._restored: dict[str, Any] | None = None
-        self._step = self._global_step = 0
-        self._probed_at: int | None = None
+        self._global_step = 0
         self._beginning: Beginning | None = None  # until the baseline is measured
-        self._values: dict[str, float] = {}  # the newest defined ones, on every rank
         self._trial = self._completed = False
         self._hide_columns: Callable[[], None] | None = None
-        self.schedule = Schedule(self._settings.every, self._settings.budget)
-        self._grid = Grid(self._settings.every, self.schedule)
+
+    @property
+    def schedule(self) -> Schedule:
+        """When to measure, and what that has taken."""
+        return self._runner.schedule
 
     @property
     def record(self) -> Path | None:
@@ -132,47 +124,48 @@ class NTKWatch(Callback):
         self._forget()
         self._trial = bool(trainer.fast_dev_run)
         if (reason := stays_out(trainer, self)) is not None:
-            self._failures.switch_off(reason)
+            self._runner.failures.switch_off(reason)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Choose the probes, look at the model; what was passed explicitly and does not fit raises here."""
-        if self._failures.off is None and (reason := sharded(pl_module)) is not None:
-            self._failures.switch_off(f"{reason}; sharded parameters cannot be measured yet: use DDP or one device")
-        if self._failures.off is not None:
+        if self._runner.is_on and (reason := sharded(pl_module)) is not None:
+            self._runner.failures.switch_off(
+                f"{reason}; sharded parameters cannot be measured yet: use DDP or one device"
+            )
+        if not self._runner.is_on:
             return
-        self._ranks = Ranks.detect()
-        if not self._grid.settle(self._ranks, self._failures):
+        self._runner.ranks = Ranks.detect()
+        if not self._runner.grid.settle(self._runner.ranks, self._runner.failures):
             return
-        self._step = self._global_step = trainer.global_step
-        self._restored = self._earlier.settle(trainer, pl_module, self._ranks, self._failures)
+        self._runner.step = self._global_step = trainer.global_step
+        self._restored = self._earlier.settle(trainer, pl_module, self._runner.ranks, self._runner.failures)
         if self._restored is not None:
-            self._step = self._probed_at = self._restored["step"]
+            self._runner.step = self._runner.measured_at = self._restored["step"]
             self.schedule.load_state_dict(self._restored["schedule"])
-            self._grid.load_state_dict(self._restored["grid"])
-            self._values.update(self._restored["values"])
-            publish(self._values, trainer.callback_metrics)  # EarlyStopping may ask before the next probe
-        if self._failures.off is not None:
+            self._runner.grid.load_state_dict(self._restored["grid"])
+            self._runner.values.update(self._restored["values"])
+            publish(self._runner.values, trainer.callback_metrics)  # EarlyStopping may ask before the next probe
+        if not self._runner.is_on:
             return  # a rank did not answer
-        for clock in (self.schedule, self._grid):
-            clock.start()
-        self._hide_columns = show_columns(trainer, self._values)
+        self._runner.start()
+        self._hide_columns = show_columns(trainer, self._runner.values)
         opening = Opening(self._settings, trainer, pl_module, self._trial)
         self._beginning = Beginning(opening, self._restored, self._earlier.why)
         self._together(trainer, "the look at model and probes", self._beginning.prepare, start=True)
-        self._session = self._beginning.session
+        self._runner.session = self._beginning.session
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """K_0, before the first training step; later, though at θ_0, where a stream gives its probes batch by batch."""
-        if self._failures.off is not None or self._beginning is None:
+        if not self._runner.is_on or self._beginning is None:
             return
-        look = partial(self._beginning.add, batch, now(trainer, self._step))
+        look = partial(self._beginning.add, batch, now(trainer, self._runner.step))
         self._together(trainer, "gathering the probes", look, start=True)
-        if self._failures.off is None:
+        if self._runner.is_on:
             self._begin(trainer, pl_module, self._beginning, waits=True)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """What a stream has given in a whole epoch is what there is."""
-        if self._failures.off is None and self._beginning is not None:
+        if self._runner.is_on and self._beginning is not None:
             self._begin(trainer, pl_module, self._beginning, waits=False)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -182,25 +175,25 @@ class NTKWatch(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count optimizer-stepping batches; measure where the schedule says so."""
-        if self._session is not None:
-            self._session.renew()
+        if self._runner.session is not None:
+            self._runner.session.renew()
         stepped = trainer.global_step != self._global_step
-        if self._follower is not None and self._failures.off is None:
+        if self._follower is not None and self._runner.is_on:
             with self.schedule.aside(), true_precision(trainer):
                 self._follower.batch(batch, outputs, stepped)
         if not stepped:
             return  # gradients are being accumulated
         self._global_step = trainer.global_step
-        self._step += 1
-        if self._beginning is None and self._failures.off is None and not self._trial and self._grid.due(self._step):
+        self._runner.step += 1
+        if self._beginning is None and not self._trial and self._runner.is_due():
             # Lightning counts this batch only after its hooks, and what it logs of the next one stands there.
-            self._probe(trainer, now(trainer, self._step, batches=1))
+            self._probe(trainer, now(trainer, self._runner.step, batches=1))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """The last step is always measured."""
         self._completed = True
-        if self._failures.off is None and not self._trial and self._probed_at not in (None, self._step):
-            self._probe(trainer, now(trainer, self._step), last=True)
+        if self._runner.is_on and not self._trial and self._runner.measured_at not in (None, self._runner.step):
+            self._probe(trainer, now(trainer, self._runner.step), last=True)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")
@@ -210,12 +203,12 @@ class NTKWatch(Callback):
         if stage != "fit":
             return
         if self._hide_columns is not None:
-            self._failures.quietly("the progress bar", self._hide_columns)
+            self._runner.failures.quietly("the progress bar", self._hide_columns)
             self._hide_columns = None  # a closure: the callback stays picklable
-        if self._session is not None:
-            self._failures.quietly("closing the loggers", partial(self._session.finish, self._completed))
+        if self._runner.session is not None:
+            self._runner.finish(self._completed)
             self._earlier.keep(self.state_dict(), pl_module)  # for the next fit, and `trainer.save_checkpoint`
-            self._session = None
+            self._runner.session = None
         self._beginning = None
         if self._follower is not None:
             self._follower.close()
@@ -225,11 +218,11 @@ class NTKWatch(Callback):
         """Tensors and primitives only, under 1 MB."""
         return {
             "version": VERSION,
-            "step": self._step,
+            "step": self._runner.step,
             "schedule": self.schedule.state_dict(),
-            "grid": self._grid.state_dict(),
-            "values": dict(self._values),
-            "session": self._state(self._session) if self._session is not None else self._earlier.session,
+            "grid": self._runner.grid.state_dict(),
+            "values": dict(self._runner.values),
+            "session": self._state(self._runner.session) if self._runner.session is not None else self._earlier.session,
         }
 
     def _state(self, session: Session) -> dict[str, Any]:
@@ -242,22 +235,28 @@ class NTKWatch(Callback):
 
     def summary(self) -> str:
         """The run in words, with its numbers, as `ntkwatch show` tells it; or why there is nothing to tell."""
-        step = self.last.step if self.last is not None else None
-        return self._outcome.summary() or self._failures.instead_of_a_summary(step)
+        return self._runner.summary()
 
     # ── one probe ─────────────────────────────────────────────────────────────────────────────────────────────────
     def _probe(self, trainer: Any, at: Moment, last: bool = False) -> None:
-        def work() -> Measurement | None:
-            due = last or self._grid.asked or self.schedule.due(self._step)
-            return self._measure(trainer, at, last) if due else None
+        self._runner.measure(partial(self._measure, trainer, at, last), last, **self._hooks(trainer))
 
-        self._together(trainer, f"the probe at step {self._step}", work)
+    def _together(self, trainer: Any, what: str, work: Work, start: bool = False, step: int | None = None) -> None:
+        self._runner.run(what, work, start, step, **self._hooks(trainer))
+
+    @staticmethod
+    def _hooks(trainer: Any) -> dict[str, Any]:
+        """What the runner asks of a Trainer, and tells it."""
+        return {
+            "must_end": lambda: trainer.received_sigterm,
+            "learn": lambda values: publish(values, trainer.callback_metrics),
+        }
 
     def _measure(self, trainer: Any, at: Moment, last: bool = False) -> Measurement:
-        assert self._session is not None
+        assert self._runner.session is not None
         optimizers = trainer.optimizers
         with true_precision(trainer):
-            return self._session.probe(
+            return self._runner.session.probe(
                 at.step,
                 lambda: self.schedule.overhead,
                 last=last,
@@ -270,7 +269,7 @@ class NTKWatch(Callback):
     # ── the baseline ──────────────────────────────────────────────────────────────────────────────────────────────
     def _begin(self, trainer: Any, pl_module: Any, beginning: Beginning, waits: bool) -> None:
         """K_0 and all that is done once, if rank 0 has the probes for it."""
-        settled = self._failures.shared(self._ranks, beginning.start(waits), None)
+        settled = self._runner.failures.shared(self._runner.ranks, beginning.start(waits), None)
         if settled is None:
             return
         start, self._beginning = Moment(*settled), None
@@ -280,51 +279,17 @@ class NTKWatch(Callback):
             with beginning.at_start():
                 return self._measure(trainer, start)
 
-        self._together(trainer, "settling the baseline", partial(beginning.begin, self._ranks), start=True)
-        self._session = beginning.session
-        continued = self._failures.shared(self._ranks, beginning.continued, False)
-        if self._session is not None:
-            self._outcome.keep(self._session.record)
-        if self._failures.off is None:
-            fit = (trainer, pl_module, self._session, self._settings, self._restored if continued else None)
-            self._follower = follow(*fit, self._ranks, self._failures, start.late)
-        if self._failures.off is None and not continued:
+        self._together(trainer, "settling the baseline", partial(beginning.begin, self._runner.ranks), start=True)
+        self._runner.session = beginning.session
+        continued = self._runner.failures.shared(self._runner.ranks, beginning.continued, False)
+        if self._runner.session is not None:
+            self._outcome.keep(self._runner.session.record)
+        if self._runner.is_on:
+            fit = (trainer, pl_module, self._runner.session, self._settings, self._restored if continued else None)
+            self._follower = follow(*fit, self._runner.ranks, self._runner.failures, start.late)
+        if self._runner.is_on and not continued:
             if self._restored is None:
-                self._grid.due(start.step)
+                self._runner.grid.due(start.step)
             self._together(trainer, "the baseline probe", baseline, True, start.step)
-        if self._failures.off is None and self._session is not None:
-            self._session.tell_unfollowed()
-
-    def _together(self, trainer: Any, what: str, work: Work, start: bool = False, step: int | None = None) -> None:
-        """Rank 0 works, every rank learns how it went: the same values, the same error, the same switch-off.
-
-        step: where a measurement stands, if not at the present one.
-        """
-
-        def timed() -> Measurement | None:
-            if trainer.received_sigterm:
-                raise ProbeEnded
-            with self.schedule.probing(), others_warnings(), cpu_default_device():
-                return work()
-
-        with deferred_signals():
-            done = jointly(
-                self._ranks, self._failures, timed, lambda m: m and self._session and self._session.loggers.values
-            )
-            if done.failure is not None:
-                self._failures.probe(what, done.failure, done.error, start)
-            elif done.said is not None:
-                self._probed_at = self._step if step is None else step
-                self._failures.quietly(f"telling of {what}", partial(self._learn, trainer, done.value, done.said))
-
-    def _learn(self, trainer: Any, measurement: Measurement | None, values: Mapping[str, float]) -> None:
-        self._failures.succeeded()
-        if self._session is not None:
-            self._outcome.keep(self._session.record, measurement)
-        self._values.update({tag: value for tag, value in values.items() if tag.startswith("ntk/")})
-        publish(self._values, trainer.callback_metrics)
-
-    def _note(self, off: str | None) -> None:
-        """The record says that a probe failed at this step, or why the watch is off from here on."""
-        if self._session is not None:
-            self._session.note(self._step, off)
+        if self._runner.is_on and self._runner.session is not None:
+            self._runner.session.warn_of_missing_forecast()

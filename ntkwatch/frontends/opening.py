@@ -11,9 +11,6 @@ from ntkwatch import probes as probing
 from ntkwatch.frontends.record_place import place_of
 from ntkwatch.frontends.trainer import as_in_training, hyperparameters, probe_loader
 from ntkwatch.guard import leave_no_trace
-from ntkwatch.loggers.group import LoggerGroup
-from ntkwatch.measurement.manifest import optimizers
-from ntkwatch.measurement.monitor import Monitor
 from ntkwatch.model import Batch, Network, as_batch
 from ntkwatch.model.batch_reading import Signature
 from ntkwatch.model.wrappers import unwrap
@@ -21,6 +18,7 @@ from ntkwatch.probes import MIN_PROBES, ProbeSet, RowCollector
 from ntkwatch.watching.messages import warn
 from ntkwatch.watching.session import Session, stored_probes
 from ntkwatch.watching.settings import Settings
+from ntkwatch.watching.setup import make_session
 
 TRIAL = 4  # probes under fast_dev_run
 
@@ -73,26 +71,21 @@ class Opening:
         settings, trainer = self.settings, self.trainer
         hparams = hyperparameters(trainer, settings.hparams)
         self._tell_if_few(probes)
-        ready = probes if streamed else as_in_training(trainer, probes, settings.seed)
-        monitor = Monitor(self.pl_module, ready, hparams=hparams, **settings.monitor)
-        loggers = trainer.loggers if settings.loggers is None else settings.loggers
         place = None if self.trial else place_of(trainer)
         if place is not None and place.said is not None:
             warn(place.said)
-        return Session(
-            monitor,
-            place.folder if place is not None else None,
-            LoggerGroup([] if self.trial else loggers, warn),
+        loggers = trainer.loggers if settings.loggers is None else settings.loggers
+        return make_session(
+            settings,
+            self.pl_module,
+            probes if streamed else as_in_training(trainer, probes, settings.seed),
+            folder=place.folder if place is not None else None,
             is_log=place is not None and place.is_log,
-            warn=warn,
-            save_kernels=settings.save_kernels,
+            loggers=[] if self.trial else loggers,
+            optimizers=trainer.optimizers,
+            hparams=hparams,
             save_probes=probes if streamed else None,
             fresh=self._fresh if settings.resample else None,
-            extra={
-                **optimizers(trainer.optimizers),
-                "every": settings.every if isinstance(settings.every, (str, int)) else repr(settings.every),
-                "budget": settings.budget,
-            },
         )
 
     def _tell_if_few(self, probes: ProbeSet) -> None:

@@ -122,7 +122,7 @@ class Session:
         self.last = measurement
         return measurement
 
-    def tell_unfollowed(self) -> None:
+    def warn_of_missing_forecast(self) -> None:
         """At the start: that the linear forecast that was asked for by name is not there, why, and what to do."""
         monitor = self.monitor
         if monitor.follows and isinstance(monitor.forecast, str):

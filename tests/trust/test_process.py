@@ -125,7 +125,7 @@ def test_an_interrupt_in_a_probe_ends_the_run_as_lightning_does(tmp_path: Path) 
     module.net.register_forward_pre_hook(lambda net, args: interrupt(net))
 
     def interrupt(net: Any) -> None:
-        if not net.training and callback._step == 3 and not net.checkpointed:
+        if not net.training and callback._runner.step == 3 and not net.checkpointed:
             net.checkpointed = True  # once; the guard puts it back
             raise KeyboardInterrupt
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-import ntkwatch.frontends.lightning
+import ntkwatch.watching.runner
 from ntkwatch import NTKWatch, load_run
 from ntkwatch.frontends.forecast_updates import Follower
 from ntkwatch.watching.schedule import Schedule
@@ -30,7 +30,7 @@ class Slow(Classifier):
 
 def test_a_real_run_stays_within_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However slow the machine is: the run is measured by the same clock as its probes."""
-    monkeypatch.setattr(ntkwatch.frontends.lightning, "Schedule", partial(Schedule, allowance=ALLOWANCE))
+    monkeypatch.setattr(ntkwatch.watching.runner, "Schedule", partial(Schedule, allowance=ALLOWANCE))
     spent: list[float] = []
     together = NTKWatch._together
 
