@@ -43,7 +43,7 @@ mutants: setup         ## planted bugs against the tests that must see them: a t
 gpu: setup             ## the engines and the promises to a run, measured on a GPU, which CI has not
 	$(RUN) -m pytest -m "not soak" --device cuda tests/test_gpu.py tests/engines/test_zoo.py tests/engines/test_auto.py \
 	  tests/engines/test_precision.py tests/metrics/test_contract.py tests/trust/test_bitwise.py \
-	  tests/trust/test_leaks.py tests/trust/test_exotics.py tests/engines/test_passes.py tests/engines/test_signs.py
+	  tests/trust/test_leaks.py tests/trust/test_exotics.py tests/engines/test_backward.py tests/engines/test_signs.py
 
 bench: $(PEERS)/.installed  ## speed, memory and agreement beside other libraries, in an environment of its own; FLAGS="--output FILE"
 	OMP_NUM_THREADS=2 $(PEERS)/bin/python -m tests.bench.run $(FLAGS)

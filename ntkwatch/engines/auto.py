@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from ntkwatch.engines.base import Engine
+from ntkwatch.engines.capture_points import few, leaves_at, outputs_at
 from ntkwatch.engines.coupling import check_uncoupled, of_some
 from ntkwatch.engines.functional import USE_ANOTHER, Functional, math_attention
 from ntkwatch.engines.graph import types_inside
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.engines.memory import check_free, first_line, is_out_of_memory, ran_out
 from ntkwatch.engines.selfcheck import self_check
-from ntkwatch.engines.separation import few, leaves_at, outputs_at
 from ntkwatch.engines.sumcheck import SumCheck
 from ntkwatch.model import Network, UnsupportedModel, batch_size, inputs_of
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from ntkwatch.engines.carry import carry, leaf_below, pull_back
+from ntkwatch.engines.backward import Start, at_once, sequential_passes
+from ntkwatch.engines.capture_points import CapturePoints, capture_points_for, leaves_at, outputs_at
+from ntkwatch.engines.early_jacobians import EarlyJacobian, Gradients, early_bytes, factor_of
+from ntkwatch.engines.factor_sums import add, densify
 from ntkwatch.engines.factors import Factor
 from ntkwatch.engines.graph import Graph, node_bytes, reaches, walk
-from ntkwatch.engines.outputs import PerOutput
-from ntkwatch.engines.passes import Start, at_once, in_turn
-from ntkwatch.engines.separation import Separation, leaves_at, outputs_at, separation_for
-from ntkwatch.engines.sums import add, densify
-from ntkwatch.engines.written import Gradients, Written, factor_of, written_bytes
+from ntkwatch.engines.per_output import PerOutput
+from ntkwatch.engines.pullback import carry, leaf_below, pull_back
 from ntkwatch.model import Network, UnsupportedModel
 
 G = TypeVar("G")
@@ -46,7 +46,7 @@ class Capture:
 
     Args:
         summed: take Σ_c f_c for the one output (the "sum" kernel needs no more).
-        recipe: from `separate_few`, to save reading the layouts again.
+        points: from `read_capture_points`, to save reading the layouts again.
         scale: groups and segments are chosen for this many times the examples (small kernels: `extrapolation`).
 
     Raises:
@@ -60,7 +60,7 @@ class Capture:
         state: Mapping[str, Tensor] | None = None,
         *,
         summed: bool = False,
-        recipe: Separation | None = None,
+        points: CapturePoints | None = None,
         scale: float = 1.0,
     ) -> None:
         leaves = leaves_at(network, state)
@@ -71,13 +71,13 @@ class Capture:
         self.n = f.shape[0]
         self._edge = f
         self.outputs = f.detach()
-        self.recipe = separation_for(recipe, self.graph, f)
+        self.points = capture_points_for(points, self.graph, f)
         self.cotangents = cotangents(f, summed)
         self._scale = scale
 
     def groups(self) -> list[slice]:
         """Outputs in groups of which the largest node's gradients fit in a moderate amount of memory."""
-        largest = max(map(self._kept_bytes, self.recipe.edges))
+        largest = max(map(self._kept_bytes, self.points.edges))
         outputs = len(self.cotangents)
         size = min(outputs, max(1, int(GROUP_BYTES / max(largest, 1))))
         size = -(-outputs // -(-outputs // size))  # of equal size, nearly
@@ -85,16 +85,16 @@ class Capture:
 
     def factors(self, outputs: slice = slice(None)) -> Iterator[Found]:
         """Every parameter that the outputs depend on, once, for some of the outputs."""
-        collector = _Collector(self.graph, self.recipe, self.n)
+        collector = _Collector(self.graph, self.points, self.n)
         for grads in self._segments(PerOutput(self.cotangents.parts[outputs])):
             for number, filled in grads.items():
                 collector.take(number, filled)
             yield from collector.complete()
         yield from collector.rest()
 
-    def _segments(self, cotangents: PerOutput) -> Iterator[dict[int, Gradients | Written]]:
+    def _segments(self, cotangents: PerOutput) -> Iterator[dict[int, Gradients | EarlyJacobian]]:
         """What passes give at the boundary nodes, a segment of the graph at a time."""
-        graph, wanted = self.graph, sorted(self.recipe.edges)
+        graph, wanted = self.graph, sorted(self.points.edges)
         start: Start = self._edge
         cuts = _cuts(graph, set(wanted))
         while wanted:
@@ -106,7 +106,7 @@ class Capture:
                 node = graph.nodes[cut]
                 used = graph.outputs_used[node][0]
                 whole = grads[cut]
-                assert not isinstance(whole, Written)
+                assert not isinstance(whole, EarlyJacobian)
                 reached = whole[used]
                 if reached is None:
                     return
@@ -129,20 +129,20 @@ class Capture:
 
     def _backward(
         self, start: Start, cotangents: PerOutput, numbers: Sequence[int], cut: int | None
-    ) -> dict[int, Gradients | Written]:
+    ) -> dict[int, Gradients | EarlyJacobian]:
         """What passes give at the numbered nodes: for all of C at once where they are small, else in turn."""
         nodes = self.graph.nodes
         pairs = [(number, used) for number in numbers for used in self.graph.outputs_used[nodes[number]]]
         wanted = [GradientEdge(nodes[number], used) for number, used in pairs]
         largest = self._scale * max(node_bytes(self.graph, nodes[number]) for number in numbers)
         grads = None
-        if self.recipe.batched and largest <= _BATCHED_BYTES.get(cotangents.device.type, 0):
+        if self.points.batched and largest <= _BATCHED_BYTES.get(cotangents.device.type, 0):
             most = max(1, int(_PASS_BYTES.get(cotangents.device.type, 0) / max(largest, 1)))
             grads = at_once(start, wanted, cotangents, most)
-        written: dict[int, Written] = {}
+        written: dict[int, EarlyJacobian] = {}
         if grads is None:
-            small = [i for i in numbers if i != cut and self._written_bytes(i) is not None]
-            written = {i: Written(nodes[i], self.recipe.edges[i], self.n) for i in small}
+            small = [i for i in numbers if i != cut and self._early_bytes(i) is not None]
+            written = {i: EarlyJacobian(nodes[i], self.points.edges[i], self.n) for i in small}
 
             def keep(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
                 for number, by_output in self._by_node(pairs, grads).items():
@@ -150,7 +150,7 @@ class Capture:
                         written[number].add(by_output)
                 return tuple(None if number in written else g for (number, _), g in zip(pairs, grads, strict=True))
 
-            grads = in_turn(start, wanted, cotangents, keep)
+            grads = sequential_passes(start, wanted, cotangents, keep)
         return {**self._by_node(pairs, grads), **written}
 
     def _by_node(self, pairs: Sequence[tuple[int, int]], grads: Sequence[G | None]) -> dict[int, tuple[G | None, ...]]:
@@ -159,14 +159,14 @@ class Capture:
         sizes = {number: len(self.graph.nodes[number]._input_metadata) for number, _ in pairs}
         return {number: tuple(given.get((number, used)) for used in range(size)) for number, size in sizes.items()}
 
-    def _written_bytes(self, number: int) -> int | None:
+    def _early_bytes(self, number: int) -> int | None:
         """Of one output, where a node's Jacobians are written out pass by pass."""
-        inputs = [k for k, _ in self.recipe.edges.get(number, ())]
-        return written_bytes(self.graph, self.graph.nodes[number], inputs, self.n, self._scale) if inputs else None
+        inputs = [k for k, _ in self.points.edges.get(number, ())]
+        return early_bytes(self.graph, self.graph.nodes[number], inputs, self.n, self._scale) if inputs else None
 
     def _kept_bytes(self, number: int) -> float:
         """Of one output, what is kept of a node's passes."""
-        written = self._written_bytes(number)
+        written = self._early_bytes(number)
         return self._scale * (node_bytes(self.graph, self.graph.nodes[number]) if written is None else written)
 
 
@@ -199,13 +199,13 @@ def _cuts(graph: Graph, wanted: set[int]) -> list[int]:
 class _Collector:
     """Gathers factors until a parameter has all of its uses."""
 
-    def __init__(self, graph: Graph, recipe: Separation, n: int) -> None:
-        self.graph, self.recipe, self.n = graph, recipe, n
+    def __init__(self, graph: Graph, points: CapturePoints, n: int) -> None:
+        self.graph, self.points, self.n = graph, points, n
         self.names = {leaf: name for name, leaf in graph.leaves.items()}
         self.parts: dict[str, list[Factor]] = {}
         self.rules: dict[str, list[str]] = {}
         self.arrived: dict[tuple[Node, int], Tensor] = {}
-        self.edges = {i: [(k, layout, self._owners(i, k)) for k, layout in each] for i, each in recipe.edges.items()}
+        self.edges = {i: [(k, layout, self._owners(i, k)) for k, layout in each] for i, each in points.edges.items()}
         self.left = Counter(name for each in self.edges.values() for _, _, names in each for name in names)
         self.pulled: set[str] = set()  # parameters that are complete only when all shared nodes are
 
@@ -218,13 +218,13 @@ class _Collector:
             return (self.names[leaf],)
         return tuple(name for leaf, name in self.names.items() if reaches(child, leaf))
 
-    def take(self, number: int, grads: Gradients | Written) -> None:
+    def take(self, number: int, grads: Gradients | EarlyJacobian) -> None:
         """The factors of a boundary node's edges, from its output gradients or written out already."""
         node: Any = self.graph.nodes[number]
         for k, layout, names in self.edges[number]:
             for name in names:
                 self.left[name] -= 1
-            got = grads.factor(k) if isinstance(grads, Written) else factor_of(node, k, grads, layout, self.n)
+            got = grads.factor(k) if isinstance(grads, EarlyJacobian) else factor_of(node, k, grads, layout, self.n)
             if got is None:
                 continue
             found, how = got
@@ -251,7 +251,7 @@ class _Collector:
 
     def rest(self) -> Iterator[Found]:
         """All others, after the last segment."""
-        for name, dense in pull_back(self.graph, sorted(self.recipe.shared), self.arrived, self.names).items():
+        for name, dense in pull_back(self.graph, sorted(self.points.shared), self.arrived, self.names).items():
             self.parts.setdefault(name, []).append(dense)
         for name in list(self.parts):
             yield self._found(name)

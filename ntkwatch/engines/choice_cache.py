@@ -178,6 +178,8 @@ def _form(value: Any, depth: int) -> Hashable:
         return type(value), value
     if isinstance(value, Tensor):
         return _Same(value) if isinstance(value, nn.Parameter) else None, value.shape, value.dtype, value.device
+    if isinstance(value, weakref.ReferenceType):
+        return weakref.ReferenceType, _form(value(), depth)
     if isinstance(value, nn.Module | type | types.ModuleType | types.BuiltinFunctionType):
         return _Same(value)
     if isinstance(value, Mapping | list | tuple | set | frozenset):

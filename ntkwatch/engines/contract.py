@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ntkwatch.engines.accumulate import Accumulator
-from ntkwatch.engines.costs import choose, full_rows, gram_rows
+from ntkwatch.engines.accumulation import Accumulator
+from ntkwatch.engines.chunked_matmul import CHUNK, at_once, blocks, row_block_size
+from ntkwatch.engines.contraction_costs import choose, full_rows, gram_rows
+from ntkwatch.engines.factor_sums import aligned
 from ntkwatch.engines.factors import Dense, Factor, Outer, Rows, Slab
 from ntkwatch.engines.machines import machine
-from ntkwatch.engines.outputs import PerOutput
-from ntkwatch.engines.strips import STRETCH, at_once, blocks, strip_rows
-from ntkwatch.engines.sums import aligned
+from ntkwatch.engines.per_output import PerOutput
 
 _SMALL_SLAB = 1 << 18  # entries of a slab of J where memory is short
 _SLAB_ROWS = 64  # … but of no fewer rows, below which matrix products slow down
@@ -67,7 +67,7 @@ class Contractor(Accumulator):
                 b = a if one is two else second(outputs, rows)
                 self._products(total[start : start + held] if self.reduction == "blocks" else total, a, b)
         if turned:
-            self._mirror(total)  # its strips are others than those of `out`
+            self._mirror(total)  # its row blocks differ from those of `out`
         out += total
 
     def _opened(self, one: Factor, key: int, together: bool) -> Callable[[range, slice], Tensor]:
@@ -99,14 +99,14 @@ class Contractor(Accumulator):
         a = one.inputs()[:, 0, 0].to(self.dtype)
         b = a if self.same else two.inputs()[:, 0, 0].to(self.dtype)
         inputs = torch.zeros(len(a), len(b), dtype=self.dtype, device=a.device)
-        for start in range(0, a.shape[1], STRETCH):
-            inputs.addmm_(a[:, start : start + STRETCH], self._right(b[:, start : start + STRETCH]).T)
+        for start in range(0, a.shape[1], CHUNK):
+            inputs.addmm_(a[:, start : start + CHUNK], self._right(b[:, start : start + CHUNK]).T)
         g = alone(one)
         products = self._gradients(g, g if self.same else alone(two))
         if self.reduction != "full":
             out.addcmul_(products, inputs)
             return
-        size = strip_rows(self._matrices(out)[0], self.same)
+        size = row_block_size(self._matrices(out)[0], self.same)
         for r in blocks(one.outputs, max(1, size // one.n)):
             end = -(-r.stop * one.n // size) * size  # of the strip that the last row lies in
             c = slice(0, -(-end // two.n) if self.same else two.outputs)
@@ -186,7 +186,7 @@ class Contractor(Accumulator):
         others = g[:, :, columns.start * t : columns.stop * t]
         x, y = (h.unflatten(2, (-1, t)).flatten(3).permute(1, 2, 0, 3).flatten(0, 1) for h in (held, others))
         part = torch.zeros(len(x), c, c, dtype=self.dtype, device=a.device)
-        for u, v in zip(x.split(STRETCH, 2), y.split(STRETCH, 2), strict=True):
+        for u, v in zip(x.split(CHUNK, 2), y.split(CHUNK, 2), strict=True):
             part.baddbmm_(u, v.transpose(1, 2))
         return part.unflatten(0, (groups, -1)).sum(0)
 
@@ -205,7 +205,7 @@ class Contractor(Accumulator):
         """C of [G, b·s, q]; fewer and wider where their products are summed and they lie together."""
         g = self._lined_up(one, rows)
         if isinstance(g.parts, Tensor) and self.reduction in ("trace", "sum"):
-            return list(g.parts.movedim(0, -2).flatten(-2).split(STRETCH, -1))
+            return list(g.parts.movedim(0, -2).flatten(-2).split(CHUNK, -1))
         return list(g)
 
     def _lined_up(self, one: Outer | Rows, rows: slice) -> PerOutput:

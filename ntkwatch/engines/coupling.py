@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ntkwatch.engines.memory import is_out_of_memory
-from ntkwatch.engines.suspects import coupled, some_alone, unrepeatable
+from ntkwatch.engines.refusals import coupled, describe_partial_batches, describe_randomness
 from ntkwatch.model import Network, UnsupportedModel, batch_size, inputs_of, take
 from ntkwatch.model.shared_leaves import elsewhere
 
@@ -100,7 +100,7 @@ def _coupling(
                 outputs(slice(0, 1))  # raises: no engine can be checked on a model that takes no single example
         return "", size
     if bool(((whole - outputs(slice(0, n))).abs() > limit).any()):  # asked only now: chance shows in the others too
-        raise UnsupportedModel(unrepeatable(network, x, outputs, whole, limit))
+        raise UnsupportedModel(describe_randomness(network, x, outputs, whole, limit))
     return next(filter(None, found), ""), size
 
 
@@ -117,7 +117,7 @@ def of_some(network: Network, x: Any, state: Mapping[str, Tensor] | None = None)
                 network.outputs(x, state)
         except Exception:
             raise error from None
-        raise UnsupportedModel(some_alone(network, x, error)) from error
+        raise UnsupportedModel(describe_partial_batches(network, x, error)) from error
 
 
 def _compare(outputs: Callable[[slice], Tensor], whole: Tensor, part: slice, limit: float) -> str | None:

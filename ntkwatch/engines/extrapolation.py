@@ -22,12 +22,12 @@ from ntkwatch.engines.base import Reduction, Row, entries
 from ntkwatch.engines.blocks import blocks
 from ntkwatch.engines.capture import Capture, Found
 from ntkwatch.engines.contract import Contractor
-from ntkwatch.engines.costs import choose, gram_cost, jacobian_cost
+from ntkwatch.engines.contraction_costs import choose, gram_cost, jacobian_cost
 from ntkwatch.engines.factors import Dense, Factor, Outer, Rows
 from ntkwatch.engines.machines import machine
 from ntkwatch.engines.memory import LiveStorages, peak_bytes
 from ntkwatch.engines.one_by_one import OneByOne
-from ntkwatch.engines.outputs import PerOutput
+from ntkwatch.engines.per_output import PerOutput
 from ntkwatch.engines.run import Run
 from ntkwatch.model import batch_size, inputs_of, take
 
@@ -214,11 +214,11 @@ def extrapolate(run: Run, x: Any, chunk: int) -> Extrapolation:
     count, scale, device = -(-n // chunk), chunk / size, run.network.device
     cells = count * (count + 1) / (len(parts) * (len(parts) + 1))
     taken = sum(batch_size(inputs_of(part)) for part in parts)
-    outputs = 1 if run.recipe is None else run.recipe.outputs
+    outputs = 1 if run.points is None else run.points.outputs
     squares = kernel_sizes(run, outputs, size, taken, scale**2, (n / taken) ** 2)
     counter = ScaledStorages(scale, squares, lambda: clock(device))
     small = SmallRun(
-        run.network, run.state, run.reduction, run.precision, run.recipe, run.layers,
+        run.network, run.state, run.reduction, run.precision, run.points, run.layers,
         scale=scale, counter=counter, dispatch=_dispatch_seconds(device),
     )  # fmt: skip
     with counter:
@@ -229,13 +229,13 @@ def extrapolate(run: Run, x: Any, chunk: int) -> Extrapolation:
     calls = counter.calls - sum(number for _, number in small.spent.values())
     seconds = cells * _larger(passes, calls, scale, device)
     captured = taken * (len(parts) + 1) / 2  # each block again with all before it
-    peak = counter.peak * (_MARGIN if run.recipe is None or run.recipe.sure else _MORE)
+    peak = counter.peak * (_MARGIN if run.points is None or run.points.sure else _MORE)
     return Extrapolation(int(peak), rows, seconds, counter.flops / captured, small.outputs[0].shape[1])
 
 
 def _small_blocks(run: Run, parts: list[Any], size: int) -> list[Any]:
     """The first probes of two blocks; where shapes depend on values, of those in which a forward pass makes most."""
-    if run.recipe is not None and not run.recipe.sure and len(parts) > 2:
+    if run.points is not None and not run.points.sure and len(parts) > 2:
         parts = sorted(parts, key=lambda part: _made(run, part), reverse=True)
     return [take(part, slice(0, size)) for part in parts[:2]]
 

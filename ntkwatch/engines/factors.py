@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ntkwatch.engines.machines import machine
-from ntkwatch.engines.outputs import PerOutput
+from ntkwatch.engines.per_output import PerOutput
 
 # (output, first, last, out): J's rows first … last − 1 are put into out, [n, last - first, trailing].
 Slab = Callable[[int, int, int, Tensor], object]

@@ -29,8 +29,8 @@ from ntkwatch.engines.base import (
 )
 from ntkwatch.engines.blocks import assemble, blocks
 from ntkwatch.engines.coupling import check_uncoupled
+from ntkwatch.engines.grad_attribute import returned_gradients
 from ntkwatch.engines.memory import backing_off, is_out_of_memory, limit_bytes
-from ntkwatch.engines.returned import only_returned
 from ntkwatch.model import (
     Network,
     UnsupportedModel,
@@ -84,7 +84,7 @@ class Functional:
             other = None if x2 is None else blocks(x2, size)
             return self.by_parameter(network, blocks(x1, size), other, state, rich, dtype, signed)
 
-        with only_returned(network):
+        with returned_gradients(network):
             value, kept = together(backing_off(attempt, chunk, network.device), rich, reduction, layers)
         floor = noise_floor(network.rounding(outputs.dtype), precision)
         return Kernel(value, kept, outputs, reduction, self.name, precision, floor)

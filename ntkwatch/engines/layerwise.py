@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ntkwatch.engines.base import Kernel, Precision, Reduction, at_hand, noise_floor, reduce, richest
 from ntkwatch.engines.blocks import blocks
+from ntkwatch.engines.capture_points import CapturePoints, read_capture_points
 from ntkwatch.engines.coupling import Sizes, check_uncoupled
 from ntkwatch.engines.extrapolation import extrapolate, small_block
 from ntkwatch.engines.functional import quiet
+from ntkwatch.engines.grad_attribute import returned_gradients
 from ntkwatch.engines.memory import backing_off, limit_bytes
 from ntkwatch.engines.one_by_one import one_by_one
-from ntkwatch.engines.returned import only_returned
 from ntkwatch.engines.run import WHOLE, Run
-from ntkwatch.engines.separation import Separation, separate_few
 from ntkwatch.engines.signs import SignRun
 from ntkwatch.model import Network, batch_size, inputs_of
 
@@ -40,7 +40,7 @@ class Reading:
         alone: examples are passed through one by one.
     """
 
-    separation: Separation | None
+    separation: CapturePoints | None
     sizes: frozenset[int]
     chunks: Mapping[Any, int]
     alone: bool
@@ -58,26 +58,26 @@ class Layerwise:
 
     def __init__(self, uncoupled: bool = False, alone: bool = False) -> None:
         self._uncoupled, self.alone, self._sizes = uncoupled, alone, Sizes()
-        self._recipes: weakref.WeakKeyDictionary[Network, Separation | None] = weakref.WeakKeyDictionary()
+        self._points: weakref.WeakKeyDictionary[Network, CapturePoints | None] = weakref.WeakKeyDictionary()
         self._chunks: weakref.WeakKeyDictionary[Network, dict[Any, int]] = weakref.WeakKeyDictionary()
 
     def reading(self, network: Network) -> Reading:
         """What was learned of a network, for `restored`."""
         chunks = dict(self._chunks.get(network, {}))
-        return Reading(self._recipes.get(network), self._sizes.known(network), chunks, self.alone)
+        return Reading(self._points.get(network), self._sizes.known(network), chunks, self.alone)
 
     @classmethod
     def restored(cls, network: Network, reading: Reading) -> Layerwise:
         """An engine that has learned of a network what another had of a Network of the same module."""
         engine = cls(uncoupled=True, alone=reading.alone)
-        engine._recipes[network], engine._chunks[network] = reading.separation, dict(reading.chunks)
+        engine._points[network], engine._chunks[network] = reading.separation, dict(reading.chunks)
         engine._sizes.restore(network, reading.sizes)
         return engine
 
     def graphs(self, network: Network) -> frozenset[tuple[str, ...]]:
         """Signatures of the graphs in which the network's examples were told apart."""
-        recipe = self._recipes.get(network)
-        return frozenset() if recipe is None else frozenset(r.signature for r in (recipe, *recipe.read.values()))
+        points = self._points.get(network)
+        return frozenset() if points is None else frozenset(r.signature for r in (points, *points.read.values()))
 
     def kernel(
         self,
@@ -99,33 +99,33 @@ class Layerwise:
             MemoryError: one probe at a time is too much.
         """
         rich, precision = richest(reduction, layers), at_hand(precision, network.device)
-        with quiet(), only_returned(network):
-            recipe = self.recipe(network, x1, state)
-            run = (SignRun if signed else Run)(network, state, rich, precision, recipe, layers)
+        with quiet(), returned_gradients(network):
+            points = self.points(network, x1, state)
+            run = (SignRun if signed else Run)(network, state, rich, precision, points, layers)
             theta = self._backing_off(run, x1, x2, chunk_size)
         total = theta.pop(WHOLE)
         outputs = torch.cat([run.outputs[i] for i in sorted(run.outputs)])
         floor = noise_floor(network.rounding(outputs.dtype), precision)
         return Kernel(reduce(total, rich, reduction), theta, outputs, reduction, self.name, precision, floor)
 
-    def recipe(self, network: Network, x: Any, state: Mapping[str, Tensor] | None) -> Separation | None:
+    def points(self, network: Network, x: Any, state: Mapping[str, Tensor] | None) -> CapturePoints | None:
         """Where this network's examples come apart, read once from a few probes.
 
         Raises:
             UnsupportedModel: an example's output depends on the other examples, or is random in evaluation mode.
         """
-        if network not in self._recipes:
+        if network not in self._points:
             if not self._uncoupled:
                 check_uncoupled(network, x, state)
             self._sizes.add(network, x)
-            self._recipes[network] = self._separation(network, x, state)
-        return self._recipes[network]
+            self._points[network] = self._separation(network, x, state)
+        return self._points[network]
 
-    def _separation(self, network: Network, x: Any, state: Mapping[str, Tensor] | None) -> Separation | None:
+    def _separation(self, network: Network, x: Any, state: Mapping[str, Tensor] | None) -> CapturePoints | None:
         if self.alone:
             return one_by_one(network, x, state)
-        inner = None if network.mixes is None else self.recipe(network.mixes, x, state)
-        return separate_few(network, x, state, inner)
+        inner = None if network.mixes is None else self.points(network.mixes, x, state)
+        return read_capture_points(network, x, state, inner)
 
     def chunk(self, run: Run, x1: Any, x2: Any = None) -> int:
         """Probes per block: all, or as many as are predicted to fit in the limit, or as memory turned out to hold."""

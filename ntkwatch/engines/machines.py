@@ -21,7 +21,7 @@ class Machine:
         call: seconds that an operation takes however little it does, with what autograd and views cost around it.
         pairs: entries of a block of pairs of positions.
         slab: entries of a slab of J, which is cast and multiplied while it is near.
-        strips: of a symmetric product, whose upper blocks are left out; one where calls cost more than they save.
+        row_blocks: of a symmetric product, whose upper blocks are left out; one where calls cost more than they save.
         near: whether memory that was just written is much faster to read, so that small portions pay.
     """
 
@@ -33,7 +33,7 @@ class Machine:
     call: float
     pairs: int
     slab: int
-    strips: int
+    row_blocks: int
     near: bool
 
     def flops(self, dtype: torch.dtype) -> float:
@@ -45,8 +45,8 @@ class Machine:
 # they are the same on two cores. They are committed, not measured at run time: a choice that depended on the load would
 # change the last bits of K from run to run.
 MACHINES = {
-    "cpu": Machine(1.8e11, 9e10, 1.3e10, 1.0, 8, 5e-6, pairs=1 << 23, slab=1 << 21, strips=8, near=True),
-    "cuda": Machine(4.8e13, 5.5e13, 2.6e12, 0.4, 0, 2e-5, pairs=1 << 26, slab=1 << 24, strips=1, near=False),
+    "cpu": Machine(1.8e11, 9e10, 1.3e10, 1.0, 8, 5e-6, pairs=1 << 23, slab=1 << 21, row_blocks=8, near=True),
+    "cuda": Machine(4.8e13, 5.5e13, 2.6e12, 0.4, 0, 2e-5, pairs=1 << 26, slab=1 << 24, row_blocks=1, near=False),
 }
 _SERIAL = 0.25  # of a kernel's time on one core, what more cores do not shorten: two are 1.4 to 1.9 times as fast
 _FULL_DOUBLE = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}  # of NVIDIA's: those made for computing centres …

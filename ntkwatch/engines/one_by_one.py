@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ntkwatch.engines.backward import in_row
 from ntkwatch.engines.capture import Found, cotangents
+from ntkwatch.engines.capture_points import CapturePoints, few, leaves_at, outputs_at
 from ntkwatch.engines.factors import Dense
 from ntkwatch.engines.graph import bytes_inside
-from ntkwatch.engines.outputs import PerOutput
-from ntkwatch.engines.passes import in_row
-from ntkwatch.engines.separation import Separation, few, leaves_at, outputs_at
+from ntkwatch.engines.per_output import PerOutput
 from ntkwatch.model import Network, take
 
 RULE = "one pass for each example and output"
 _GROUP_BYTES = 1 << 28  # of Jacobians that are made together
 
 
-def one_by_one(network: Network, x: Any, state: Mapping[str, Tensor] | None = None) -> Separation | None:
+def one_by_one(network: Network, x: Any, state: Mapping[str, Tensor] | None = None) -> CapturePoints | None:
     """What stands for a separation where examples are passed through alone; None where nothing is trained."""
     f = outputs_at(network, few(x), state, leaves_at(network, state))
     if f.grad_fn is None:
@@ -33,7 +33,7 @@ def one_by_one(network: Network, x: Any, state: Mapping[str, Tensor] | None = No
     n, outputs = f.shape
     held = float(sum(p.numel() * p.element_size() for p in network.parameters.values()))
     saved = bytes_inside(f) / n
-    return Separation(n, (), (), frozenset(), True, saved, held, outputs, batched=False, alone=True)
+    return CapturePoints(n, (), (), frozenset(), True, saved, held, outputs, batched=False, alone=True)
 
 
 class OneByOne:
@@ -50,10 +50,10 @@ class OneByOne:
         x: Any,
         state: Mapping[str, Tensor] | None,
         summed: bool,
-        recipe: Separation,
+        points: CapturePoints,
         scale: float = 1.0,
     ) -> None:
-        self._network, self._x, self._state, self.recipe = network, x, state, recipe
+        self._network, self._x, self._state, self.points = network, x, state, points
         with torch.no_grad():
             self.outputs = network.outputs(x, state).detach()
         self.n, self._scale = self.outputs.shape[0], scale
@@ -62,7 +62,7 @@ class OneByOne:
     def groups(self) -> list[slice]:
         """Outputs in groups of which the Jacobians fit in a moderate amount of memory."""
         outputs = len(self.cotangents)
-        size = max(1, int(_GROUP_BYTES / max(1.0, self._scale * self.n * self.recipe.captured)))
+        size = max(1, int(_GROUP_BYTES / max(1.0, self._scale * self.n * self.points.captured)))
         return [slice(i, min(i + size, outputs)) for i in range(0, outputs, size)]
 
     def factors(self, outputs: slice = slice(None)) -> Iterator[Found]:

@@ -41,8 +41,8 @@ def make_plan(choice: Choice, network: Network, x: Any, wanted: Wanted) -> Plan:
 
 
 def _layerwise(choice: Choice, engine: Layerwise, network: Network, x: Any, wanted: Wanted) -> Plan:
-    n, recipe = batch_size(inputs_of(x)), engine.recipe(network, x, None)
-    run = Run(network, None, wanted.reduction, at_hand(wanted.precision, network.device), recipe, wanted.layers)
+    n, points = batch_size(inputs_of(x)), engine.points(network, x, None)
+    run = Run(network, None, wanted.reduction, at_hand(wanted.precision, network.device), points, wanted.layers)
     notes = _notes(network.device, wanted.precision)
     with quiet():
         chunk = min(n, wanted.chunk_size or engine.chunk(run, x))
@@ -51,7 +51,7 @@ def _layerwise(choice: Choice, engine: Layerwise, network: Network, x: Any, want
         except Exception:  # whatever a model raises on few probes
             return Plan(engine.name, choice.reason, int(run.rough(min(n, 2 * chunk))), chunk, (), (*notes, ROUGH))
     rounds = (-(-n // chunk) + 1) / 2  # how often a block is passed through again for the others
-    times, saved = (1 + found.outputs) * rounds, recipe.saved * n if recipe else 0.0
+    times, saved = (1 + found.outputs) * rounds, points.saved * n if points else 0.0
     passes = Row(PASSES, "autograd", found.forward_flops * n * times, 2.0 * saved * times, found.passes)
     rows = (found.rows.get(name, Row(name, "unused", 0.0, 0.0, 0.0)) for name in network.parameters)
     return Plan(engine.name, choice.reason, found.peak, chunk, (passes, *rows), notes)

@@ -13,7 +13,9 @@ from ntkwatch.model import Network
 SEED = 0x6E746B77  # not one that scripts use: from its stream come their weights, and draws would be aligned with them
 
 
-def rounded_otherwise(network: Network, state: Mapping[str, Tensor] | None, outputs: torch.dtype) -> dict[str, Tensor]:
+def perturb_last_digits(
+    network: Network, state: Mapping[str, Tensor] | None, outputs: torch.dtype
+) -> dict[str, Tensor]:
     """`state` with each trained weight changed by up to half a last digit of what outputs of that type are rounded to.
 
     What a forward pass rounds on its way, it then rounds otherwise, and weights that are cast (autocast) are cast to
@@ -33,5 +35,5 @@ def rounded_otherwise(network: Network, state: Mapping[str, Tensor] | None, outp
 def rounding_error(network: Network, x: Any, state: Mapping[str, Tensor] | None, outputs: Tensor) -> Tensor:
     """An estimate of the rounding error of the outputs [n, C] of `x` at `state`, float64 on the CPU."""
     with torch.no_grad():
-        other = network.outputs(x, rounded_otherwise(network, state, outputs.dtype))
+        other = network.outputs(x, perturb_last_digits(network, state, outputs.dtype))
     return (other.double() - outputs.to(other.device).double()).cpu()

@@ -13,9 +13,9 @@ from torch import Tensor
 from ntkwatch.engines.base import Precision, Reduction, reduce, work_dtype
 from ntkwatch.engines.blocks import assemble
 from ntkwatch.engines.capture import GROUP_BYTES, SEGMENT_BYTES, Capture, Found
+from ntkwatch.engines.capture_points import CapturePoints
 from ntkwatch.engines.contract import Contractor
 from ntkwatch.engines.one_by_one import OneByOne
-from ntkwatch.engines.separation import Separation
 from ntkwatch.model import Network, batch_size, inputs_of
 
 WHOLE = ""  # the name of a kernel of all parameters together
@@ -29,7 +29,7 @@ class Run:
     state: Mapping[str, Tensor] | None
     reduction: Reduction
     precision: Precision
-    recipe: Separation | None
+    points: CapturePoints | None
     layers: Reduction | None = "trace"
     outputs: dict[int, Tensor] = field(default_factory=dict)
     in_blocks: bool = False
@@ -55,22 +55,22 @@ class Run:
 
     def rough(self, n: int) -> float:
         """Bytes that n probes in one block take, roughly: the graph, gradients and their copies, kernels."""
-        if self.recipe is None:
+        if self.points is None:
             return math.inf
-        outputs, entries = self.recipe.outputs, {"full": self.recipe.outputs**2, "blocks": self.recipe.outputs}
+        outputs, entries = self.points.outputs, {"full": self.points.outputs**2, "blocks": self.points.outputs}
         kept = 0 if self.layers is None else len(self.network.parameters) * entries.get(self.layers, 1)
         kernels = 16 * n * n * (kept + 5 * entries.get(self.reduction, 1))
-        gradients = n * outputs * self.recipe.captured
-        if self.reduction != "full" and not self.recipe.alone:  # taken by groups of outputs and segments of the graph
-            gradients = min(gradients, SEGMENT_BYTES + GROUP_BYTES + n * self.recipe.captured)
-        return n * 2 * self.recipe.saved + 4 * gradients + kernels
+        gradients = n * outputs * self.points.captured
+        if self.reduction != "full" and not self.points.alone:  # taken by groups of outputs and segments of the graph
+            gradients = min(gradients, SEGMENT_BYTES + GROUP_BYTES + n * self.points.captured)
+        return n * 2 * self.points.saved + 4 * gradients + kernels
 
     def capture(self, block: Any) -> Capture | OneByOne:
         """A forward pass of a block, or what makes one for each example."""
-        if self.recipe is not None and self.recipe.alone:
-            return OneByOne(self.network, block, self.state, self.reduction == "sum", self.recipe, self.scale)
+        if self.points is not None and self.points.alone:
+            return OneByOne(self.network, block, self.state, self.reduction == "sum", self.points, self.scale)
         summed = self.reduction == "sum"
-        return Capture(self.network, block, self.state, summed=summed, recipe=self.recipe, scale=self.scale)
+        return Capture(self.network, block, self.state, summed=summed, points=self.points, scale=self.scale)
 
     def _contract(self, one: Capture | OneByOne, two: Capture | OneByOne) -> dict[str, Tensor]:
         """One block of each kernel; zero where the outputs do not depend on the parameter."""

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ntkwatch.engines.backward import in_row
 from ntkwatch.engines.base import Engine
+from ntkwatch.engines.capture_points import few
 from ntkwatch.engines.functional import math_attention
-from ntkwatch.engines.passes import in_row
-from ntkwatch.engines.separation import few
 from ntkwatch.model import Network, UnsupportedModel, inputs_of, leaves, take
 
 _STRETCH = 1 << 16  # terms of one float32 product

@@ -17,7 +17,7 @@ from torch import Tensor
 from ntkwatch.engines.base import Reduction, share_of_rounding, signs
 from ntkwatch.engines.contract import Contractor, is_single
 from ntkwatch.engines.factors import Factor
-from ntkwatch.engines.outputs import PerOutput
+from ntkwatch.engines.per_output import PerOutput
 from ntkwatch.engines.run import Run
 
 

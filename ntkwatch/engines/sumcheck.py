@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ntkwatch.engines.base import Engine, Kernel
 from ntkwatch.engines.blocks import blocks
+from ntkwatch.engines.capture_points import few
 from ntkwatch.engines.coupling import MANY
 from ntkwatch.engines.functional import math_attention
+from ntkwatch.engines.grad_attribute import returned_gradients
 from ntkwatch.engines.graph import bytes_inside
 from ntkwatch.engines.memory import backing_off, limit_bytes
-from ntkwatch.engines.returned import only_returned
 from ntkwatch.engines.selfcheck import Mixed, not_finite, wide_row
-from ntkwatch.engines.separation import few
 from ntkwatch.model import Network, UnsupportedModel, batch_size, inputs_of, take
 
 
@@ -50,7 +50,7 @@ class SumCheck:
         size = min(n, MANY, chunk_size or n)
         rows = [slice(i, i + size) for i in (*range(0, n - size, size), n - size)]  # some may be in the last two
         w, most = _weights(n), self._affordable(x)
-        with only_returned(network):
+        with returned_gradients(network):
             self._blocks = [self._block(take(x, some), w[some], most) for some in rows]
         if not all(torch.tensor(list(block.squares.values())).isfinite().all() for block in self._blocks):
             raise UnsupportedModel(not_finite(network, x))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ntkwatch.diagnostics import Motion
 from ntkwatch.diagnostics.evaluations import NO_THETA_0
-from ntkwatch.engines.rounding import rounded_otherwise
+from ntkwatch.engines.rounding import perturb_last_digits
 from ntkwatch.engines.tangent import jvp
 from ntkwatch.model import Network, batch_size, inputs_of
 from ntkwatch.model.batch_statistics import calibrated_statistics, running_statistics, untracked_statistics
@@ -67,7 +67,7 @@ class Baseline:
         direction = {name: p.detach() - start[name] for name, p in network.parameters.items()}
         f_0, j0_delta_theta, how = jvp(network, batch, start, direction)
         # The tangent at θ_0 once more, rounded otherwise: what changes is rounding.
-        f_r, j_r, _ = jvp(network, batch, rounded_otherwise(network, start, outputs.dtype), direction)
+        f_r, j_r, _ = jvp(network, batch, perturb_last_digits(network, start, outputs.dtype), direction)
         f, f_0, j, f_r, j_r = (t.detach().double().cpu() for t in (outputs, f_0, j0_delta_theta, f_r, j_r))
         rounded_to = str(network.rounding(outputs.dtype)).removeprefix("torch.")
         return Motion(f - f_0, j, how, f_r - f_0, j_r - j, rounded_to)

@@ -1,4 +1,4 @@
-"""The constants of ntkwatch/engines/machines.py, costs.py and strips.py, measured on this machine.
+"""The constants of ntkwatch/engines/machines.py, contraction_costs.py and chunked_matmul.py, measured on this machine.
 
     python tests/bench/constants.py [--threads 1] [--device cpu]
 
@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 import torch
 
-from ntkwatch.engines.strips import add_product
+from ntkwatch.engines.chunked_matmul import add_product
 
-SIZE, STRETCH = 2048, 8192
+SIZE, CHUNK = 2048, 8192
 
 
 def seconds(work: Callable[[], object], sync: Callable[[], None], rounds: int = 7) -> float:
@@ -75,13 +75,15 @@ def main() -> None:
             each = seconds(lambda small=small, made=made: torch.bmm(small, small, out=made), sync) / len(small)
             print(f"PAD        {(each * full / 2) ** (1 / 3) - side:.1f} for each side of products of {side} x {side}")
         for n in (8, 16, 32, 64, 128, 256):
-            j, out = torch.randn(n, STRETCH, device=args.device, dtype=dtype), a.new_zeros(n, n)
-            whole = rate(2.0 * n * n * STRETCH, lambda j=j, out=out: out.addmm_(j, j.T)) / full
+            j, out = torch.randn(n, CHUNK, device=args.device, dtype=dtype), a.new_zeros(n, n)
+            whole = rate(2.0 * n * n * CHUNK, lambda j=j, out=out: out.addmm_(j, j.T)) / full
 
-            def strips(j: torch.Tensor = j, out: torch.Tensor = out) -> None:
+            def row_blocks(j: torch.Tensor = j, out: torch.Tensor = out) -> None:
                 add_product(out, j, j, same=True)
 
-            print(f"skinny     {n:4d} rows: {whole:.2f}; in strips {rate(2.0 * n * n * STRETCH, strips) / full:.2f}")
+            print(
+                f"skinny     {n:4d} rows: {whole:.2f}; in row blocks {rate(2.0 * n * n * CHUNK, row_blocks) / full:.2f}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What engines/costs.py says a contraction takes, over what it takes, for weights of many shapes.
+"""What engines/contraction_costs.py says a contraction takes, over what it takes, for weights of many shapes.
 
     python -m tests.bench.contractions [--only NAME …]
 
@@ -16,9 +16,9 @@ import torch
 
 from ntkwatch.engines.base import Reduction
 from ntkwatch.engines.contract import Contractor
-from ntkwatch.engines.costs import gram_cost, jacobian_cost
+from ntkwatch.engines.contraction_costs import gram_cost, jacobian_cost
 from ntkwatch.engines.factors import Columns, Factor, Outer
-from ntkwatch.engines.outputs import PerOutput
+from ntkwatch.engines.per_output import PerOutput
 
 CPU = torch.device("cpu")
 ROUNDS = 3  # of which the first warms up: cold code takes half a millisecond more

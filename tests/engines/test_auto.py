@@ -208,7 +208,7 @@ def test_peak_memory_is_predicted(name: str, n: int) -> None:
     predicted = plan(module, x).peak_bytes
     network, engine = Network(module), Layerwise()
     with leave_no_trace(module):
-        engine.recipe(network, x, None)
+        engine.points(network, x, None)
         real = memory.peak_bytes(lambda: engine.kernel(network, x, layers=None))
     assert 0.9 * real <= predicted <= 2 * real, f"{name}: predicted {predicted}, was {real}"
 

@@ -211,6 +211,33 @@ def test_it_holds_no_module_alive() -> None:
     assert gone() is None
 
 
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "LSTM": (lambda: nn.LSTM(4, 3, batch_first=True), (3, 5, 4)),
+    "GRU": (lambda: nn.GRU(4, 3, batch_first=True), (3, 5, 4)),
+    "attention": (lambda: nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True), (3, 5, 4)),
+    "parametrized": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)), (3, 4)),
+    "weight norm": (lambda: nn.utils.weight_norm(nn.Linear(4, 3)), (3, 4)),
+    "compiled": (lambda: torch.compile(nn.Linear(4, 3), backend="eager"), (3, 4)),
+    "scripted": (lambda: torch.jit.script(nn.Linear(4, 3)), (3, 4)),
+    "batch norm": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten()), (3, 2, 5, 5)),
+}
+
+
+def first_tensor(model: nn.Module, x: Tensor) -> Tensor:
+    y = model(x)
+    return (y[0] if isinstance(y, tuple) else y).flatten(1)[:, :2]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.filterwarnings("ignore")
+def test_torchs_layers_are_remembered(layer: str, choices: list[Any]) -> None:
+    make, shape = LAYERS[layer]
+    module, x = make(), torch.randn(shape)
+    for _ in range(3):
+        empirical_ntk(module, x, outputs=first_tensor)
+    assert len(choices) == 1, layer
+
+
 def test_what_cannot_be_compared_is_not_remembered(choices: list[Any]) -> None:
     net = Net()
     net.deep = [[[[[1.0]]]]]

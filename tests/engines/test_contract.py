@@ -13,9 +13,9 @@ from torch import Tensor
 from ntkwatch.engines import contract, machines
 from ntkwatch.engines.base import Reduction
 from ntkwatch.engines.contract import Contractor
+from ntkwatch.engines.factor_sums import densify
 from ntkwatch.engines.factors import Columns, Dense, Factor, Outer, Rows
-from ntkwatch.engines.outputs import PerOutput
-from ntkwatch.engines.sums import densify
+from ntkwatch.engines.per_output import PerOutput
 
 # n, C, groups, positions, p, q. Rows of a full kernel: below a strip, several narrow ones, and wide ones of float32.
 SHAPES = [(3, 2, 1, 4, 5, 3), (23, 4, 1, 3, 7, 9), (45, 9, 1, 2, 3, 4), (6, 3, 4, 5, 2, 3), (50, 2, 1, 1, 6, 5)]

@@ -62,7 +62,7 @@ def test_a_kernel_that_is_not_predicted_takes_no_more_than_is_allowed() -> None:
     for name in MODELS:
         module, x = memory_models.build(name)
         network, engine, n = Network(module), Layerwise(uncoupled=True), batch_size(inputs_of(x))
-        run = Run(network, None, "full", "double", engine.recipe(network, x, None), None)
+        run = Run(network, None, "full", "double", engine.points(network, x, None), None)
         most = layerwise.ROUGHLY * run.rough(n) + layerwise.WORKSPACE
         peak = extrapolate(run, x, n).peak
         assert peak <= most, f"{name}: {peak / MIB:.0f} MiB, where {most / MIB:.0f} were allowed"
@@ -72,7 +72,7 @@ def test_a_usual_kernel_is_not_predicted(monkeypatch: pytest.MonkeyPatch) -> Non
     """With gigabytes free no small kernel is computed."""
     module, x = memory_models.build("GPT")
     network, engine = Network(module), Layerwise(uncoupled=True)
-    run = Run(network, None, "trace", "double", engine.recipe(network, x, None), None)
+    run = Run(network, None, "trace", "double", engine.points(network, x, None), None)
     monkeypatch.setattr(layerwise, "extrapolate", lambda *args: pytest.fail("a small kernel was computed"))
     monkeypatch.setattr(layerwise, "limit_bytes", lambda device: 4 << 30)
     assert engine.chunk(run, x) == 16
@@ -243,7 +243,7 @@ def test_a_small_kernel_takes_no_more_than_is_allowed(monkeypatch: pytest.Monkey
     """Where even a part of the probes may take too much, the rough estimate decides."""
     module, x = memory_models.build("GPT")
     network, engine = Network(module), Layerwise(uncoupled=True)
-    run = Run(network, None, "trace", "double", engine.recipe(network, x, None), None)
+    run = Run(network, None, "trace", "double", engine.points(network, x, None), None)
     monkeypatch.setattr(layerwise, "limit_bytes", lambda device: 33 << 20)
     assert memory.peak_bytes(lambda: engine.chunk(run, x)) <= 33 << 20
 

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from ntkwatch.engines import UnsupportedModel, capture, contract, empirical_ntk, machines, strips, written
+from ntkwatch.engines import (
+    UnsupportedModel,
+    capture,
+    chunked_matmul,
+    contract,
+    early_jacobians,
+    empirical_ntk,
+    machines,
+)
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import Network, take
@@ -134,9 +142,9 @@ def test_jacobians_written_out_pass_by_pass(segment: int, monkeypatch: pytest.Mo
     """As those of early convolutions are: here of every layer of every model."""
     monkeypatch.setattr(capture, "_BATCHED_BYTES", {})
     monkeypatch.setattr(capture, "_SEGMENT_BYTES", segment)
-    monkeypatch.setattr(written, "_LARGE", 0)
-    monkeypatch.setattr(written, "_MUCH", 0)
-    monkeypatch.setattr(written, "_WIDE", 1e9)
+    monkeypatch.setattr(early_jacobians, "_LARGE", 0)
+    monkeypatch.setattr(early_jacobians, "_MUCH", 0)
+    monkeypatch.setattr(early_jacobians, "_WIDE", 1e9)
     for case in [c for c in CASES if not c.refused]:
         module, batch = build(case)
         found = Layerwise().kernel(Network(module), batch, reduction="full", layers=None).value
@@ -147,8 +155,8 @@ def test_jacobians_written_out_pass_by_pass(segment: int, monkeypatch: pytest.Mo
 def test_the_portions_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is chosen for a GPU is as right, so that a machine without one sees it too."""
     monkeypatch.setitem(machines.MACHINES, "cpu", machines.MACHINES["cuda"])
-    monkeypatch.setattr(contract, "STRETCH", 8)
-    monkeypatch.setattr(strips, "STRETCH", 8)
+    monkeypatch.setattr(contract, "CHUNK", 8)
+    monkeypatch.setattr(chunked_matmul, "CHUNK", 8)
     for case in [c for c in CASES if not c.refused and not c.name.startswith("hf_")]:
         for dtype, limit in ((torch.float64, 1e-7 if case.float32_inside else 1e-10), (torch.float32, 1e-4)):
             module, batch = build(case, dtype)

@@ -230,7 +230,7 @@ ENGINES = (
         "what cannot be told apart by example is refused by name",
         old="now is not old or version != later",
         new="False",
-        tests="engines/test_returned.py::test_gradients_left_in_grad_are_refused_by_name",
+        tests="engines/test_grad_attribute.py::test_gradients_left_in_grad_are_refused_by_name",
     ),
     Bug(
         "no coupling check",

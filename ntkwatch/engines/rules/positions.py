@@ -10,7 +10,7 @@ from torch import Tensor
 from ntkwatch.engines.factors import Dense, Factor
 from ntkwatch.engines.graph import pull
 from ntkwatch.engines.layouts import Layout, Scattered
-from ntkwatch.engines.outputs import PerOutput
+from ntkwatch.engines.per_output import PerOutput
 from ntkwatch.engines.rules.use import Use, is_dense, operand_shape, rule, scaled, sum_over
 
 # Sums over positions: bias, scale, normalisation ----------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch.autograd.graph import Node
 from ntkwatch.engines.factors import Dense, Factor
 from ntkwatch.engines.graph import pull, variable_of
 from ntkwatch.engines.layouts import Layout, Scattered
-from ntkwatch.engines.outputs import PerOutput
+from ntkwatch.engines.per_output import PerOutput
 
 
 @dataclass(frozen=True)

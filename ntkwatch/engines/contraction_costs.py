@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from ntkwatch.engines.base import Reduction
+from ntkwatch.engines.chunked_matmul import CHUNK, count_row_blocks
 from ntkwatch.engines.factors import Dense, Factor, Outer, Rows
 from ntkwatch.engines.machines import Machine, machine
-from ntkwatch.engines.strips import STRETCH, strip_count
 
 FEW = 0.3  # of the full rate: the share that many products of C × C of long rows reach
 _CALLS_OF_PAIR = 8  # operations of a pair of blocks of examples, besides those of an output …
@@ -34,7 +34,7 @@ def skinny(rows: int, dtype: torch.dtype) -> float:
 def gram_rows(one: Factor, n: int, pairs: int, symmetric: bool) -> int:
     """Examples per block of pairs, when a pair of examples has `pairs` entries."""
     at = machine(one.device)
-    return max(1, min(int((at.pairs / pairs) ** 0.5), -(-n // at.strips) if symmetric else n))
+    return max(1, min(int((at.pairs / pairs) ** 0.5), -(-n // at.row_blocks) if symmetric else n))
 
 
 def full_rows(two: Outer | Rows) -> int:
@@ -63,7 +63,7 @@ def gram_cost(one: Outer | Rows, n: int, m: int, reduction: Reduction, dtype: to
     read = (n + m) * s * groups * (p + c * q * times) * (one.dtype.itemsize + dtype.itemsize)
     moved = read + pairs * (2 * (1 + grams) + (0 if s == 1 else 4 * grams)) * dtype.itemsize
     each = c if reduction == "trace" else grams
-    lined_up = -(-c * q // STRETCH) if one.g.together and reduction in ("trace", "sum") else c  # products of a pair
+    lined_up = -(-c * q // CHUNK) if one.g.together and reduction in ("trace", "sum") else c  # products of a pair
     calls = half * count * (_CALLS_OF_PAIR + 2 * lined_up) if s > 1 and at.near else 0.0
     width = min(n, size) * s
     time = products(at, dtype, half * count * groups, width, p, min(m, size) * s)
@@ -72,8 +72,8 @@ def gram_cost(one: Outer | Rows, n: int, m: int, reduction: Reduction, dtype: to
 
 
 def _in_strips(width: int, same: bool, one: Factor) -> float:
-    """The share of a product of that many rows that is taken, in strips up to the diagonal."""
-    return (1 + 1 / strip_count(width, same, one.device)) / 2
+    """The share of a product of that many rows that is computed, in row blocks up to the diagonal."""
+    return (1 + 1 / count_row_blocks(width, same, one.device)) / 2
 
 
 def _full_cost(one: Outer | Rows, n: int, m: int, dtype: torch.dtype, same: bool) -> Cost:

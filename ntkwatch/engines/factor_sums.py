@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ntkwatch.engines.factors import Dense, Factor, Outer, Rows, Slab
-from ntkwatch.engines.outputs import PerOutput, combined
+from ntkwatch.engines.per_output import PerOutput, combined
 
 
 @dataclass(frozen=True)

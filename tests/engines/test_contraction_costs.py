@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from ntkwatch.engines import extrapolation, plan, planning
-from ntkwatch.engines.costs import choose, gram_cost, jacobian_cost, products
+from ntkwatch.engines.contraction_costs import choose, gram_cost, jacobian_cost, products
 from ntkwatch.engines.factors import Columns, Outer
 from ntkwatch.engines.machines import MACHINES, machine
-from ntkwatch.engines.outputs import PerOutput
+from ntkwatch.engines.per_output import PerOutput
 from tests.bench.contractions import SHAPES
 from tests.support.cases import build, find
 from tests.support.clocks import ticking

@@ -19,7 +19,7 @@ _MOST = 50  # names in a message
 
 
 @contextlib.contextmanager
-def only_returned(network: Network) -> Iterator[None]:
+def returned_gradients(network: Network) -> Iterator[None]:
     """Raises UnsupportedModel where passes inside change `.grad` of trained parameters, naming them.
 
     Whatever fails inside because of that is told so too. To put `.grad` back is the guard's part.

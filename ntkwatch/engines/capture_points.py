@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from ntkwatch.engines.backward import can_be_batched
 from ntkwatch.engines.graph import Graph, NestedTensors, edges, node_bytes, reaches, rearranges, types_inside, walk
 from ntkwatch.engines.layouts import Layout, Scattered, agrees, base_of, digits, find_layout
-from ntkwatch.engines.passes import can_be_batched
-from ntkwatch.engines.suspects import nested
+from ntkwatch.engines.refusals import nested
 from ntkwatch.model import Network, UnsupportedModel, take
 
 _KEPT = 64  # separations of one network that are kept
@@ -31,7 +31,7 @@ _FEW = 3  # the fewest probes that tell [n, T] from [T, n] and from T = n by the
 
 
 @dataclass(frozen=True)
-class Separation:
+class CapturePoints:
     """Where examples come apart: boundary edges (node number, input, layout), and the shared nodes below them."""
 
     n: int
@@ -46,7 +46,7 @@ class Separation:
     alone: bool = False  # examples are passed through one by one, and there is no boundary
     certain: bool = False  # layouts allow no second reading, but may depend on how the data routes rows
     routing: str | None = None  # digest of the indices that rows were routed by; None where a node does not show them
-    read: dict[tuple[int, str | None], Separation] = field(default_factory=dict, compare=False, repr=False)
+    read: dict[tuple[int, str | None], CapturePoints] = field(default_factory=dict, compare=False, repr=False)
 
     @functools.cached_property
     def edges(self) -> dict[int, list[tuple[int, Layout | Scattered]]]:
@@ -93,9 +93,9 @@ def few(x: Any) -> Any:
     return take(x, slice(0, _FEW))
 
 
-def separate_few(
-    network: Network, x: Any, state: Mapping[str, Tensor] | None = None, inner: Separation | None = None
-) -> Separation | None:
+def read_capture_points(
+    network: Network, x: Any, state: Mapping[str, Tensor] | None = None, inner: CapturePoints | None = None
+) -> CapturePoints | None:
     """The layouts read from a few probes; None where the outputs depend on no trained parameter.
 
     inner: of a network whose outputs this one mixes; its layouts are taken over where its graph is found below.
@@ -113,7 +113,7 @@ def separate_few(
     return separate(graph, f, f.shape[0]) if below is None else below
 
 
-def _shifted(inner: Separation, graph: Graph, f: Tensor) -> Separation | None:
+def _shifted(inner: CapturePoints, graph: Graph, f: Tensor) -> CapturePoints | None:
     """The layouts of an inner graph, numbered in one that has more nodes towards the output; None of any other."""
     more = len(graph.signature) - len(inner.signature)
     if more < 0 or graph.signature[more:] != inner.signature:
@@ -129,7 +129,7 @@ def _shifted(inner: Separation, graph: Graph, f: Tensor) -> Separation | None:
     return found if _fits(found, graph, f.shape[0]) else None
 
 
-def separate(graph: Graph, f: Tensor, n: int) -> Separation:
+def separate(graph: Graph, f: Tensor, n: int) -> CapturePoints:
     """Finds, going up from the leaves, the nodes at which examples come apart.
 
     Raises:
@@ -157,7 +157,7 @@ def separate(graph: Graph, f: Tensor, n: int) -> Separation:
                     raise UnsupportedModel(_inseparable(graph, child))
         crossed = [node for node in above if rearranges(node) or layouts[node][0] is None]
         frontier = [node for node in crossed if node not in shared]
-    return Separation(
+    return CapturePoints(
         n,
         graph.signature,
         tuple((i, k, layout) for (i, k), layout in sorted(boundary.items(), key=lambda item: item[0])),
@@ -229,37 +229,37 @@ def _backward_once(
     return {node: [next(grads) for _ in graph.outputs_used[node]] for node in nodes}
 
 
-def separation_for(recipe: Separation | None, graph: Graph, f: Tensor) -> Separation:
-    """How the examples of this graph come apart, by the layouts of `recipe` where they hold, else read anew.
+def capture_points_for(points: CapturePoints | None, graph: Graph, f: Tensor) -> CapturePoints:
+    """How the examples of this graph come apart, by the layouts of `points` where they hold, else read anew.
 
     Layouts that depend on the data hold where the data routes rows alike (the same digest of its indices). Otherwise
     they are verified by as many passes as one reading takes, where reading anew takes that for each step up the graph.
-    What is read or verified is kept in `recipe.read`.
+    What is read or verified is kept in `points.read`.
     """
     n = f.shape[0]
-    if recipe is None:
+    if points is None:
         return separate(graph, f, n)
-    if recipe.sure and _fits(recipe, graph, n):
-        return recipe
+    if points.sure and _fits(points, graph, n):
+        return points
     digest = routing_digest(graph)
-    known = recipe.read.get((n, digest), recipe)
+    known = points.read.get((n, digest), points)
     if not _fits(known, graph, n):
-        known = recipe
+        known = points
     if known.certain and digest is not None and known.routing == digest and known.n == n and _fits(known, graph, n):
         return known
     held = _fits(known, graph, n) and _holds(known, graph, f)
     found = dataclasses.replace(known, n=n, routing=digest, read={}) if held else separate(graph, f, n)
-    if len(recipe.read) >= _KEPT:
-        recipe.read.clear()
-    recipe.read[n, digest] = found
+    if len(points.read) >= _KEPT:
+        points.read.clear()
+    points.read[n, digest] = found
     return found
 
 
-def _fits(recipe: Separation, graph: Graph, n: int) -> bool:
+def _fits(points: CapturePoints, graph: Graph, n: int) -> bool:
     """Whether the layouts are of a graph of this form."""
-    if recipe.signature != graph.signature or (n == 1) != (recipe.n == 1):
+    if points.signature != graph.signature or (n == 1) != (points.n == 1):
         return False
-    for number, _, layout in recipe.boundary:
+    for number, _, layout in points.boundary:
         node: Any = graph.nodes[number]
         for used in graph.outputs_used[node]:
             if not layout.fits(tuple(node._input_metadata[used].shape), n):
@@ -267,11 +267,11 @@ def _fits(recipe: Separation, graph: Graph, n: int) -> bool:
     return True
 
 
-def _holds(recipe: Separation, graph: Graph, f: Tensor) -> bool:
+def _holds(points: CapturePoints, graph: Graph, f: Tensor) -> bool:
     """Whether backward passes agree with the layouts; rows that were scattered by other data are not asked about."""
-    if any(isinstance(layout, Scattered) for _, _, layout in recipe.boundary):
+    if any(isinstance(layout, Scattered) for _, _, layout in points.boundary):
         return False
-    layouts = {graph.nodes[i]: layout for i, _, layout in recipe.boundary if isinstance(layout, Layout)}
+    layouts = {graph.nodes[i]: layout for i, _, layout in points.boundary if isinstance(layout, Layout)}
     u, codes, base = _cotangents(f)
     passes = [_backward_once(f, graph, list(layouts), u * code) for code in codes]
     return all(

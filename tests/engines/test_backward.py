@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ntkwatch.engines.capture import Capture
-from ntkwatch.engines.separation import separate_few
+from ntkwatch.engines.capture_points import read_capture_points
 from ntkwatch.model import Network
 from tests.support.device import placed
 
@@ -83,18 +83,18 @@ class _Calls(TorchDispatchMode):
 def test_a_batch_of_passes_is_used_where_it_is_right(name: str) -> None:
     make, shape, right = MODELS[name]
     module, x = placed(make().eval(), torch.randn(*shape))
-    recipe = separate_few(Network(module), x)
-    assert recipe is not None
-    assert recipe.batched is right, name
-    assert all(found.factor.outputs == OUTPUTS for found in Capture(Network(module), x, recipe=recipe).factors()), name
+    points = read_capture_points(Network(module), x)
+    assert points is not None
+    assert points.batched is right, name
+    assert all(found.factor.outputs == OUTPUTS for found in Capture(Network(module), x, points=points).factors()), name
 
 
 def test_no_operation_is_called_once_per_output() -> None:
     module, x = placed(cnn().eval(), torch.randn(5, 2, 8, 8))
     network = Network(module)
-    recipe = separate_few(network, x)
+    points = read_capture_points(network, x)
     with _Calls() as forward:
-        capture = Capture(network, x, recipe=recipe)
+        capture = Capture(network, x, points=points)
     with _Calls() as backward:
         list(capture.factors())
     many = {op: count for op, count in backward.of.items() if "backward" in op and count > 4}

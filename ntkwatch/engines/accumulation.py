@@ -1,4 +1,4 @@
-"""The kernel that products are added to: its parts, and products of slabs of J in few calls or a stretch at a time."""
+"""The kernel that products are added to: its parts, and products of slabs of J in few calls or chunk by chunk."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from ntkwatch.engines.base import Reduction
+from ntkwatch.engines.chunked_matmul import add_product, at_once, blocks, row_block_size
 from ntkwatch.engines.machines import machine
-from ntkwatch.engines.outputs import PerOutput
-from ntkwatch.engines.strips import add_product, at_once, blocks, strip_rows
+from ntkwatch.engines.per_output import PerOutput
 
 
 @dataclass
 class Accumulator:
     """What slabs of J are multiplied into.
 
-    Of the kernel of a batch with itself (`same`) only the strips below the diagonal are added to; `finish` mirrors
+    Of the kernel of a batch with itself (`same`) only the blocks below the diagonal are added to; `finish` mirrors
     them. Products of gradients that a weight and its bias share are taken once. `short`: of memory, so that buffers are
     kept small.
     """
@@ -63,16 +63,16 @@ class Accumulator:
         return out if self.reduction == "blocks" else out[None]
 
     def _mirror(self, out: Tensor) -> None:
-        """Fills the strips above the diagonal, where they were left out."""
+        """Mirrors the lower block triangle."""
         if not self.same:
             return
         for matrix in self._matrices(out):
-            for rows in blocks(len(matrix), strip_rows(matrix, self.same)):
+            for rows in blocks(len(matrix), row_block_size(matrix, self.same)):
                 above = slice(0, rows.start)
                 matrix[above, rows] = matrix[rows, above].T
 
     def _products(self, out: Tensor, x: Tensor, y: Tensor) -> None:
-        """out += Σ_q of products of slabs [C, n, q] and [C, m, q], a stretch at a time, in `dtype`."""
+        """out += Σ_q of products of slabs [C, n, q] and [C, m, q], a chunk_of_terms at a time, in `dtype`."""
         matrices = self._matrices(out)
         if self.reduction == "full":
             x, y = ((t if out.is_contiguous() else t.transpose(0, 1)).flatten(0, 1)[None] for t in (x, y))

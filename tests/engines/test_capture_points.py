@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ntkwatch.engines import separation
+from ntkwatch.engines import capture_points
 from ntkwatch.engines.layerwise import Layerwise
 from ntkwatch.guard import leave_no_trace
 from ntkwatch.model import Network
@@ -78,13 +78,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], Callable[[
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with each backward pass that reads or verifies layouts."""
     made: list[int] = []
-    real = separation._backward_once
+    real = capture_points._backward_once
 
     def counted(*args: Any) -> Any:
         made.append(1)
         return real(*args)
 
-    monkeypatch.setattr(separation, "_backward_once", counted)
+    monkeypatch.setattr(capture_points, "_backward_once", counted)
     return made
 
 

@@ -13,7 +13,7 @@ from torch.autograd.graph import Node
 from ntkwatch.engines.factors import Dense, Factor, Outer
 from ntkwatch.engines.graph import Graph, pull, rearranges, variable_of
 from ntkwatch.engines.memory import is_out_of_memory
-from ntkwatch.engines.outputs import PerOutput
+from ntkwatch.engines.per_output import PerOutput
 from ntkwatch.engines.rules import operand_shape
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ntkwatch.engines.factor_sums import densify
 from ntkwatch.engines.factors import Columns, Dense, Factor, Outer
 from ntkwatch.engines.graph import Graph, node_bytes
 from ntkwatch.engines.layouts import Layout, Scattered
-from ntkwatch.engines.outputs import PerOutput
+from ntkwatch.engines.per_output import PerOutput
 from ntkwatch.engines.rules import Use, factor, operand_shape, unfolding
-from ntkwatch.engines.sums import densify
 
 _LARGE = 1 << 22  # bytes of gradients per output: smaller ones are better kept …
 _MUCH = 8  # … and so are those of fewer than this many entries for one of the parameters' …
@@ -35,7 +35,7 @@ def factor_of(node: Any, k: int, grads: Gradients, layout: Layout | Scattered, n
     return factor(Use(node, k, operand_shape(node, k), grads, layout, n))
 
 
-def written_bytes(graph: Graph, node: Any, inputs: Sequence[int], n: int, scale: float = 1.0) -> int | None:
+def early_bytes(graph: Graph, node: Any, inputs: Sequence[int], n: int, scale: float = 1.0) -> int | None:
     """Of one output's Jacobians of a node's inputs, where they are to be written out; None where they are not.
 
     scale: the choice is that for this many times the examples.
@@ -49,7 +49,7 @@ def written_bytes(graph: Graph, node: Any, inputs: Sequence[int], n: int, scale:
 
 
 @dataclass
-class Written:
+class EarlyJacobian:
     """The Jacobians of a node's inputs, from the gradients of one output after the other."""
 
     node: Any

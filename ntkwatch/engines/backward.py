@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ntkwatch.engines.functional import is_out_of_memory, quiet
-from ntkwatch.engines.outputs import PerOutput
+from ntkwatch.engines.per_output import PerOutput
 
 Start = Tensor | GradientEdge
 Keep = Callable[[tuple[Tensor | None, ...]], tuple[Tensor | None, ...]]
 
 
-def in_turn(
+def sequential_passes(
     start: Start, wanted: Sequence[GradientEdge], cotangents: PerOutput, keep: Keep = lambda grads: grads
 ) -> list[PerOutput | None]:
     """The gradients at the wanted edges under each cotangent, what is kept of them; None where there are none."""
@@ -59,7 +59,7 @@ def can_be_batched(f: Tensor, wanted: Sequence[GradientEdge]) -> bool:
     some = torch.rand((2, *f.shape), generator=generator, dtype=torch.float64, device="cpu") + 0.5
     cotangents = PerOutput(some.to(f.device, f.dtype))
     found = at_once(f, wanted, cotangents)
-    return found is not None and all(map(_agree, found, in_turn(f, wanted, cotangents)))
+    return found is not None and all(map(_agree, found, sequential_passes(f, wanted, cotangents)))
 
 
 def _agree(one: PerOutput | None, two: PerOutput | None) -> bool:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ntkwatch.engines.state import Reset, resets, written
+from ntkwatch.engines.kept_state import Reset, resets, written
 from ntkwatch.model import Network, batch_size, inputs_of, is_per_example, leaves
 from ntkwatch.model.batch import as_batch
 from ntkwatch.model.batch_reading import at, name_of
 
 
-def suspect(network: Network) -> str:
+def coupling_module(network: Network) -> str:
     """The module that most likely couples examples, in words; nothing where none is known to."""
     for name, module in network.module.named_modules():
         norm = isinstance(module, nn.modules.batchnorm._NormBase)
@@ -29,12 +29,12 @@ def suspect(network: Network) -> str:
 
 def coupled(network: Network, x: Any) -> str:
     """After "an example's output depends on the other examples of its batch": where, and what to do."""
-    by = suspect(network)
+    by = coupling_module(network)
     end = ": the per-example kernel does not exist"
     return f"{by}{end}" if by else f"{_through(network, x)}{end}; {_by_number(network, x)}"
 
 
-def some_alone(network: Network, x: Any, error: Exception) -> str:
+def describe_partial_batches(network: Network, x: Any, error: Exception) -> str:
     """Said of a model that runs on the whole batch, but fails so on some of its examples."""
     said = next(iter(str(error).splitlines()), "") or type(error).__name__
     return (
@@ -77,7 +77,9 @@ def _through(network: Network, x: Any) -> str:
     return f", perhaps through {', '.join(square[:2])}" if square else ""
 
 
-def unrepeatable(network: Network, x: Any, outputs: Callable[[slice], Tensor], whole: Tensor, limit: Tensor) -> str:
+def describe_randomness(
+    network: Network, x: Any, outputs: Callable[[slice], Tensor], whole: Tensor, limit: Tensor
+) -> str:
     """Said where two forward passes on the same probes differ: by chance, or by state that the model keeps."""
     n = len(whole)
 
