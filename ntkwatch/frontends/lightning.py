@@ -149,7 +149,7 @@ class NTKWatch(Callback):
             return  # a rank did not answer
         self._runner.start()
         self._hide_columns = show_columns(trainer, self._runner.values)
-        opening = Opening(self._settings, trainer, pl_module, self._trial)
+        opening = Opening(self._settings, trainer, pl_module, self._trial, self.schedule.clock)
         self._beginning = Beginning(opening, self._restored, self._earlier.why)
         self._together(trainer, "the look at model and probes", self._beginning.prepare, start=True)
         self._runner.session = self._beginning.session
@@ -258,7 +258,6 @@ class NTKWatch(Callback):
         with true_precision(trainer):
             return self._runner.session.probe(
                 at.step,
-                lambda: self.schedule.overhead,
                 last=last,
                 x=at.x,
                 optimizer=optimizers[0] if len(optimizers) == 1 and not at.late else None,

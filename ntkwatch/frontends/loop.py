@@ -159,6 +159,7 @@ class Watch:
             settings,
             model,
             as_probe_set(settings.wanted.data, settings.targets),
+            self._runner.schedule.clock,
             folder=folder,
             is_log=is_named,
             loggers=settings.loggers or (),
@@ -175,7 +176,6 @@ class Watch:
     def _measure(self, last: bool = False) -> Measurement:
         return self._session.probe(
             self._runner.step,
-            lambda: self._runner.schedule.overhead,
             last=last,
             optimizer=self._optimizers[0] if len(self._optimizers) == 1 else None,
         )

@@ -11,6 +11,7 @@ from ntkwatch import probes as probing
 from ntkwatch.frontends.record_place import place_of
 from ntkwatch.frontends.trainer import as_in_training, hyperparameters, probe_loader
 from ntkwatch.guard import leave_no_trace
+from ntkwatch.measurement.overhead import OverheadClock
 from ntkwatch.model import Batch, Network, as_batch
 from ntkwatch.model.batch_reading import Signature
 from ntkwatch.model.wrappers import unwrap
@@ -31,6 +32,7 @@ class Opening:
     trainer: Any
     pl_module: Any
     trial: bool
+    clock: OverheadClock
 
     @property
     def _n(self) -> int:
@@ -79,6 +81,7 @@ class Opening:
             settings,
             self.pl_module,
             probes if streamed else as_in_training(trainer, probes, settings.seed),
+            self.clock,
             folder=place.folder if place is not None else None,
             is_log=place is not None and place.is_log,
             loggers=[] if self.trial else loggers,

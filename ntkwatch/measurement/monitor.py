@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ntkwatch import diagnostics as table
-from ntkwatch import metrics
 from ntkwatch.diagnostics import View
 from ntkwatch.diagnostics.evaluations import NO_THETA_0, Instruments
 from ntkwatch.engines.auto import Choice, choose
@@ -22,11 +20,13 @@ from ntkwatch.guard import leave_no_trace
 from ntkwatch.linearized.forecast import NO_FORECAST, LinearForecast, at_probe
 from ntkwatch.measurement.arguments import LAYERS, check_arguments, count_outputs, to_measure
 from ntkwatch.measurement.baseline import Baseline, first_statistics, parameter_distances
+from ntkwatch.measurement.comparison import loss_at, path_length, previous_kernel, targets_of
 from ntkwatch.measurement.infinite_limit import WideLimit, wide_limit
 from ntkwatch.measurement.manifest import context, describe, not_finite, optimizers
+from ntkwatch.measurement.overhead import OverheadClock
 from ntkwatch.measurement.reductions import Derived, on_cpu
 from ntkwatch.model import Network, take, to_device
-from ntkwatch.model.loss import LossAt, loss_of
+from ntkwatch.model.loss import loss_of
 from ntkwatch.model.optimizer import read_rule
 from ntkwatch.probes import ProbeSet, encode_targets, taken
 from ntkwatch.record import Measurement, RecordWriter
@@ -107,7 +107,7 @@ class Monitor:
         self.nngp: Tensor | None = None  # [n, n] of the probes, to be set where the limit's own is not to be taken
         self._folder = Path(record) if record is not None else None
         self._writer: RecordWriter | None = None
-        self._clock: tuple[float, float] | None = None
+        self.clock = OverheadClock()  # a front end puts its own here
 
     # ── the baseline ──────────────────────────────────────────────────────────────────────────────────────────────
     def read(self, probes: ProbeSet) -> ProbeSet:
@@ -166,6 +166,18 @@ class Monitor:
         probes: fresh inputs for this call alone; both θ_t and θ_0 are then evaluated on them.
         global_step, epoch: kept beside the step in the measurement.
         """
+        with self.clock.measuring():
+            measurement = self._measure(step, optimizer, probes, global_step=global_step, epoch=epoch)
+            measurement.metrics["overhead"] = self.clock.share
+        if self._folder is not None:
+            if self._writer is None:
+                self._writer = RecordWriter.create(self._folder, self.manifest() | optimizers([optimizer]))
+            self._writer.append(measurement)
+        return measurement
+
+    def _measure(
+        self, step: int, optimizer: torch.optim.Optimizer | None, probes: ProbeSet | None, **at: int | None
+    ) -> Measurement:
         began = time.perf_counter()
         self.network.check_parameters()
         if self.choice is None:
@@ -186,7 +198,7 @@ class Monitor:
         if probes is None and finite:
             self.previous = (step, view.kernel)
             self.path_length = None if isinstance(view.path_length, str) else view.path_length
-        measurement = Measurement(
+        return Measurement(
             step=step,
             metrics=values,
             reasons=reasons,
@@ -195,13 +207,11 @@ class Monitor:
             eigenvalues=view.eigenvalues if finite else torch.full((len(view.trace),), torch.nan),
             seconds=time.perf_counter() - began,
             layer_metrics=by_layer,
-            global_step=global_step,
-            epoch=epoch,
+            **at,
             outputs=kernel.outputs.detach().cpu(),
             context=context(self, kernel, view.floor if finite else None, probes),
             limit=view.limit if first and not isinstance(view.limit, str) else None,
         )
-        return self._with_overhead(measurement, began, optimizer)
 
     def _look(self, step: int, probes: ProbeSet | None, optimizer: torch.optim.Optimizer | None) -> tuple[Kernel, View]:
         """One kernel now, and what it is compared with."""
@@ -218,7 +228,7 @@ class Monitor:
         elif base is not None:
             start, start_layers = self._baseline_on(batch)
         live = self._kernel(batch, None) if statistics and STATISTICS & {*self.diagnostics} else None
-        previous = self._compared(probes)
+        previous = previous_kernel(self, probes)
         view = View(
             step=step,
             kernel=value,
@@ -229,7 +239,7 @@ class Monitor:
             outputs=kernel.outputs.detach().cpu(),
             relative_floor=kernel.noise_floor,
             previous=previous,
-            targets=self._targets(probes),
+            targets=targets_of(self, probes),
             motion=base.motion(self.network, batch, kernel.outputs) if base else "no motion yet: this is the baseline",
             parameter_distances=parameter_distances(self.network, base),
             statistics_kernel=on_cpu(live.value) if live is not None else None,
@@ -237,8 +247,8 @@ class Monitor:
             seed=self.seed,
             theta=derived.full,
             blocks=derived.blocks,
-            path_length=self._path(value, previous),
-            loss=self._loss_at(kernel.outputs, probes),
+            path_length=path_length(self, value, previous),
+            loss=loss_at(self, kernel.outputs, probes),
             optimizer=read_rule(optimizer, self.network.parameters),
             **at_probe(self.forecast, self.network, batch),
             nngp=self.limit.prior(self.nngp, len(self.probes)) if probes is None else FIRST_PROBES,
@@ -247,28 +257,6 @@ class Monitor:
             limit=self.limit.kernel if probes is None else FIRST_PROBES,
         )
         return kernel, view
-
-    def _targets(self, probes: ProbeSet | None) -> Tensor | str:
-        targets, reason = self.targets, self.targets_reason
-        if probes is not None:
-            targets, reason = encode_targets(probes.targets, self.n_outputs)
-        return targets if targets is not None else (reason or "there are no targets")
-
-    def _loss_at(self, outputs: Tensor, probes: ProbeSet | None) -> LossAt | str:
-        raw = (probes or self.probes).targets
-        if isinstance(self.loss, str):
-            return self.loss
-        return LossAt(self.loss, outputs.detach().double(), raw) if raw is not None else "the batch holds no targets"
-
-    def _path(self, value: Tensor, previous: tuple[int, Tensor] | str) -> float | str:
-        if isinstance(previous, str):
-            return 0.0 if self.baseline is None else previous
-        if self.path_length is None:
-            return "the path before this process was not followed"
-        angle = float(metrics.kernel_angle(value, previous[1]))
-        if math.isfinite(angle):
-            return self.path_length + angle
-        return metrics.why_undefined("kernel_angle", value, previous[1]) or "it is not finite"
 
     def _instruments(self, batch: Any, statistics: dict[str, Tensor], kept: dict[str, Tensor]) -> Instruments:
         assert self.choice is not None
@@ -280,11 +268,6 @@ class Monitor:
             return {name: p.detach() for name, p in {**self.network.parameters, **statistics}.items()}
 
         return Instruments(self.network, batch, self.choice.engine, statistics, start, kept, base is None)
-
-    def _compared(self, probes: ProbeSet | None) -> tuple[int, Tensor] | str:
-        if probes is not None:
-            return "resample=True: kernels on different inputs are not compared"
-        return self.previous or "first probe: there is no earlier kernel to compare with"
 
     def _kernel(self, batch: Any, state: Mapping[str, Tensor] | None, reduction: Reduction | None = None) -> Kernel:
         assert self.choice is not None
@@ -300,7 +283,6 @@ class Monitor:
         kernel = self._kernel(batch, state)
         return on_cpu(kernel.value), {name: on_cpu(layer) for name, layer in kernel.layers.items()}
 
-    # ── small things ──────────────────────────────────────────────────────────────────────────────────────────────
     @contextmanager
     def _probe(self) -> Iterator[None]:
         """The guard, with the parameters that were trained at step 0 differentiable even if frozen since."""
@@ -311,18 +293,6 @@ class Monitor:
 
     def _batch(self, probes: ProbeSet) -> Any:
         return self.network.batch(to_device(probes.batch, self.network.device))
-
-    def _with_overhead(self, measurement: Measurement, began: float, optimizer: Any) -> Measurement:
-        """Share of wall time spent in `measure` since its first call, and the record where one is kept."""
-        start, spent = self._clock or (began, 0.0)
-        now = time.perf_counter()
-        self._clock = (start, spent + now - began)
-        measurement.metrics["overhead"] = self._clock[1] / max(now - start, 1e-9)
-        if self._folder is not None:
-            if self._writer is None:
-                self._writer = RecordWriter.create(self._folder, self.manifest() | optimizers([optimizer]))
-            self._writer.append(measurement)
-        return measurement
 
     def manifest(self) -> dict[str, Any]:
         """Everything that a reader needs in order to know what the numbers mean; complete after `start`."""

@@ -12,9 +12,11 @@ import numbers
 import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from ntkwatch.measurement.overhead import OverheadClock
 
 Every = str | int | Sequence[int] | Callable[[int], bool]
 
@@ -23,7 +25,7 @@ _SPARSEST = 3  # … and at its thinnest every eighth k: steps 1, 4, 16, 64, …
 _RECENT = 3  # probes that the next one's cost is predicted from
 _ALWAYS = 64  # a depth that no level reaches: never thinned
 _CLOSING = 0.6  # seconds kept back for the end: the last probe and the last pictures are never dropped
-_STATE = ("_first", "_seen", "last_fired", "level", "_first_cost", "_costs", "_aside")
+_STATE = ("_first", "_seen", "last_fired", "level", "_first_cost", "_costs")
 
 
 class Schedule:
@@ -54,15 +56,12 @@ class Schedule:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._every, self._grid = every, _grid(every)
-        self.budget, self.allowance, self._clock = _checked_budget(budget), _checked_allowance(allowance), clock
+        self.budget, self.allowance = _checked_budget(budget), _checked_allowance(allowance)
+        self.clock = OverheadClock(clock)
         self.last_fired: int | None = None
         self.level = 0  # every 2^level-th point of the grid is probed at present
         self._first: int | None = None  # the first step seen
         self._seen = -1
-        self._spent = self._elapsed = 0.0  # seconds, this run's earlier sessions included
-        self._aside = 0.0  # seconds that the budget does not bound
-        self._since: float | None = None  # clock at the start of this session
-        self._probing_since: float | None = None
         self._pending = False  # a step fired whose probe has not been timed yet
         self._first_cost = 0.0  # seconds; it holds what is only done once, so the next ones replace it
         self._costs: list[float] = []  # seconds of the latest probes
@@ -77,8 +76,7 @@ class Schedule:
 
     def start(self) -> None:
         """Begin to count wall time; again after a resume."""
-        if self._since is None:
-            self._since = self._clock()
+        self.clock.start()
 
     def due(self, step: int, last: bool = False) -> bool:
         """Whether to probe now. A scheduled s fires at the first call with step ≥ s, and once.
@@ -116,7 +114,9 @@ class Schedule:
         """
         assert self.budget is not None
         assert self._first is not None
-        income = self.budget * (self.elapsed - self._aside - self.spent) * step / max(step - self._first, 1)
+        income = (
+            self.budget * (self.elapsed - self.clock.aside_seconds - self.spent) * step / max(step - self._first, 1)
+        )
         purse = income + self._credit / 2
         if purse <= 0:
             return self._grid.sparsest
@@ -126,31 +126,24 @@ class Schedule:
     @contextmanager
     def probing(self) -> Iterator[None]:
         """Time inside counts as probe time, also when it raises; nested calls count once."""
-        self.start()
-        if self._probing_since is not None:
+        if self.clock.is_measuring:
             yield
             return
-        self._probing_since = self._clock()
+        before = self.spent
         try:
-            yield
+            with self.clock.measuring():
+                yield
         finally:
-            cost = self._clock() - self._probing_since
-            self._probing_since = None
-            self._spent += cost
+            cost = self.spent - before
             if self._pending and self._first_cost == 0.0:
                 self._first_cost = cost
             elif self._pending:
                 self._costs = [*self._costs, cost][-_RECENT:]
             self._pending = False
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
+    def aside(self) -> AbstractContextManager[None]:
         """Time inside is overhead, but no probe's: what was asked for at every step cannot be thinned by a budget."""
-        since = self._clock()
-        try:
-            yield
-        finally:
-            self._aside += self._clock() - since
+        return self.clock.aside()
 
     @property
     def predicted(self) -> float:
@@ -160,36 +153,36 @@ class Schedule:
     @property
     def spent(self) -> float:
         """Seconds spent probing, the current probe so far included."""
-        return self._spent + (0.0 if self._probing_since is None else self._clock() - self._probing_since)
+        return self.clock.spent
 
     @property
     def elapsed(self) -> float:
         """Seconds of wall time since the start, earlier sessions of a resumed run included."""
-        return self._elapsed + (0.0 if self._since is None else self._clock() - self._since)
+        return self.clock.elapsed
 
     @property
     def overhead(self) -> float:
         """Share of wall time since the start spent probing and aside, 0 to 1."""
-        elapsed = self.elapsed
-        return (self.spent + self._aside) / elapsed if elapsed > 0 else 0.0
+        return self.clock.share
 
     @property
     def _credit(self) -> float:
         assert self.budget is not None
-        return self.allowance + self.budget * (self.elapsed - self._aside) - self.spent
+        return self.allowance + self.budget * (self.elapsed - self.clock.aside_seconds) - self.spent
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives only: what a resumed run needs to go on as if it had not stopped."""
         state: dict[str, Any] = {name.removeprefix("_"): getattr(self, name) for name in _STATE}
-        return {**state, "costs": list(self._costs), "spent": self.spent, "elapsed": self.elapsed}
+        clock = {"aside": self.clock.aside_seconds, "spent": self.spent, "elapsed": self.elapsed}
+        return {**state, "costs": list(self._costs), **clock}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The other half; time between the two sessions counts as neither spent nor elapsed."""
         for name in _STATE:
             setattr(self, name, state.get(name.removeprefix("_"), getattr(self, name)))  # an older state may lack one
         self._costs = list(self._costs)
-        self._spent, self._elapsed = float(state.get("spent", 0.0)), float(state.get("elapsed", 0.0))
-        self._since = self._probing_since = None
+        self.clock.aside_seconds = state.get("aside", self.clock.aside_seconds)
+        self.clock.restore(float(state.get("spent", 0.0)), float(state.get("elapsed", 0.0)))
         self._pending = False
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -99,17 +98,14 @@ class Session:
                 "number as probes=, or a larger every="
             )
 
-    def probe(
-        self, step: int, overhead: Callable[[], float], last: bool = False, x: int | None = None, **at: Any
-    ) -> Measurement:
+    def probe(self, step: int, last: bool = False, x: int | None = None, **at: Any) -> Measurement:
         """Measure, then write to the record and to every logger.
 
-        overhead: share of wall time, asked after measuring. x: where the run's own metrics stand on the loggers' axis.
+        x: where the run's own metrics stand on the loggers' axis.
         """
         probes = self.monitor.read(self._fresh(step)) if self._fresh is not None and self.begun else None
         first = not self.begun
-        measured = self.monitor.measure(step, probes=probes, **at)
-        measurement = replace(measured, metrics={**measured.metrics, "overhead": overhead()})
+        measurement = self.monitor.measure(step, probes=probes, **at)
         self._tell_unfrozen()
         if first:
             manifest = {**self.monitor.manifest(), **self._extra}

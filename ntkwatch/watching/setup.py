@@ -11,6 +11,7 @@ from torch import nn
 from ntkwatch.loggers.group import LoggerGroup
 from ntkwatch.measurement.manifest import optimizers as optimizer_names
 from ntkwatch.measurement.monitor import Monitor
+from ntkwatch.measurement.overhead import OverheadClock
 from ntkwatch.probes import ProbeSet
 from ntkwatch.watching.messages import warn
 from ntkwatch.watching.session import Session
@@ -21,6 +22,7 @@ def make_session(
     settings: Settings,
     model: nn.Module,
     probes: ProbeSet,
+    clock: OverheadClock,
     *,
     folder: Path | None,
     is_log: bool,
@@ -33,12 +35,15 @@ def make_session(
     """A session whose monitor, record and loggers are those of the settings.
 
     Args:
+        clock: the schedule's, which `ntk/overhead` is read from.
         folder: of the record; None writes nothing.
         is_log: whether that folder was named, by a logger or by the user.
         save_probes, fresh: see `Session`.
     """
+    monitor = Monitor(model, probes, hparams=hparams, **settings.monitor)
+    monitor.clock = clock
     return Session(
-        Monitor(model, probes, hparams=hparams, **settings.monitor),
+        monitor,
         folder,
         LoggerGroup(loggers, warn),
         is_log=is_log,

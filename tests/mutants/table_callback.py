@@ -57,7 +57,7 @@ SCHEDULE = (
         "overhead without the forecast's time",
         "ntk/overhead leaves out what the linear forecast takes",
         "overhead is all that the watch takes",
-        old="(self.spent + self._aside) / elapsed",
+        old="(self.spent + self.aside_seconds) / elapsed",
         new="self.spent / elapsed",
         tests="watching/test_schedule.py::test_time_aside_is_overhead_and_takes_no_probe_away",
     ),

@@ -86,8 +86,8 @@ FORECAST = (
         "forecast's time taken from probes",
         "what the linear forecast takes is charged to the probes' budget",
         "the forecast takes no probe away",
-        old="self._aside += self._clock() - since",
-        new="self._spent += self._clock() - since",
+        old="self.aside_seconds += self.now() - since",
+        new="self._spent += self.now() - since",
         tests="watching/test_schedule.py::test_time_aside_is_overhead_and_takes_no_probe_away",
     ),
     Bug(
