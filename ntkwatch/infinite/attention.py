@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ntkwatch.infinite.field import Cross, Own, Saved
+from ntkwatch.infinite.covariances import CrossKernels, Features, SelfCovariance
 from ntkwatch.infinite.layers import State
 from ntkwatch.infinite.windows import OverPositions
 
@@ -47,29 +47,33 @@ class Attention(OverPositions):
                 raise ValueError(f"Attention needs a finite {name} >= 0, got {getattr(self, name)}.")
 
     def state(self, before: State, notes: set[str]) -> State:
+        """GAUSSIAN: the output weights are fresh."""
         return State.GAUSSIAN
 
     def frozen(self) -> Attention:
+        """The same attention without gradients of its weights."""
         return replace(self, trained=False)
 
-    def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
-        k, saved = _flat(f.cov, f.spatial), ()  # type: tuple[Tensor, Saved]
+    def own(self, f: SelfCovariance, pairs: bool) -> tuple[SelfCovariance, Features]:
+        """Self-covariance of the output [*S, *S', n]; for "softmax" also the attention weights [T, T, n]."""
+        k, saved = _flat(f.cov, f.spatial), ()  # type: tuple[Tensor, Features]
         if self.variant == "linear":
             out = k * k.square().sum(dim=(0, 1)) * (self.w_query * self.w_key) ** 2
         else:
             weights = torch.softmax(k * (self.w_query * self.w_key), dim=1)
             out, saved = torch.einsum("stn,tun,vun->svn", weights, k, weights), (weights,)
         cov = out.mul_((self.w_value * self.w_out) ** 2).add_(self.b_std**2).reshape(f.cov.shape)
-        return replace(f, cov=cov, mean=None, stream=None), saved
+        return replace(f, cov=cov, mean=None, latent=None), saved
 
-    def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
+    def cross(self, f: CrossKernels, a: Features, b: Features, pairs: bool) -> CrossKernels:
+        """NNGP and NTK of the output, both [*S, *S', n1, n2] (Hron et al. 2020, theorems 3 and 4)."""
         k = _flat(f.nngp, f.spatial)
         theta = None if f.ntk is None else _flat(f.ntk, f.spatial)
         nngp, ntk = self._linear(k, theta) if self.variant == "linear" else self._softmax(k, theta, a[0], b[0])
         gain, bias = (self.w_value * self.w_out) ** 2, self.b_std**2
         shape, trained = f.nngp.shape, float(self.trained)
         ntk = (ntk * gain + bias * trained).reshape(shape)
-        return replace(f, nngp=(nngp * gain + bias).reshape(shape), ntk=ntk, stream=None)
+        return replace(f, nngp=(nngp * gain + bias).reshape(shape), ntk=ntk, latent=None)
 
     def _softmax(self, k: Tensor, theta: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         nngp = _mix(a, k, b)

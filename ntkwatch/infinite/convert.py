@@ -9,9 +9,9 @@ from torch import fx, nn
 
 from ntkwatch.infinite import translate
 from ntkwatch.infinite.compose import Serial, Sum
-from ntkwatch.infinite.initialisation import Origin, Weights, copies, origins, uncentred
+from ntkwatch.infinite.initialisation import Origin, Weights, find_copies, has_nonzero_mean, origins
 from ntkwatch.infinite.layers import Layer, State
-from ntkwatch.infinite.trained import ConversionError, Step
+from ntkwatch.infinite.parametrized import ConversionError, Step
 
 
 def from_module(module: nn.Module) -> Serial:
@@ -19,7 +19,7 @@ def from_module(module: nn.Module) -> Serial:
 
     kernel(from_module(module), x) predicts the mean over initialisations of its trace-reduced kernel
     K_0[n, m] = (1/C) Σ_c Θ[n, c, m, c] in evaluation mode, up to O(1/width): every layer keeps its fan_in (so w_grad =
-    fan_in, b_grad = 1 in the standard parametrization) and its initialisation, told from the weights themselves
+    fan_in, b_grad = 1 in the standard parametrization) and its initialisation, inferred from the weights themselves
     (`initialisation` says how each was read). Frozen parameters get no gradient. BatchNorm must not have seen a batch:
     it is then an affine map whose scale and shift contribute to the kernel.
 
@@ -37,7 +37,7 @@ def initialisation(module: nn.Module) -> dict[str, str]:
     out = {}
     for w in converter.weights:
         origin = converter.origins[w.name]
-        ratio = f" (measured {w.measured / origin.variance:.3f} of it)" if origin.variance else ""
+        ratio = f" (measured {w.mean_square / origin.variance:.3f} of it)" if origin.variance else ""
         out[w.name] = origin.scheme + ratio
     return out
 
@@ -59,12 +59,12 @@ class _Converter:
     def spec(self) -> Serial:
         start = self._read()
         for w in self.weights:
-            if uncentred(w):
+            if has_nonzero_mean(w):
                 raise ConversionError(
                     f"{w.name} has a mean that is not sampling error, so it is not a fresh zero-mean draw; "
                     "from_module describes a network at initialisation."
                 )
-        if (pair := copies(self.weights)) is not None:
+        if (pair := find_copies(self.weights)) is not None:
             raise ConversionError(
                 f"{pair[1]} is a copy of {pair[0]} (nn.TransformerEncoder copies its layers), so the two are not "
                 "independent draws: call reset_parameters() on each layer first."

@@ -13,7 +13,7 @@ from ntkwatch.infinite.quadrature import Activation
 from ntkwatch.infinite.softmax import SoftmaxAttention
 from ntkwatch.infinite.windows import AvgPool, Conv
 
-PASS = 1.5e-9  # seconds to go over one float64 entry, on one core of 2020 or later
+PASS_SECONDS = 1.5e-9  # seconds to go over one float64 entry, on one core of 2020 or later
 PASSES = 12  # over a kernel, of a closed-form activation
 
 
@@ -30,7 +30,7 @@ def nominal_seconds(spec: Layer, x: Tensor, x2: Tensor | None = None, *, samples
     wanted = net.pairs_in(False) and bool(positions)
     work = _entries(positions, wanted) * channels / 4
     work += _passes(net, positions, State.OTHER, False, samples)[0]
-    return pairs * work * PASS
+    return pairs * work * PASS_SECONDS
 
 
 def _entries(positions: Positions, pairs: bool) -> float:
@@ -62,7 +62,7 @@ def _weight(layer: Layer, positions: Positions, state: State, samples: int) -> f
     """Passes over the entries of the input's kernels."""
     if isinstance(layer, Elementwise):
         one = 4.0 * layer.degree if isinstance(layer, Activation) else PASSES
-        return 3 * one * samples if state is State.STREAM else one
+        return 3 * one * samples if state is State.LATENT else one
     if isinstance(layer, Conv | AvgPool):
         size = layer.kernel_size if isinstance(layer, Conv) else layer.window
         return 2.0 * sum(size if isinstance(size, tuple) else (size,) * len(positions)) + 4

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ntkwatch.infinite.compose import Serial, Sum
-from ntkwatch.infinite.field import Cross, Draws, Own, Saved, join, take
+from ntkwatch.infinite.covariances import CrossKernels, Draws, Features, SelfCovariance, join, take
 from ntkwatch.infinite.layers import Layer, Positions, State
 from ntkwatch.infinite.softmax import MONTE_CARLO
 from ntkwatch.infinite.windows import AvgPool, Conv
@@ -90,8 +90,8 @@ def _estimate(
     count, found = samples // REPLICATES, []
     for i in range(REPLICATES):
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        told = None if progress is None else _shifted(progress, i)
-        found.append(torch.stack(_evaluate(net, x1, x2, dtype, told, points, Draws(seed, count))))
+        report = None if progress is None else _shifted(progress, i)
+        found.append(torch.stack(_evaluate(net, x1, x2, dtype, report, points, Draws(seed, count))))
     runs = torch.stack(found)
     pairs = [*runs.mean(0), *(runs.std(0) / REPLICATES**0.5)]
     nngp, ntk, nngp_error, ntk_error = (_mirrored(k) for k in pairs) if x2 is None else pairs
@@ -149,12 +149,12 @@ class Inputs:
         self.variance = torch.cat([p.variance for p in parts], dim=-1)
         if not torch.isfinite(self.variance).all():
             raise ValueError(f"{name} has rows whose square overflows {dtype}; rescale them.")
-        self.saved: Saved = join([net.own(p, False)[1] for p in parts])
+        self.saved: Features = join([net.own(p, False)[1] for p in parts])
 
-    def _field(self, rows: slice) -> Own:
+    def _field(self, rows: slice) -> SelfCovariance:
         h = self.channels[..., rows, :]
         cov = h.square().mean(dim=-1) if not self.pairs else _gram(h.flatten(0, -3), self.positions)
-        return Own(cov, h.mean(dim=-1), len(self.positions), self.pairs, None, self.samples, self.draws)
+        return SelfCovariance(cov, h.mean(dim=-1), len(self.positions), self.pairs, None, self.samples, self.draws)
 
 
 def _gram(h: Tensor, positions: Positions) -> Tensor:
@@ -163,7 +163,8 @@ def _gram(h: Tensor, positions: Positions) -> Tensor:
     return (h @ h.mT / h.shape[-1]).movedim(0, -1).reshape(*positions, *positions, -1).contiguous()
 
 
-def cross_input(a: Inputs, b: Inputs, rows: slice, cols: slice) -> Cross:
+def cross_input(a: Inputs, b: Inputs, rows: slice, cols: slice) -> CrossKernels:
+    """Kernels of the raw inputs, ⟨x, x'⟩/channels: [*S, rows, cols] or [*S, *S', rows, cols]; no NTK yet."""
     h, g = a.channels[..., rows, :], b.channels[..., cols, :]
     shape = (*a.positions, *(a.positions if a.pairs else ()), h.shape[-2], g.shape[-2])
     if a.pairs:
@@ -172,7 +173,7 @@ def cross_input(a: Inputs, b: Inputs, rows: slice, cols: slice) -> Cross:
         k = k.unflatten(0, h.shape[:2]).unflatten(-1, g.shape[:2]).transpose(1, 2).reshape(shape)
     else:
         k = h @ g.mT
-    f = Cross(k.div_(h.shape[-1]).contiguous(), None, len(a.positions), a.pairs, None, a.samples, a.draws)
+    f = CrossKernels(k.div_(h.shape[-1]).contiguous(), None, len(a.positions), a.pairs, None, a.samples, a.draws)
     _snap(f, a.variance[..., rows], b.variance[..., cols], h.shape[-1])
     if a is b and rows.start == cols.start:
         size = min(k.shape[-2:])
@@ -180,7 +181,7 @@ def cross_input(a: Inputs, b: Inputs, rows: slice, cols: slice) -> Cross:
     return f
 
 
-def _snap(f: Cross, qa: Tensor, qb: Tensor, channels: int) -> None:
+def _snap(f: CrossKernels, qa: Tensor, qb: Tensor, channels: int) -> None:
     """Makes the cosine of parallel inputs ±1 exactly.
 
     A matrix product rounds differently from entry to entry. Left alone, duplicates would differ by eps here, which

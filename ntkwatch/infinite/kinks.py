@@ -17,7 +17,7 @@ from torch import Tensor
 Pair = Callable[[Tensor], tuple[Tensor, Tensor]]  # u -> φ(u), φ'(u)
 
 ORDERS = 3  # the function itself, its slope and its curvature
-MOST = 64  # kinks that are taken, those nearest to 0
+MAX_KINKS = 64  # kinks that are taken, those nearest to 0
 _DEGREE = 12
 _ROUGH = 1e-9  # of the function's size: what a polynomial may miss of an analytic function
 _OCTAVES, _PARTS = 12, 8  # cells over each sign: those of an octave are as wide, relative to where they are
@@ -127,4 +127,4 @@ def _ends(rough: list[tuple[float, float]]) -> tuple[float, ...]:
     for width, middle in sorted(rough):
         if all(abs(middle - other) > 2 * width + 1e-9 * abs(other) for other in found):
             found.append(middle)
-    return tuple(sorted(sorted(found, key=abs)[:MOST]))
+    return tuple(sorted(sorted(found, key=abs)[:MAX_KINKS]))

@@ -13,17 +13,17 @@ from enum import Enum
 
 from torch import Tensor
 
-from ntkwatch.infinite.field import Cross, Own, Saved
-from ntkwatch.infinite.stream import Scale, Stream
+from ntkwatch.infinite.covariances import CrossKernels, Features, SelfCovariance
+from ntkwatch.infinite.latent_channels import LatentChannel, Scale
 
 Positions = tuple[int, ...]
 
 
 class State(Enum):
-    """What is known of a channel. STREAM: a function of several Gaussians (see `stream`); OTHER: nothing."""
+    """What is known of a channel. LATENT: a function of several Gaussians (see `latent_channels`); OTHER: nothing."""
 
     GAUSSIAN = "Gaussian"
-    STREAM = "stream"
+    LATENT = "latent"
     OTHER = "other"
 
 
@@ -49,11 +49,11 @@ class Layer(ABC):
         return self
 
     @abstractmethod
-    def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
+    def own(self, f: SelfCovariance, pairs: bool) -> tuple[SelfCovariance, Features]:
         """The output's own covariance, and what `cross` will need of each input."""
 
     @abstractmethod
-    def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
+    def cross(self, f: CrossKernels, a: Features, b: Features, pairs: bool) -> CrossKernels:
         """The output's kernels."""
 
 
@@ -71,16 +71,20 @@ class Linear(Layer):
         return t
 
     def state(self, before: State, notes: set[str]) -> State:
+        """GAUSSIAN: a sum over many channels with fresh weights."""
         return State.GAUSSIAN
 
     def frozen(self) -> Layer:
+        """The same layer with w_grad = b_grad = 0."""
         return replace(self, w_grad=0.0, b_grad=0.0)  # type: ignore[type-var]  # its classes are dataclasses
 
-    def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
+    def own(self, f: SelfCovariance, pairs: bool) -> tuple[SelfCovariance, Features]:
+        """w_std² A(Σ) + b_std², [*S, n] or [*S, *S', n]; no features."""
         cov = self.average(f.cov, f.spatial, f.pairs) * self.w_std**2 + self.b_std**2
-        return replace(f, cov=cov, mean=None, stream=None), ()
+        return replace(f, cov=cov, mean=None, latent=None), ()
 
-    def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
+    def cross(self, f: CrossKernels, a: Features, b: Features, pairs: bool) -> CrossKernels:
+        """Σ' and Θ' of the class's formula, both of the shape of the output positions by [n1, n2]."""
         w_grad = self.w_std**2 if self.w_grad is None else self.w_grad
         b_grad = self.b_std**2 if self.b_grad is None else self.b_grad
         nngp = self.average(f.nngp, f.spatial, f.pairs)
@@ -89,9 +93,9 @@ class Linear(Layer):
             ntk.add_(self.average(f.ntk, f.spatial, f.pairs), alpha=self.w_std**2)
         if b_grad:
             ntk.add_(b_grad)
-        # Conv's average is a new tensor; Dense's is the field's own, which a layer may overwrite
+        # Conv's average is a new tensor; Dense's is the input's own, which a layer may overwrite
         nngp.mul_(self.w_std**2)
-        return replace(f, nngp=nngp.add_(self.b_std**2) if self.b_std else nngp, ntk=ntk, stream=None)
+        return replace(f, nngp=nngp.add_(self.b_std**2) if self.b_std else nngp, ntk=ntk, latent=None)
 
 
 @dataclass(frozen=True)
@@ -121,19 +125,22 @@ class LayerNorm(Layer):
     eps: float = 1e-5
 
     def state(self, before: State, notes: set[str]) -> State:
+        """A map that rescales inputs: only GAUSSIAN channels stay what they are."""
         return linear_state(before)
 
-    def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
+    def own(self, f: SelfCovariance, pairs: bool) -> tuple[SelfCovariance, Features]:
+        """The normalised self-covariance, and (1/√(variance + eps), mean), each [*S, n]."""
         centred = f if f.mean is None else replace(f, cov=f.cov - _outer(f, f.mean, f.mean), mean=None)
         scale = (centred.variance.clamp_min(0) + self.eps).rsqrt().nan_to_num(posinf=0.0)
         cov = centred.cov * f.left(scale) * f.right(scale)
-        return replace(centred, cov=cov, stream=None), (scale, f.mean)
+        return replace(centred, cov=cov, latent=None), (scale, f.mean)
 
-    def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
+    def cross(self, f: CrossKernels, a: Features, b: Features, pairs: bool) -> CrossKernels:
+        """Both kernels, normalised by the scales of their two inputs."""
         (sa, ma), (sb, mb) = a, b
         if ma is not None and mb is not None:
             f.nngp.sub_(_outer(f, ma, mb))
-        return replace(f.map(lambda t: t.mul_(f.left(sa)).mul_(f.right(sb))), stream=None)
+        return replace(f.map(lambda t: t.mul_(f.left(sa)).mul_(f.right(sb))), latent=None)
 
 
 @dataclass(frozen=True)
@@ -148,30 +155,35 @@ class Affine(Layer):
     b_grad: float = 1.0
 
     def frozen(self) -> Affine:
+        """The same scale without gradients."""
         return replace(self, w_grad=0.0, b_grad=0.0)
 
-    def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
+    def own(self, f: SelfCovariance, pairs: bool) -> tuple[SelfCovariance, Features]:
+        """scale²·Σ; no features."""
         mean = None if f.mean is None else f.mean * self.scale
-        return replace(f, cov=f.cov * self.scale**2, mean=mean, stream=self._stream(f.stream)), ()
+        return replace(f, cov=f.cov * self.scale**2, mean=mean, latent=self._latent(f.latent)), ()
 
-    def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
+    def cross(self, f: CrossKernels, a: Features, b: Features, pairs: bool) -> CrossKernels:
+        """Σ' = scale² Σ and Θ' = w_grad Σ + b_grad + scale² Θ."""
         ntk = f.nngp * self.w_grad + self.b_grad
         if f.ntk is not None:
             ntk.add_(f.ntk, alpha=self.scale**2)
-        return replace(f, nngp=f.nngp.mul_(self.scale**2), ntk=ntk, stream=self._stream(f.stream))
+        return replace(f, nngp=f.nngp.mul_(self.scale**2), ntk=ntk, latent=self._latent(f.latent))
 
-    def _stream(self, stream: Stream | None) -> Stream | None:
-        return None if stream is None else stream.then(Scale(self.scale, self.w_grad, self.b_grad))
+    def _latent(self, latent: LatentChannel | None) -> LatentChannel | None:
+        return None if latent is None else latent.then(Scale(self.scale, self.w_grad, self.b_grad))
 
 
 @dataclass(frozen=True)
 class Identity(Layer):
     """x."""
 
-    def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
+    def own(self, f: SelfCovariance, pairs: bool) -> tuple[SelfCovariance, Features]:
+        """The input itself; no features."""
         return f, ()
 
-    def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
+    def cross(self, f: CrossKernels, a: Features, b: Features, pairs: bool) -> CrossKernels:
+        """The input itself."""
         return f
 
 
@@ -180,16 +192,18 @@ def linear_state(before: State) -> State:
     return before if before is State.GAUSSIAN else State.OTHER
 
 
-def _outer(f: Own | Cross, a: Tensor, b: Tensor) -> Tensor:
+def _outer(f: SelfCovariance | CrossKernels, a: Tensor, b: Tensor) -> Tensor:
     return f.left(a) * f.right(b)
 
 
 def assign(layer: Layer, **values: object) -> None:
+    """Set fields of a frozen dataclass from its own __init__."""
     for name, value in values.items():
         object.__setattr__(layer, name, value)
 
 
 def check_scales(layer: Linear) -> None:
+    """Raises ValueError where a scale of the layer is negative or not finite."""
     for name in ("w_std", "b_std", "w_grad", "b_grad"):
         value = getattr(layer, name)
         if value is not None and not (value >= 0 and math.isfinite(value)):

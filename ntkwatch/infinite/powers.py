@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ntkwatch.infinite.kinks import ORDERS
 
-FAR = 38.0  # standard deviations: the density is 0 there
-SEEN = 9.0  # here it is 1e-18
+MAX_KINK_POSITION = 38.0  # standard deviations: the density is 0 there
+KINK_RANGE = 9.0  # here it is 1e-18
 _NODES = 48
 _ENTRIES = 2**15  # pairs that are integrated at a time
 
@@ -74,7 +74,7 @@ def pairs(c: Tensor, s: Sequence[Tensor], a: Sequence[Tensor], t: Sequence[Tenso
 def _weighted(s: Sequence[Tensor], a: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """(places [m], weights [3, m]) of the kinks that count for some variable."""
     found = [(place, torch.stack(list(a[ORDERS * k : ORDERS * (k + 1)]))) for k, place in enumerate(s)]
-    return [(place, weights) for place, weights in found if bool((weights.any(0) & (place.abs() < SEEN)).any())]
+    return [(place, weights) for place, weights in found if bool((weights.any(0) & (place.abs() < KINK_RANGE)).any())]
 
 
 def _sum(c: Tensor, s: Tensor, t: Tensor, a: Tensor, b: Tensor) -> Tensor:

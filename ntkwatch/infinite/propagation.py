@@ -3,7 +3,7 @@
 χ of a layer is how much the squared gradient of a hidden unit grows per layer, w_std²·E[φ'(h)²] (Poole et al. 2016;
 Schoenholz et al. 2017). Below 1 gradients vanish and different inputs become alike (ordered), above 1 gradients explode
 and alike inputs part (chaotic), at 1 both keep their scale (critical). Deep networks train to a depth of about 6 ξ,
-ξ = 1/|log χ|. In a residual stream, which grows, χ counts relative to that growth.
+ξ = 1/|log χ|. In a residual latent, which grows, χ counts relative to that growth.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ntkwatch.infinite.compose import Serial, Sum
 from ntkwatch.infinite.convert import from_module
-from ntkwatch.infinite.field import Cross, Draws
+from ntkwatch.infinite.covariances import CrossKernels, Draws
 from ntkwatch.infinite.kernels import Inputs, cross_input
 from ntkwatch.infinite.layers import Layer, State
 from ntkwatch.infinite.softmax import MONTE_CARLO
@@ -140,7 +140,7 @@ def _walk(net: Serial, x: Tensor, here: list[int], start: bool = False) -> list[
     return found
 
 
-def _read_out(f: Cross) -> tuple[Tensor, Tensor]:
+def _read_out(f: CrossKernels) -> tuple[Tensor, Tensor]:
     """Copies of both kernels, as `Flatten` would read them out."""
     f = Flatten().cross(f.diagonal() if f.pairs else f, (), (), False)
     return f.nngp.clone(), torch.zeros_like(f.nngp) if f.ntk is None else f.ntk.clone()

@@ -1,4 +1,4 @@
-"""Activations without a closed form: Hermite series, and their kinks apart."""
+"""Activations without a closed form: Hermite series, with exact terms for their kinks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 
 from ntkwatch.infinite import powers
 from ntkwatch.infinite.activations import Elementwise
-from ntkwatch.infinite.field import Saved
+from ntkwatch.infinite.covariances import Features
 from ntkwatch.infinite.kinks import ORDERS, find_jumps, find_kinks
 
-SMALL = 1e-9  # relative to E[φ²]: a remainder below is not worth a longer series
-LARGE = 1e-3  # above, it is told
-LONGER = 4  # times degree and nodes, for what varies fast
+NEGLIGIBLE_ERROR = 1e-9  # relative to E[φ²]: a remainder below is not worth a longer series
+WARNING_ERROR = 1e-3  # above it, a warning
+EXTENSION = 4  # times degree and nodes, for what varies fast
 _ROUNDING = 1e-13  # of a sum of squares
 _BLOCK = 2**22  # entries of values at nodes that are held at a time
-_SEEN = 1e-13  # of the powers' series, |c|^degree: below, their closed form would add nothing
+_SERIES_TOLERANCE = 1e-13  # of the powers' series, |c|^degree: below, their closed form would add nothing
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,11 @@ class Activation(Elementwise):
         if not 1 <= self.degree < self.nodes:
             raise ValueError(f"Activation needs 1 <= degree < nodes, got degree={self.degree} and nodes={self.nodes}.")
 
-    def prepare(self, q: Tensor) -> Saved:
+    def prepare(self, q: Tensor) -> Features:
+        """Hermite coefficients and kink weights at variances q [..., n]; warns where the error bound exceeds 1e-3."""
         saved, error = self._expanded(q)
         worst = int(error.argmax())
-        if float(error.flatten()[worst]) > LARGE:
+        if float(error.flatten()[worst]) > WARNING_ERROR:
             at, by = (float(x.flatten()[worst]) for x in (q, error))
             warnings.warn(
                 f"Activation({_name(self.fn)}) at variance {at:.3g} may be off by {by:.1e} of E[φ²] or E[φ'²]: it "
@@ -67,7 +68,8 @@ class Activation(Elementwise):
         """A bound of the error at variances q, over all correlations and relative to E[φ²] and E[φ'²]."""
         return self._expanded(q)[1]
 
-    def dual(self, k: Tensor, a: Saved, b: Saved, slope: bool = True) -> tuple[Tensor, Tensor | None]:
+    def dual(self, k: Tensor, a: Features, b: Features, slope: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Both expectations by Mehler's formula, with exact terms at the kinks; shapes as `Elementwise.dual`."""
         inverse, values, slopes, s = a
         other_inverse, other_values, other_slopes, t = b
         c = (k * inverse).mul_(other_inverse).clamp_(-1, 1)
@@ -76,9 +78,15 @@ class Activation(Elementwise):
         )
 
     def first(self, q: Tensor) -> Tensor | None:
+        """E[fn(u)], the Hermite coefficient of order 0, of the shape of q."""
         return self._expanded(q)[0][1][0][0]
 
     def apply(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """fn(u) and its autograd derivative, both of the shape of u.
+
+        Raises:
+            ValueError: fn changes the shape of its argument.
+        """
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             value = self.fn(u)
@@ -91,13 +99,13 @@ class Activation(Elementwise):
             (slope,) = torch.autograd.grad(value.sum(), u, allow_unused=True)
         return value.detach(), torch.zeros_like(value) if slope is None else slope
 
-    def _expanded(self, q: Tensor) -> tuple[Saved, Tensor]:
+    def _expanded(self, q: Tensor) -> tuple[Features, Tensor]:
         """The features of variances q, and the bound of their error."""
-        reach = powers.SEEN * float(q.max().clamp_min(0).sqrt()) if q.numel() else 0.0
+        reach = powers.KINK_RANGE * float(q.max().clamp_min(0).sqrt()) if q.numel() else 0.0
         kinks, jumps = _kinks_of(self, _octave(reach))
         saved, error = _features(self, q, kinks, jumps, self.degree, self.nodes)
-        if float(error.max()) > SMALL:
-            saved, error = _features(self, q, kinks, jumps, LONGER * self.degree, LONGER * self.nodes)
+        if float(error.max()) > NEGLIGIBLE_ERROR:
+            saved, error = _features(self, q, kinks, jumps, EXTENSION * self.degree, EXTENSION * self.nodes)
         return saved, error
 
 
@@ -112,7 +120,7 @@ def _octave(reach: float) -> float:
 
 @lru_cache(maxsize=64)
 def _kinks_of(activation: Activation, reach: float) -> tuple[tuple[float, ...], tuple[Tensor, Tensor]]:
-    """The kinks, as told or as found, and what jumps there."""
+    """The kinks, as given or as detected, and the jumps at them."""
     kinks = activation.kinks
     found = find_kinks(activation.apply, reach) if kinks is None else tuple(sorted(kinks))
     return found, find_jumps(activation.apply, found)
@@ -120,11 +128,11 @@ def _kinks_of(activation: Activation, reach: float) -> tuple[tuple[float, ...], 
 
 def _features(
     activation: Activation, q: Tensor, kinks: tuple[float, ...], jumps: tuple[Tensor, Tensor], degree: int, nodes: int
-) -> tuple[Saved, Tensor]:
+) -> tuple[Features, Tensor]:
     """(1/√q, (series, powers' series, powers' weights) of φ and of φ', places of the kinks), and the error's bound."""
     sigma = q.clamp_min(0).sqrt()
     inverse = ((1 + 2 * torch.finfo(q.dtype).eps) / sigma).masked_fill(sigma == 0, 0)
-    places = tuple((t * inverse).clamp(-powers.FAR, powers.FAR) for t in kinks)
+    places = tuple((t * inverse).clamp(-powers.MAX_KINK_POSITION, powers.MAX_KINK_POSITION) for t in kinks)
     blocks = sigma.flatten().split(max(1, _BLOCK // nodes))
     parts = [_block(activation, block, kinks, jumps, degree, nodes) for block in blocks]
     both, errors = [], []
@@ -145,7 +153,7 @@ def _block(
     nodes: int,
 ) -> list[list[Tensor]]:
     """Of φ and of φ': series and that of its powers alone, [J, m], their weights [3K, m], the error's bound [1, m]."""
-    places = [(t / sigma.clamp_min(1e-300)).clamp(-powers.FAR, powers.FAR) for t in kinks]
+    places = [(t / sigma.clamp_min(1e-300)).clamp(-powers.MAX_KINK_POSITION, powers.MAX_KINK_POSITION) for t in kinks]
     closed = [powers.coefficients(s, degree) for s in places]
     rules = [_hermite(m, degree + 1) for m in (nodes, nodes - (nodes - degree) // 8)]
     z, basis = (x.to(sigma) for x in rules[0])
@@ -182,17 +190,17 @@ def _bound(total: Tensor, smooth: Tensor, own: Tensor, drift: Tensor, size: Tens
     return ((tail + 2 * (tail * last).sqrt()) / size + 2 * (drift / size).sqrt()).masked_fill(total == 0, 0)
 
 
-def _expectation(c: Tensor, a: Saved, s: Saved, b: Saved, t: Saved) -> Tensor:
+def _expectation(c: Tensor, a: Features, s: Features, b: Features, t: Features) -> Tensor:
     """E[φ(u)φ(v)] by the series, and by the powers' own expectation where their series is not yet at its end."""
     (series, own, weights), (others, other_own, other_weights) = a, b
     out = _series(c, series, others)
     if not s or not t:
         return out
-    near = c.abs() ** min(len(series), len(others)) > _SEEN
+    near = c.abs() ** min(len(series), len(others)) > _SERIES_TOLERANCE
     if not bool(near.any()):
         return out
 
-    def some(saved: Saved) -> list[Tensor]:
+    def some(saved: Features) -> list[Tensor]:
         return [x.expand(c.shape)[near] for x in saved]
 
     at = c[near]
@@ -201,7 +209,7 @@ def _expectation(c: Tensor, a: Saved, s: Saved, b: Saved, t: Saved) -> Tensor:
     return out
 
 
-def _series(c: Tensor, a: Saved, b: Saved) -> Tensor:
+def _series(c: Tensor, a: Features, b: Features) -> Tensor:
     """Σ_j a_j b_j c^j by Horner's rule."""
     terms = list(zip(a, b, strict=False))  # the shorter one's tail is below eps
     out = torch.zeros_like(c)
@@ -210,7 +218,7 @@ def _series(c: Tensor, a: Saved, b: Saved) -> Tensor:
     return out
 
 
-def _trim(coefficients: Tensor) -> Saved:
+def _trim(coefficients: Tensor) -> Features:
     """The coefficients a_j [J, *S, n] as a tuple over j, without the tail that no sum of squares can see."""
     flat = coefficients.flatten(1)
     tail = flat.square().flip(0).cumsum(0).flip(0)

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ntkwatch.infinite.field import Cross, Draws, Own, Saved, later
+from ntkwatch.infinite.covariances import CrossKernels, Draws, Features, SelfCovariance, combined_draws
 from ntkwatch.infinite.layers import Dense, State
 from ntkwatch.infinite.windows import OverPositions
 
 MONTE_CARLO = "monte carlo"  # what `state` notes
 RELATIVE_JITTER = 4096  # of eps: lets Cholesky's factor exist where positions repeat
-AT_ONCE = 2**21  # numbers of one temporary
+MAX_CHUNK_ENTRIES = 2**21  # numbers of one temporary
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,17 @@ class SoftmaxAttention(OverPositions):
             raise ValueError(f"SoftmaxAttention needs head_size >= 1 or None, got {self.head_size}.")
 
     def state(self, before: State, notes: set[str]) -> State:
+        """GAUSSIAN; notes that the kernel needs a Monte Carlo estimate."""
         notes.add(MONTE_CARLO)
         return State.GAUSSIAN
 
     def frozen(self) -> SoftmaxAttention:
+        """The same attention with frozen projections."""
         parts = {name: getattr(self, name).frozen() for name in ("query", "key", "value", "out")}
         return replace(self, **parts)
 
-    def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
+    def own(self, f: SelfCovariance, pairs: bool) -> tuple[SelfCovariance, Features]:
+        """Estimated self-covariance [*S, *S', n], and Cholesky factors [T, T, n] of queries and keys."""
         k = _probes_first(f.cov, f.spatial, 1)
         factors = [_root(covariance(d, k)) for d in (self.query, self.key)]
         v = covariance(self.value, k)
@@ -61,20 +64,21 @@ class SoftmaxAttention(OverPositions):
             total += (a @ v[:, None] @ a.mT).sum(dim=1) / draw.share
         cov = _positions_first(covariance(self.out, total), f.cov.shape)
         saved = tuple(t.permute(1, 2, 0) for t in factors)
-        return replace(f, cov=cov, mean=None, stream=None, draws=later(f.draws, f.draws, 1)), saved
+        return replace(f, cov=cov, mean=None, latent=None, draws=combined_draws(f.draws, f.draws, 1)), saved
 
-    def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
+    def cross(self, f: CrossKernels, a: Features, b: Features, pairs: bool) -> CrossKernels:
+        """Estimated NNGP and NTK, both [*S, *S', n1, n2]."""
         shape = f.nngp.shape
         k, theta = (None if t is None else _probes_first(t, f.spatial, 2) for t in (f.nngp, f.ntk))
         assert k is not None
         n1, n2 = shape[-2:]
         first = [_expand(t, n1, n2, left=True) for t in a]
-        both = [[first[0], first[1]], [_given(first[i], covariance(d, k), _expand(b[i], n1, n2, left=False))
+        both = [[first[0], first[1]], [_conditioned(first[i], covariance(d, k), _expand(b[i], n1, n2, left=False))
                 for i, d in enumerate((self.query, self.key))]]  # fmt: skip
         nngp, ntk = self._expectation(k, theta, both, f.draws)
         nngp, ntk = covariance(self.out, nngp), tangent(self.out, nngp, ntk)
         nngp, ntk = (_positions_first(t, shape) for t in (nngp, ntk))
-        return replace(f, nngp=nngp, ntk=ntk, stream=None, draws=later(f.draws, f.draws, 1))
+        return replace(f, nngp=nngp, ntk=ntk, latent=None, draws=combined_draws(f.draws, f.draws, 1))
 
     def _expectation(
         self, k: Tensor, theta: Tensor | None, both: list[list[Tensor]], draws: Draws | None
@@ -103,7 +107,7 @@ class SoftmaxAttention(OverPositions):
             )
         t = like.shape[-1]
         normal = draws.normal(2 * t, self.head_size)
-        size = max(1, AT_ONCE // (like.numel() * max(1, (self.head_size or t) // t)))
+        size = max(1, MAX_CHUNK_ENTRIES // (like.numel() * max(1, (self.head_size or t) // t)))
         for part in zip(*(z.split(size) for z in normal), strict=True):
             z = [p.to(like) for p in part]
             yield _Draw([self._side(f, z) for f in factors], self.causal, 2 * len(normal[0]))
@@ -156,12 +160,12 @@ def _logits(a: Tensor, b: Tensor, v: Tensor, m: Tensor) -> Tensor:
 
 
 def covariance(dense: Dense, k: Tensor) -> Tensor:
-    """What a projection makes of an NNGP."""
+    """The NNGP k after a projection: w_std² k + b_std²."""
     return k * dense.w_std**2 + dense.b_std**2
 
 
 def tangent(dense: Dense, k: Tensor, theta: Tensor | None) -> Tensor:
-    """What a projection makes of an NNGP and an NTK."""
+    """The NTK after a projection, from the NNGP k and the NTK theta (None: 0) before it."""
     w_grad = dense.w_std**2 if dense.w_grad is None else dense.w_grad
     b_grad = dense.b_std**2 if dense.b_grad is None else dense.b_grad
     out = k * w_grad + b_grad
@@ -177,7 +181,7 @@ def _root(k: Tensor) -> Tensor:
     )
 
 
-def _given(first: Tensor, cross: Tensor, second: Tensor) -> Tensor:
+def _conditioned(first: Tensor, cross: Tensor, second: Tensor) -> Tensor:
     """[p, T, 2T]: the second input's factor on the first's draws and on fresh ones, given their covariance."""
     on_first = torch.linalg.solve_triangular(first, cross, upper=False).mT
     values, vectors = torch.linalg.eigh(second @ second.mT - on_first @ on_first.mT)

@@ -10,18 +10,16 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ntkwatch.infinite.activations import Abs, Erf, Gelu, LeakyRelu, Relu, Sin
-from ntkwatch.infinite.heads import ATTENTION, flattens, mixed_step, only_itself, token_index
+from ntkwatch.infinite.attention_detection import ATTENTION, attention_step, flattens, is_self_attention, token_index
 from ntkwatch.infinite.layers import Affine, Layer
-from ntkwatch.infinite.quadrature import Activation
-from ntkwatch.infinite.tokens import Token
-from ntkwatch.infinite.trained import (
+from ntkwatch.infinite.parametrized import (
     ConversionError,
-    Make,
-    Reader,
+    Factory,
+    ModuleReader,
     Step,
     attention,
     batch_norm,
-    const,
+    constant,
     convolution,
     encoder_layer,
     functional_linear,
@@ -29,10 +27,12 @@ from ntkwatch.infinite.trained import (
     linear,
     position,
 )
+from ntkwatch.infinite.quadrature import Activation
+from ntkwatch.infinite.tokens import Token
 from ntkwatch.infinite.windows import AvgPool, Flatten, GlobalAvgPool
 
 IGNORED = {"size", "dim", "getattr", "getitem", "__getitem__"}
-PASS = {"contiguous", "dropout", "dropout1d", "dropout2d", "to", "float", "double", "identity"}
+PASS_THROUGH = {"contiguous", "dropout", "dropout1d", "dropout2d", "to", "float", "double", "identity"}
 ELEMENTWISE: dict[str, Callable[[], Layer]] = {
     "relu": Relu,
     "relu_": Relu,
@@ -52,14 +52,14 @@ SMOOTH = (nn.Tanh, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Mish, nn.ELU, nn.SELU, n
 DROPOUT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
 
 
-def step(reader: Reader, node: fx.Node) -> Step | None:
+def step(reader: ModuleReader, node: fx.Node) -> Step | None:
     """The step of a node that computes from the input, None for bookkeeping such as x.size(0)."""
-    if (mixed := mixed_step(reader, node)) is not None:
+    if (mixed := attention_step(reader, node)) is not None:
         return mixed
     if node.op == "call_module":
         module = reader.modules[str(node.target)]
         if isinstance(module, ATTENTION):
-            only_itself(node, str(node.target), module)
+            is_self_attention(node, str(node.target), module)
         return _one(reader, node, *_module(reader, str(node.target), module, _first(reader, node)))
     name = getattr(node.target, "__name__", str(node.target))
     if name in ("getitem", "__getitem__") and _is_attention(reader, node.args[0]):
@@ -75,13 +75,13 @@ def step(reader: Reader, node: fx.Node) -> Step | None:
     return _one(reader, node, *_call(reader, node, name))
 
 
-def _is_attention(reader: Reader, node: Any) -> bool:
+def _is_attention(reader: ModuleReader, node: Any) -> bool:
     """Whether a node is the pair (output, weights) of nn.MultiheadAttention."""
     called = isinstance(node, fx.Node) and node.op == "call_module" and node in reader.steps
     return called and isinstance(reader.modules[str(node.target)], nn.MultiheadAttention)
 
 
-def _encoder(reader: Reader, name: str, m: nn.Module) -> list[Make]:
+def _encoder(reader: ModuleReader, name: str, m: nn.Module) -> list[Factory]:
     """nn.MultiheadAttention, nn.TransformerEncoderLayer or nn.TransformerEncoder."""
     if isinstance(m, nn.MultiheadAttention):
         return [attention(reader, name, m)]
@@ -95,20 +95,20 @@ def _encoder(reader: Reader, name: str, m: nn.Module) -> list[Make]:
     return layers if m.norm is None else [*layers, *layer_norm(f"{name}.norm", cast(nn.LayerNorm, m.norm))]
 
 
-def _first(reader: Reader, node: fx.Node) -> Step:
+def _first(reader: ModuleReader, node: fx.Node) -> Step:
     source = node.args[0] if node.args else next(iter(node.kwargs.values()))
     if not isinstance(source, fx.Node) or source not in reader.steps:
         raise ConversionError(f"{node.name} does not take the network's signal as its first argument.")
     return reader.steps[source]
 
 
-def _one(reader: Reader, node: fx.Node, layers: list[Make], channels_first: bool) -> Step:
+def _one(reader: ModuleReader, node: fx.Node, layers: list[Factory], channels_first: bool) -> Step:
     source = node.args[0] if node.args else next(iter(node.kwargs.values()))
     assert isinstance(source, fx.Node)
     return Step([source], layers, channels_first)
 
 
-def _module(reader: Reader, name: str, m: nn.Module, before: Step) -> tuple[list[Make], bool]:
+def _module(reader: ModuleReader, name: str, m: nn.Module, before: Step) -> tuple[list[Factory], bool]:
     """The layers of a module, and whether its output has channels first."""
     first = before.channels_first
     if hasattr(m, "parametrizations") or hasattr(m, "weight_g"):
@@ -133,10 +133,10 @@ def _module(reader: Reader, name: str, m: nn.Module, before: Step) -> tuple[list
     if isinstance(m, nn.Flatten):
         if (m.start_dim, m.end_dim) != (1, -1):
             raise ConversionError(f"{name} (Flatten) must flatten everything but the batch.")
-        return [const(Flatten())], False
+        return [constant(Flatten())], False
     if (pool := _pool(name, m)) is not None:
-        return [const(pool)], not isinstance(pool, GlobalAvgPool)
-    return [const(_activation(name, m))], first
+        return [constant(pool)], not isinstance(pool, GlobalAvgPool)
+    return [constant(_activation(name, m))], first
 
 
 def _activation(name: str, m: nn.Module) -> Layer:
@@ -155,31 +155,31 @@ def _activation(name: str, m: nn.Module) -> Layer:
     raise ConversionError(f"{name} ({type(m).__name__}) cannot be converted: {why}.")
 
 
-def _call(reader: Reader, node: fx.Node, name: str) -> tuple[list[Make], bool]:
+def _call(reader: ModuleReader, node: fx.Node, name: str) -> tuple[list[Factory], bool]:
     """The layers of a function or method on the signal."""
     first = _first(reader, node).channels_first
     rest = [*node.args[1:], *[v for k, v in node.kwargs.items() if k not in ("training", "inplace")]]
-    if name in PASS:
+    if name in PASS_THROUGH:
         return [], first
     if name in ELEMENTWISE:
-        return [const(_elementwise(node, name, rest))], first
+        return [constant(_elementwise(node, name, rest))], first
     if name == "gelu":
-        return [const(Gelu() if "tanh" not in rest else Activation(lambda u: F.gelu(u, approximate="tanh")))], first
+        return [constant(Gelu() if "tanh" not in rest else Activation(lambda u: F.gelu(u, approximate="tanh")))], first
     if name == "leaky_relu":
-        return [const(LeakyRelu(float(rest[0]) if rest else 0.01))], first  # type: ignore[arg-type]
+        return [constant(LeakyRelu(float(rest[0]) if rest else 0.01))], first  # type: ignore[arg-type]
     if name == "linear":
         _no_channels_first(first, node.name)
         return [functional_linear(reader, node)], False
     if name == "flatten" and rest in ([1], [1, -1]):
-        return [const(Flatten())], False
+        return [constant(Flatten())], False
     if name in ("view", "reshape") and flattens(rest):
-        return [const(Flatten())], False
+        return [constant(Flatten())], False
     if name == "mean":
-        return [const(_mean(node, rest, first))], False
+        return [constant(_mean(node, rest, first))], False
     if name in ("adaptive_avg_pool1d", "adaptive_avg_pool2d") and rest in ([1], [(1, 1)], [[1, 1]]):
-        return [const(GlobalAvgPool())], False
+        return [constant(GlobalAvgPool())], False
     if name in ("avg_pool1d", "avg_pool2d") and len(rest) == len(node.args) - 1 <= 3:
-        return [const(AvgPool(*[_shape(r) for r in rest]))], True
+        return [constant(AvgPool(*[_shape(r) for r in rest]))], True
     raise ConversionError(f"{node.name} ({name}{_shown(rest)}) cannot be converted: no rule for it.")
 
 
@@ -202,16 +202,16 @@ def _mean(node: fx.Node, rest: list[Any], first: bool) -> Layer:
     return GlobalAvgPool()
 
 
-def _token(reader: Reader, node: fx.Node) -> Step:
+def _token(reader: ModuleReader, node: fx.Node) -> Step:
     """x[:, i] of tokens."""
     source, index = cast(fx.Node, node.args[0]), node.args[1]
     if (token := token_index(index)) is None:
         raise ConversionError(f"{node.name} (x[{index}]) converts where it takes one token, x[:, i].")
     _no_channels_first(reader.steps[source].channels_first, node.name)
-    return Step([source], [const(Token(token))], False)
+    return Step([source], [constant(Token(token))], False)
 
 
-def _add(reader: Reader, node: fx.Node) -> Step:
+def _add(reader: ModuleReader, node: fx.Node) -> Step:
     a, b = node.args[:2]
     for signal, other in ((a, b), (b, a)):
         if not (isinstance(signal, fx.Node) and isinstance(other, fx.Node) and signal in reader.steps):
@@ -224,14 +224,14 @@ def _add(reader: Reader, node: fx.Node) -> Step:
     return Step([a, b], [], reader.steps[a].channels_first)
 
 
-def _scale(reader: Reader, node: fx.Node, name: str) -> Step:
+def _scale(reader: ModuleReader, node: fx.Node, name: str) -> Step:
     signal = [a for a in node.args if isinstance(a, fx.Node)]
     numbers = [float(a) for a in node.args if isinstance(a, int | float)]
     if len(signal) != 1 or (name != "neg" and (len(numbers) != 1 or ("div" in name and node.args[0] is not signal[0]))):
         raise ConversionError(f"{node.name} ({name}) multiplies by what is not a constant, which has no rule.")
     factor = -1.0 if name == "neg" else 1 / numbers[0] if "div" in name else numbers[0]
     layer = Affine(factor, w_grad=0.0, b_grad=0.0)
-    return Step(signal, [const(layer)], reader.steps[signal[0]].channels_first)
+    return Step(signal, [constant(layer)], reader.steps[signal[0]].channels_first)
 
 
 def _pool(name: str, m: nn.Module) -> Layer | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ntkwatch.infinite.field import Cross, Own, Saved, window_mean
+from ntkwatch.infinite.covariances import CrossKernels, Features, SelfCovariance, window_mean
 from ntkwatch.infinite.layers import Layer, Linear, Positions, State, assign, check_scales, linear_state
 
 Size = int | tuple[int, ...]
@@ -50,9 +50,11 @@ class Conv(Linear):
         _check_window(self, kernel_size, stride, padding)
 
     def positions(self, shape: Positions) -> Positions:
+        """The positions of the output; raises ValueError where the window does not fit."""
         return _windows(self, shape, self.kernel_size, self.stride, self.padding)
 
     def average(self, t: Tensor, spatial: int, pairs: bool) -> Tensor:
+        """The mean over the window at each position, or at each pair of positions."""
         for i in range(spatial):
             size, stride = _at(self.kernel_size, i), _at(self.stride, i)
             pads = _pads(t.shape[i], size, stride, _padding_at(self.padding, i))
@@ -78,12 +80,15 @@ class AvgPool(Layer):
         return self.window if self.stride is None else self.stride
 
     def positions(self, shape: Positions) -> Positions:
+        """The positions of the output; raises ValueError where the window does not fit."""
         return _windows(self, shape, self.window, self._stride, self.padding)
 
     def pairs_in(self, pairs: bool) -> bool:
+        """True: a mean over positions mixes all pairs."""
         return True
 
     def state(self, before: State, notes: set[str]) -> State:
+        """A map that treats positions differently: only GAUSSIAN channels stay what they are."""
         return linear_state(before)
 
     def _pool(self, t: Tensor, spatial: int, copies: int) -> Tensor:
@@ -94,12 +99,14 @@ class AvgPool(Layer):
             t = window_mean(t, (d,), size, stride, pads, self.padding == "circular")
         return t
 
-    def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
+    def own(self, f: SelfCovariance, pairs: bool) -> tuple[SelfCovariance, Features]:
+        """Self-covariance [*S, *S', n] of the means; no features."""
         mean = None if f.mean is None else self._pool(f.mean, f.spatial, 1)
-        return replace(f, cov=self._pool(f.cov, f.spatial, 2), mean=mean, stream=None), ()
+        return replace(f, cov=self._pool(f.cov, f.spatial, 2), mean=mean, latent=None), ()
 
-    def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
-        return replace(f.map(lambda t: self._pool(t, f.spatial, 2)), stream=None)
+    def cross(self, f: CrossKernels, a: Features, b: Features, pairs: bool) -> CrossKernels:
+        """NNGP and NTK [*S, *S', n1, n2] of the means."""
+        return replace(f.map(lambda t: self._pool(t, f.spatial, 2)), latent=None)
 
 
 @dataclass(frozen=True)
@@ -107,21 +114,26 @@ class GlobalAvgPool(Layer):
     """The mean over all positions."""
 
     def positions(self, shape: Positions) -> Positions:
+        """No positions; raises ValueError where the input has none."""
         need_positions(self, shape)
         return ()
 
     def pairs_in(self, pairs: bool) -> bool:
+        """True: the mean over positions mixes all pairs."""
         return True
 
     def state(self, before: State, notes: set[str]) -> State:
+        """A map that treats inputs differently: only GAUSSIAN channels stay what they are."""
         return linear_state(before)
 
-    def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
+    def own(self, f: SelfCovariance, pairs: bool) -> tuple[SelfCovariance, Features]:
+        """Self-covariance [n] of the mean over positions; no features."""
         mean = None if f.mean is None else _mean_over(f.mean, f.spatial)
-        return Own(_mean_over(f.cov, 2 * f.spatial), mean, 0, False, samples=f.samples, draws=f.draws), ()
+        return SelfCovariance(_mean_over(f.cov, 2 * f.spatial), mean, 0, False, samples=f.samples, draws=f.draws), ()
 
-    def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
-        return replace(f.map(lambda t: _mean_over(t, 2 * f.spatial)), spatial=0, pairs=False, stream=None)
+    def cross(self, f: CrossKernels, a: Features, b: Features, pairs: bool) -> CrossKernels:
+        """NNGP and NTK [n1, n2] of the mean over positions."""
+        return replace(f.map(lambda t: _mean_over(t, 2 * f.spatial)), spatial=0, pairs=False, latent=None)
 
 
 @dataclass(frozen=True)
@@ -129,20 +141,25 @@ class Flatten(Layer):
     """Positions become channels. Their variances differ, so an activation needs a Dense in between."""
 
     def positions(self, shape: Positions) -> Positions:
+        """No positions."""
         return ()
 
     def pairs_in(self, pairs: bool) -> bool:
+        """False: a flattened position meets only itself."""
         return False
 
     def state(self, before: State, notes: set[str]) -> State:
+        """OTHER: the channels have different variances."""
         return State.OTHER
 
-    def own(self, f: Own, pairs: bool) -> tuple[Own, Saved]:
+    def own(self, f: SelfCovariance, pairs: bool) -> tuple[SelfCovariance, Features]:
+        """Self-covariance [n], the mean over positions; no features."""
         mean = None if f.mean is None else _mean_over(f.mean, f.spatial)
-        return Own(_mean_over(f.cov, f.spatial), mean, 0, False, samples=f.samples, draws=f.draws), ()
+        return SelfCovariance(_mean_over(f.cov, f.spatial), mean, 0, False, samples=f.samples, draws=f.draws), ()
 
-    def cross(self, f: Cross, a: Saved, b: Saved, pairs: bool) -> Cross:
-        return replace(f.map(lambda t: _mean_over(t, f.spatial)), spatial=0, pairs=False, stream=None)
+    def cross(self, f: CrossKernels, a: Features, b: Features, pairs: bool) -> CrossKernels:
+        """NNGP and NTK [n1, n2], the means over positions."""
+        return replace(f.map(lambda t: _mean_over(t, f.spatial)), spatial=0, pairs=False, latent=None)
 
 
 def _mean_over(t: Tensor, leading: int) -> Tensor:
@@ -167,6 +184,7 @@ def _pads(length: int, size: int, stride: int, padding: int | str) -> tuple[int,
 
 
 def need_positions(layer: Layer, shape: Positions) -> None:
+    """Raises ValueError where inputs are plain vectors and the layer needs positions."""
     if not shape:
         raise ValueError(f"{layer} needs positions, got vectors; give inputs [n, C, H, W], [n, C, L] or [n, T, d].")
 
@@ -177,10 +195,12 @@ class OverPositions(Layer):
     mixes = True
 
     def positions(self, shape: Positions) -> Positions:
+        """The same positions; raises ValueError where there are none."""
         need_positions(self, shape)
         return shape
 
     def pairs_in(self, pairs: bool) -> bool:
+        """True."""
         return True
 
 

@@ -18,7 +18,7 @@ from ntkwatch.infinite.softmax import SoftmaxAttention
 from ntkwatch.infinite.tokens import Position
 from ntkwatch.infinite.windows import Conv
 
-Make = Callable[[dict[str, Origin]], Layer]  # layers wait until the initialisation of all weights is known
+Factory = Callable[[dict[str, Origin]], Layer]  # layers wait until the initialisation of all weights is known
 
 
 class ConversionError(ValueError):
@@ -33,28 +33,31 @@ class Step:
     """
 
     sources: list[fx.Node]
-    layers: list[Make]
+    layers: list[Factory]
     channels_first: bool
     mixed: bool = False
 
 
-class Reader(Protocol):
+class ModuleReader(Protocol):
+    """What the functions of this file need of the conversion: the module, its names, and the steps so far."""
+
     module: nn.Module
     modules: dict[str, nn.Module]
     names: dict[int, str]
     steps: dict[fx.Node, Step]
 
-    def register(self, weights: Weights) -> str: ...
+    def register(self, weights: Weights) -> str:
+        """Announce a weight, whose initialisation is decided once all are known; returns its name."""
 
 
-def linear(reader: Reader, prefix: str, weight: Tensor, bias: Tensor | None, factor: float = 1.0) -> Make:
+def linear(reader: ModuleReader, prefix: str, weight: Tensor, bias: Tensor | None, factor: float = 1.0) -> Factory:
     """Dense at this fan_in; factor multiplies the weight."""
     fan_out, fan_in = weight.shape
     w = reader.register(Weights(f"{prefix}weight", weight, fan_in, fan_out))
     return _weights(reader, prefix, w, weight, bias, fan_in, Dense, {}, factor)
 
 
-def attention(reader: Reader, name: str, m: nn.MultiheadAttention) -> Make:
+def attention(reader: ModuleReader, name: str, m: nn.MultiheadAttention) -> Factory:
     """Self-attention at this head size; PyTorch draws queries, keys and values as one weight [3E, E]."""
     if not m._qkv_same_embed_dim or m.bias_k is not None or m.add_zero_attn or not m.batch_first:
         raise ConversionError(
@@ -74,12 +77,12 @@ def attention(reader: Reader, name: str, m: nn.MultiheadAttention) -> Make:
     return make
 
 
-def encoder_layer(reader: Reader, name: str, m: nn.TransformerEncoderLayer, activation: Layer) -> list[Make]:
+def encoder_layer(reader: ModuleReader, name: str, m: nn.TransformerEncoderLayer, activation: Layer) -> list[Factory]:
     """Attention and a two-layer network, each in a residual branch with its norm before or after."""
     first = [attention(reader, f"{name}.self_attn", m.self_attn)]
     second = [
         linear(reader, f"{name}.linear1.", m.linear1.weight, m.linear1.bias),
-        const(activation),
+        constant(activation),
         linear(reader, f"{name}.linear2.", m.linear2.weight, m.linear2.bias),
     ]
     norms = [layer_norm(f"{name}.norm{i}", norm) for i, norm in ((1, m.norm1), (2, m.norm2))]
@@ -88,11 +91,17 @@ def encoder_layer(reader: Reader, name: str, m: nn.TransformerEncoderLayer, acti
     return [residual(first), *norms[0], residual(second), *norms[1]]
 
 
-def residual(branch: list[Make]) -> Make:
+def residual(branch: list[Factory]) -> Factory:
+    """x + branch(x)."""
     return lambda origins: Residual(*[make(origins) for make in branch])
 
 
-def convolution(reader: Reader, name: str, m: nn.Conv1d | nn.Conv2d) -> Make:
+def convolution(reader: ModuleReader, name: str, m: nn.Conv1d | nn.Conv2d) -> Factory:
+    """Conv at this fan_in.
+
+    Raises:
+        ConversionError: groups, dilation, or a padding mode other than zeros and circular.
+    """
     if m.groups != 1 or any(d != 1 for d in m.dilation):
         raise ConversionError(
             f"{name} (Conv with groups={m.groups}, dilation={m.dilation}) cannot be converted: no rule."
@@ -112,7 +121,7 @@ def convolution(reader: Reader, name: str, m: nn.Conv1d | nn.Conv2d) -> Make:
 
 
 def _weights(
-    reader: Reader,
+    reader: ModuleReader,
     prefix: str,
     w: str,
     weight: Tensor,
@@ -121,7 +130,7 @@ def _weights(
     kind: Callable[..., Layer],
     shape: dict[str, Any],
     factor: float,
-) -> Make:
+) -> Factory:
     b = None if bias is None else reader.register(Weights(f"{prefix}bias", bias, fan_in, 1, bias=True))
     gradients = {
         "w_grad": fan_in * factor**2 * weight.requires_grad,
@@ -136,7 +145,8 @@ def _weights(
     return make
 
 
-def functional_linear(reader: Reader, node: fx.Node) -> Make:
+def functional_linear(reader: ModuleReader, node: fx.Node) -> Factory:
+    """Dense of an F.linear call whose weight is a parameter, times a constant perhaps."""
     weight, factor = _parameter(reader, node.args[1] if len(node.args) > 1 else node.kwargs.get("weight"))
     other = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     bias = None if other is None else _parameter(reader, other)
@@ -147,7 +157,7 @@ def functional_linear(reader: Reader, node: fx.Node) -> Make:
     return linear(reader, prefix, weight, None if bias is None else bias[0], factor)
 
 
-def _parameter(reader: Reader, node: Any) -> tuple[Tensor, float]:
+def _parameter(reader: ModuleReader, node: Any) -> tuple[Tensor, float]:
     """A parameter times a constant: NTK parametrizations divide weights by √fan_in."""
     if isinstance(node, fx.Node) and node.op == "get_attr":
         value: Any = reader.module
@@ -165,7 +175,7 @@ def _parameter(reader: Reader, node: Any) -> tuple[Tensor, float]:
     raise ConversionError(f"{node} is used as a weight but is not a parameter of the module times a constant.")
 
 
-def position(reader: Reader, node: fx.Node) -> Make | None:
+def position(reader: ModuleReader, node: fx.Node) -> Factory | None:
     """A learned embedding [1, T, d] or [T, d] that is added to the signal; None for any other node."""
     if node.op != "get_attr":
         return None
@@ -178,7 +188,12 @@ def position(reader: Reader, node: fx.Node) -> Make | None:
     return lambda origins: Position(shape[0], math.sqrt(origins[name].variance), grad)
 
 
-def batch_norm(name: str, m: nn.BatchNorm1d | nn.BatchNorm2d) -> Make:
+def batch_norm(name: str, m: nn.BatchNorm1d | nn.BatchNorm2d) -> Factory:
+    """Affine with the running statistics, which must be those of a fresh module.
+
+    Raises:
+        ConversionError: the statistics come from batches, or weight and bias are not at initialisation.
+    """
     mean, variance = m.running_mean, m.running_var
     if mean is None or variance is None or bool((mean != 0).any()) or bool((variance != variance[0]).any()):
         raise ConversionError(
@@ -186,14 +201,19 @@ def batch_norm(name: str, m: nn.BatchNorm1d | nn.BatchNorm2d) -> Make:
             "or after reset_running_stats()."
         )
     inner = 1 / math.sqrt(float(variance[0]) + m.eps)
-    return const(_affine(name, m.weight, m.bias, inner))
+    return constant(_affine(name, m.weight, m.bias, inner))
 
 
-def layer_norm(name: str, m: nn.LayerNorm) -> list[Make]:
+def layer_norm(name: str, m: nn.LayerNorm) -> list[Factory]:
+    """LayerNorm, followed by Affine where it has parameters.
+
+    Raises:
+        ConversionError: it normalises more than the last dimension.
+    """
     if len(m.normalized_shape) != 1:
         raise ConversionError(f"{name} (LayerNorm over {m.normalized_shape}) normalises positions, which has no rule.")
-    layers: list[Make] = [const(LayerNorm(m.eps))]
-    return [*layers, const(_affine(name, m.weight, m.bias, 1.0))] if m.elementwise_affine else layers
+    layers: list[Factory] = [constant(LayerNorm(m.eps))]
+    return [*layers, constant(_affine(name, m.weight, m.bias, 1.0))] if m.elementwise_affine else layers
 
 
 def _affine(name: str, weight: Tensor | None, bias: Tensor | None, inner: float) -> Affine:
@@ -207,5 +227,6 @@ def _affine(name: str, weight: Tensor | None, bias: Tensor | None, inner: float)
     return Affine(inner * (1.0 if weight is None else float(weight[0].detach())), w_grad, b_grad)
 
 
-def const(layer: Layer) -> Make:
+def constant(layer: Layer) -> Factory:
+    """A layer that needs no weight."""
     return lambda origins: layer

@@ -1,4 +1,4 @@
-"""Attention written by hand: what a module does between its projections and the next Linear, told from its values.
+"""Hand-written attention: what a module computes between its projections and the next Linear, inferred from values.
 
 There are too many ways to write heads (chunk or three projections, view and transpose or unflatten, matmul and softmax
 or scaled_dot_product_attention, masks from buffers) to match them all. The part of the graph in between is run on
@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 
 from ntkwatch.infinite.initialisation import Origin
 from ntkwatch.infinite.layers import Dense, Layer
+from ntkwatch.infinite.parametrized import ConversionError, Factory, ModuleReader, Step, linear
 from ntkwatch.infinite.softmax import SoftmaxAttention
-from ntkwatch.infinite.trained import ConversionError, Make, Reader, Step, linear
 
 ATTENTION = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 MIXING = {"view", "reshape", "unflatten", "chunk", "split", "tensor_split", "unbind", "transpose", "permute", "matmul"}
@@ -29,8 +29,11 @@ ROWS, TOKENS = 2, 4  # of the random projections
 
 
 @dataclass(frozen=True)
-class Heads:
-    """Self-attention in words. order: which third is queries, keys, values; scale: of the logits times √head_size."""
+class HeadLayout:
+    """How self-attention is laid out.
+
+    order: which third is queries, keys, values. scale: of the logits times √head_size.
+    """
 
     head_size: int
     causal: bool
@@ -38,7 +41,7 @@ class Heads:
     order: tuple[int, int, int]
 
 
-def mixed_step(reader: Reader, node: fx.Node) -> Step | None:
+def attention_step(reader: ModuleReader, node: fx.Node) -> Step | None:
     """A step of attention written by hand: among its heads, or the Linear behind them; None for any other node."""
     signals = [n for n in node.all_input_nodes if n in reader.steps]
     name = getattr(node.target, "__name__", str(node.target))
@@ -56,7 +59,7 @@ def mixed_step(reader: Reader, node: fx.Node) -> Step | None:
     return Step(signals, [], False, mixed=True)
 
 
-def _is_linear(reader: Reader, node: fx.Node) -> bool:
+def _is_linear(reader: ModuleReader, node: fx.Node) -> bool:
     return node.op == "call_module" and isinstance(reader.modules[str(node.target)], nn.Linear)
 
 
@@ -72,7 +75,7 @@ def token_index(index: Any) -> int | None:
     return which[1] if one and all(i == slice(None) or i is Ellipsis for i in which[2:]) else None
 
 
-def only_itself(node: fx.Node, name: str, m: nn.Module) -> None:
+def is_self_attention(node: fx.Node, name: str, m: nn.Module) -> None:
     """Attention of one signal to itself, without masks."""
     signals = 3 if isinstance(m, nn.MultiheadAttention) else 1
     given = {
@@ -88,7 +91,7 @@ def only_itself(node: fx.Node, name: str, m: nn.Module) -> None:
         )
 
 
-def attention_between(reader: Reader, node: fx.Node, out: Make) -> tuple[fx.Node, Make]:
+def attention_between(reader: ModuleReader, node: fx.Node, out: Factory) -> tuple[fx.Node, Factory]:
     """The input of the attention that ends in `node`, and its layer with the projection `out` behind it."""
     projections = _frontier(reader, node)
     sources = {reader.steps[p].sources[0] for p in projections}
@@ -108,7 +111,7 @@ def attention_between(reader: Reader, node: fx.Node, out: Make) -> tuple[fx.Node
     return sources.pop(), make
 
 
-def _frontier(reader: Reader, node: fx.Node) -> list[fx.Node]:
+def _frontier(reader: ModuleReader, node: fx.Node) -> list[fx.Node]:
     """The projections that a mix of channels is computed from, in the order of the graph."""
     found: dict[fx.Node, None] = {}
     todo = [node]
@@ -125,13 +128,13 @@ def _frontier(reader: Reader, node: fx.Node) -> list[fx.Node]:
     return [n for n in node.graph.nodes if n in found]
 
 
-def _is_size(reader: Reader, n: fx.Node, user: fx.Node) -> bool:
+def _is_size(reader: ModuleReader, n: fx.Node, user: fx.Node) -> bool:
     """Whether `user` only asks n for its shape."""
     name = getattr(user.target, "__name__", str(user.target))
     return name in ("size", "dim") or (name == "getattr" and user.args[1] in ("shape", "ndim"))
 
 
-def _identify(reader: Reader, node: fx.Node, projections: list[fx.Node]) -> Heads:
+def _identify(reader: ModuleReader, node: fx.Node, projections: list[fx.Node]) -> HeadLayout:
     generator = torch.Generator().manual_seed(0)
     widths = [_width(reader, p) for p in projections]
     drawn = [
@@ -152,7 +155,7 @@ def _identify(reader: Reader, node: fx.Node, projections: list[fx.Node]) -> Head
     raise _unknown(node, "it is no self-attention with softmax over all or all earlier positions")
 
 
-def _candidates(drawn: list[Tensor]) -> Iterator[tuple[Heads, Tensor]]:
+def _candidates(drawn: list[Tensor]) -> Iterator[tuple[HeadLayout, Tensor]]:
     """Every attention that the projections allow, with its output [n, T, H·d]."""
     width = drawn[0].shape[-1] // (3 if len(drawn) == 1 else 1)
     if len({d.shape for d in drawn}) > 1 or (len(drawn) == 1 and drawn[0].shape[-1] % 3):
@@ -179,7 +182,7 @@ def _arrangements(drawn: list[Tensor], h: int, d: int) -> Iterator[list[Tensor]]
         yield list(x.permute(2 + axes.index("3"), 0, 2 + axes.index("h"), 1, 2 + axes.index("d")))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, order: tuple[int, ...]) -> Iterator[tuple[Heads, Tensor]]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, order: tuple[int, ...]) -> Iterator[tuple[HeadLayout, Tensor]]:
     d = q.shape[-1]
     logits = q @ k.mT / math.sqrt(d)
     later = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
@@ -187,10 +190,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, order: tuple[int, ...]) -> Iterator
         for scale in dict.fromkeys((1.0, 1 / math.sqrt(d), math.sqrt(d))):  # 1/√d, 1/d, none
             g = logits * scale
             g = g.masked_fill(later, -math.inf) if causal else g
-            yield Heads(d, causal, scale, cast(Any, order)), (torch.softmax(g, -1) @ v).transpose(1, 2).flatten(2)
+            yield HeadLayout(d, causal, scale, cast(Any, order)), (torch.softmax(g, -1) @ v).transpose(1, 2).flatten(2)
 
 
-def _run(reader: Reader, node: Any, known: dict[fx.Node, Tensor], inputs: Tensor) -> Any:
+def _run(reader: ModuleReader, node: Any, known: dict[fx.Node, Tensor], inputs: Tensor) -> Any:
     """The value of a node, given those of the projections; any other signal only has a shape."""
     if isinstance(node, tuple | list):
         return type(node)(_run(reader, n, known, inputs) for n in node)
@@ -213,7 +216,7 @@ def _run(reader: Reader, node: Any, known: dict[fx.Node, Tensor], inputs: Tensor
     return known[node]
 
 
-def _call(reader: Reader, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+def _call(reader: ModuleReader, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     if node.op == "call_function":
@@ -224,15 +227,15 @@ def _call(reader: Reader, node: fx.Node, args: list[Any], kwargs: dict[str, Any]
     return args[0] if isinstance(module, nn.Dropout) else module(*args, **kwargs)
 
 
-def _width(reader: Reader, node: fx.Node) -> int:
+def _width(reader: ModuleReader, node: fx.Node) -> int:
     return _weight(reader, node).shape[0]
 
 
-def _fan_in(reader: Reader, node: fx.Node) -> int:
+def _fan_in(reader: ModuleReader, node: fx.Node) -> int:
     return _weight(reader, node).shape[1]
 
 
-def _weight(reader: Reader, node: fx.Node) -> Tensor:
+def _weight(reader: ModuleReader, node: fx.Node) -> Tensor:
     module = reader.modules.get(str(node.target)) if node.op == "call_module" else None
     if not isinstance(module, nn.Linear):
         raise _unknown(node, "it splits channels of what is no Linear")

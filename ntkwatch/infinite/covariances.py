@@ -1,8 +1,8 @@
-"""What travels through a spec: covariances over positions and probes, with the positions in front.
+"""What passes between the layers of a spec: covariances over positions and probes, with the positions in front.
 
-``S`` stands for the position axes (none for vectors, T for tokens, H, W for images). A field keeps the covariance of a
+``S`` stands for the position axes (none for vectors, T for tokens, H, W for images). Each holds the covariance of a
 position with itself, ``[*S, ...]``, or of all pairs of positions, ``[*S, *S', ...]`` (``pairs``), never more than the
-layers still to come ask for. Probes come last, so that shifts over positions run over contiguous memory.
+later layers need. Probes come last, so that shifts over positions run over contiguous memory.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntkwatch.infinite.stream import Stream
+from ntkwatch.infinite.latent_channels import LatentChannel
 
-Saved = Any  # nested tuples of None and tensors whose last dimension is the probes
+Features = Any  # nested tuples of None and tensors whose last dimension is the probes
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def _normal(seed: int, count: int, rows: int, columns: int | None) -> list[Tenso
     return list(torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device))
 
 
-def later(a: Draws | None, b: Draws | None, by: int = 0) -> Draws | None:
+def combined_draws(a: Draws | None, b: Draws | None, by: int = 0) -> Draws | None:
     """The draws after both, `by` layers on."""
     if a is None or b is None:
         return None
@@ -51,12 +51,12 @@ def later(a: Draws | None, b: Draws | None, by: int = 0) -> Draws | None:
 
 
 @dataclass(frozen=True)
-class Own:
-    """Every input against itself: what nonlinearities need to know before two inputs can be compared.
+class SelfCovariance:
+    """Covariance of every input with itself: what nonlinearities need before two inputs can be compared.
 
     cov: [*S, n] or, with pairs, [*S, *S', n], the mean over channels of h(s)·h(s').
     mean: [*S, n], the mean over channels of h (only LayerNorm and sums of branches look at it), or None where it is 0.
-    stream: where activations of sums of activations come, how a channel was made; None while it is Gaussian.
+    latent: how a channel is computed from Gaussians, where it is no longer Gaussian itself; else None.
     samples: of the quasi-Monte Carlo for those, 0 where there are none.
     draws: the random numbers of softmax attention, None where nobody asked for an estimate.
     """
@@ -65,7 +65,7 @@ class Own:
     mean: Tensor | None
     spatial: int
     pairs: bool
-    stream: Stream | None = None
+    latent: LatentChannel | None = None
     samples: int = 0
     draws: Draws | None = None
 
@@ -74,20 +74,23 @@ class Own:
         """[*S, n]."""
         return diagonal(self.cov, self.spatial) if self.pairs else self.cov
 
-    def diagonal(self) -> Own:
-        stream = None if self.stream is None else self.stream.map(lambda t: diagonal(t, self.spatial))
-        return replace(self, cov=self.variance, pairs=False, stream=stream)
+    def diagonal(self) -> SelfCovariance:
+        """The same without pairs of positions: cov [*S, *S', n] becomes [*S, n]."""
+        latent = None if self.latent is None else self.latent.map(lambda t: diagonal(t, self.spatial))
+        return replace(self, cov=self.variance, pairs=False, latent=latent)
 
-    def left(self, saved: Saved) -> Saved:
+    def left(self, saved: Features) -> Features:
+        """Features [*S, n] shaped to broadcast as the first argument against `cov`."""
         return sides(saved, self.spatial if self.pairs else 0, left=True, cross=False)
 
-    def right(self, saved: Saved) -> Saved:
+    def right(self, saved: Features) -> Features:
+        """Features [*S, n] shaped to broadcast as the second argument against `cov`."""
         return sides(saved, self.spatial if self.pairs else 0, left=False, cross=False)
 
 
 @dataclass(frozen=True)
-class Cross:
-    """Inputs of one set against inputs of another: nngp and ntk [*S, n1, n2] or [*S, *S', n1, n2].
+class CrossKernels:
+    """Kernels between two sets of inputs: nngp and ntk [*S, n1, n2] or [*S, *S', n1, n2].
 
     The ntk is None before the first layer with parameters. Layers may write into both tensors.
     """
@@ -96,30 +99,34 @@ class Cross:
     ntk: Tensor | None
     spatial: int
     pairs: bool
-    stream: Stream | None = None
+    latent: LatentChannel | None = None
     samples: int = 0
     draws: Draws | None = None
 
-    def map(self, function: Any) -> Cross:
+    def map(self, function: Any) -> CrossKernels:
         """The same linear map over positions of both kernels."""
         return replace(self, nngp=function(self.nngp), ntk=None if self.ntk is None else function(self.ntk))
 
-    def diagonal(self) -> Cross:
-        stream = None if self.stream is None else self.stream.map(lambda t: diagonal(t, self.spatial))
-        return replace(self.map(lambda t: diagonal(t, self.spatial)), pairs=False, stream=stream)
+    def diagonal(self) -> CrossKernels:
+        """The same without pairs of positions: [*S, *S', n1, n2] becomes [*S, n1, n2]."""
+        latent = None if self.latent is None else self.latent.map(lambda t: diagonal(t, self.spatial))
+        return replace(self.map(lambda t: diagonal(t, self.spatial)), pairs=False, latent=latent)
 
-    def clone(self) -> Cross:
+    def clone(self) -> CrossKernels:
+        """A copy whose kernels may be overwritten."""
         return self.map(torch.clone)
 
-    def left(self, saved: Saved) -> Saved:
+    def left(self, saved: Features) -> Features:
+        """Features [*S, n1] of the first inputs, shaped to broadcast against the kernels."""
         return sides(saved, self.spatial if self.pairs else 0, left=True, cross=True)
 
-    def right(self, saved: Saved) -> Saved:
+    def right(self, saved: Features) -> Features:
+        """Features [*S, n2] of the second inputs, shaped to broadcast against the kernels."""
         return sides(saved, self.spatial if self.pairs else 0, left=False, cross=True)
 
 
-def sides(saved: Saved, gap: int, *, left: bool, cross: bool) -> Saved:
-    """Features [*S, m] of one side, shaped to broadcast against a field.
+def sides(saved: Features, gap: int, *, left: bool, cross: bool) -> Features:
+    """Features [*S, m] of one side, shaped to broadcast against a covariance.
 
     gap: the number of position axes of the other side, 0 where the two sides share theirs.
     """
@@ -133,14 +140,14 @@ def sides(saved: Saved, gap: int, *, left: bool, cross: bool) -> Saved:
     return saved.reshape(*positions, *hole, *probes) if left else saved.reshape(*hole, *positions, *probes)
 
 
-def take(saved: Saved, rows: slice) -> Saved:
+def take(saved: Features, rows: slice) -> Features:
     """The features of some probes."""
     if isinstance(saved, tuple):
         return tuple(take(s, rows) for s in saved)
     return None if saved is None else saved[..., rows]
 
 
-def join(parts: list[Saved]) -> Saved:
+def join(parts: list[Features]) -> Features:
     """The features of several sets of probes as one; undoes `take`."""
     if isinstance(parts[0], tuple):
         parts = _same_length(parts)
@@ -150,7 +157,7 @@ def join(parts: list[Saved]) -> Saved:
     return torch.cat(parts, dim=-1)
 
 
-def _same_length(parts: list[Saved]) -> list[Saved]:
+def _same_length(parts: list[Features]) -> list[Features]:
     """A series that was cut earlier for some probes goes on with zeros."""
     longest = max(len(p) for p in parts)
     return [p if len(p) == longest else (*p, *[torch.zeros_like(p[0])] * (longest - len(p))) for p in parts]

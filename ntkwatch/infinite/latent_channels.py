@@ -1,4 +1,4 @@
-"""Activations of what is no longer Gaussian: the stream of a residual network that adds before it activates.
+"""Activations of channels that are not Gaussian: a residual network that adds before it activates.
 
 In relu(g + relu(h)), g fresh and Gaussian, one channel is a function of several independent Gaussians, whose
 covariances between two inputs are all known. No closed form is left, but every entry of the kernel is an expectation
@@ -18,7 +18,10 @@ from torch import Tensor
 
 
 class Pointwise(Protocol):
-    def apply(self, u: Tensor) -> tuple[Tensor, Tensor]: ...
+    """An activation that a latent channel passes through."""
+
+    def apply(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """φ(u) and φ'(u), both of the shape of u."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,9 @@ class Act:
 
 @dataclass(frozen=True)
 class Add:
-    """u -> u + the latent Gaussian of this number; the first one starts the stream."""
+    """u -> u + the latent Gaussian of this number; the first one starts the latent."""
 
-    latent: int
+    index: int
 
 
 @dataclass(frozen=True)
@@ -45,45 +48,49 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Stream:
-    """covs, ntks: of each latent Gaussian, shaped like the field's own. steps: how a channel comes from them."""
+class LatentChannel:
+    """covs, ntks: of each latent Gaussian, shaped like the kernels. steps: how a channel comes from them."""
 
     covs: tuple[Tensor, ...]
     ntks: tuple[Tensor | None, ...]
     steps: tuple[Act | Add | Scale, ...]
 
     @staticmethod
-    def start(cov: Tensor, ntk: Tensor | None) -> Stream:
-        return Stream((cov.clone(),), (None if ntk is None else ntk.clone(),), (Add(0),))
+    def start(cov: Tensor, ntk: Tensor | None) -> LatentChannel:
+        """A channel that is one latent Gaussian with this covariance and tangent kernel (copied)."""
+        return LatentChannel((cov.clone(),), (None if ntk is None else ntk.clone(),), (Add(0),))
 
-    def then(self, step: Act | Scale) -> Stream:
+    def then(self, step: Act | Scale) -> LatentChannel:
+        """The channel after one more step."""
         return replace(self, steps=(*self.steps, step))
 
-    def plus(self, cov: Tensor, ntk: Tensor | None) -> Stream:
+    def plus(self, cov: Tensor, ntk: Tensor | None) -> LatentChannel:
+        """The channel plus a further, independent latent Gaussian (copied)."""
         copy = None if ntk is None else ntk.clone()
-        return Stream((*self.covs, cov.clone()), (*self.ntks, copy), (*self.steps, Add(len(self.covs))))
+        return LatentChannel((*self.covs, cov.clone()), (*self.ntks, copy), (*self.steps, Add(len(self.covs))))
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Stream:
+    def map(self, function: Callable[[Tensor], Tensor]) -> LatentChannel:
+        """`function` applied to the covariances and tangent kernels of all latent Gaussians."""
         ntks = tuple(None if t is None else function(t) for t in self.ntks)
         return replace(self, covs=tuple(function(c) for c in self.covs), ntks=ntks)
 
 
 @dataclass(frozen=True)
 class Moments:
-    """E[uu'], the tangent kernel, E[u]; of the field's shape."""
+    """E[uu'], the tangent kernel, E[u]; of the kernels' shape."""
 
     cov: Tensor
     ntk: Tensor
     mean: Tensor
 
 
-def expectation(stream: Stream, a: tuple[Tensor, ...], b: tuple[Tensor, ...], samples: int) -> Moments:
+def expectation(latent: LatentChannel, a: tuple[Tensor, ...], b: tuple[Tensor, ...], samples: int) -> Moments:
     """Moments of a channel for inputs whose latents have standard deviations a and b (they broadcast)."""
-    mixing = [_mixing(c, sa, sb) for c, sa, sb in zip(stream.covs, a, b, strict=True)]
-    total = [torch.zeros_like(stream.covs[0]) for _ in range(3)]
+    mixing = [_mixing(c, sa, sb) for c, sa, sb in zip(latent.covs, a, b, strict=True)]
+    total = [torch.zeros_like(latent.covs[0]) for _ in range(3)]
     count = 0
-    for z in _points(len(stream.covs), samples):
-        u, v, tangent = _walk(stream, mixing, a, b, z)
+    for z in _points(len(latent.covs), samples):
+        u, v, tangent = _walk(latent, mixing, a, b, z)
         total[0].addcmul_(u, v)
         total[1].add_(tangent)
         total[2].add_(u)
@@ -99,19 +106,19 @@ def _mixing(cov: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _walk(
-    stream: Stream,
+    latent: LatentChannel,
     mixing: list[tuple[Tensor, Tensor]],
     a: tuple[Tensor, ...],
     b: tuple[Tensor, ...],
     z: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One channel of both inputs and its tangent kernel, at one point."""
-    u = v = tangent = torch.zeros_like(stream.covs[0])
-    for step in stream.steps:
+    u = v = tangent = torch.zeros_like(latent.covs[0])
+    for step in latent.steps:
         if isinstance(step, Add):
-            i = step.latent
+            i = step.index
             alpha, beta = mixing[i]
-            x, y, ntk = alpha * z[2 * i], beta * z[2 * i + 1], stream.ntks[i]
+            x, y, ntk = alpha * z[2 * i], beta * z[2 * i + 1], latent.ntks[i]
             u, v = u + (x + y) * a[i], v + (x - y) * b[i]
             tangent = tangent if ntk is None else tangent + ntk
         elif isinstance(step, Scale):
