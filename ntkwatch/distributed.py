@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 TIMEOUT = 300.0  # seconds that ranks wait for one that measures, or that does not come
-PATIENCE = 0.8  # of the timeout: a probe of rank 0's ends there, in time for the others to be told
+DEFAULT_WAIT = 0.8  # of the timeout: a probe of rank 0's ends there, in time for the others to learn of it
 FORESEEN = 0.5  # of the timeout: a probe that may take longer is not begun
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ class Ranks:
     @property
     def patience(self) -> float:
         """Seconds that rank 0 may measure while the others wait for it; without end where there are none."""
-        return math.inf if self.size == 1 else PATIENCE * self.timeout
+        return math.inf if self.size == 1 else DEFAULT_WAIT * self.timeout
 
     def foresee(self, seconds: float, probes: int) -> None:
         """Raises TooLong where a probe of so many examples, which may take so many seconds, is too long to wait for."""

@@ -1,4 +1,4 @@
-"""The command line: arguments → the floors below → terminal, files, exit code (0 fine, 1 a problem found, 2 bad input).
+"""The command line: arguments → the layers below → terminal, files, exit code (0 fine, 1 a problem found, 2 bad input).
 
 What costs a second to import (torch, pandas, matplotlib) is imported by the command that needs it, so that `--help`
 answers at once.
@@ -228,10 +228,10 @@ def doctor(
 ) -> None:
     """How a model would be measured; the cost."""
     from ntkwatch.cli import terminal
-    from ntkwatch.cli.checkup import Asked, check
+    from ntkwatch.cli.doctor import DoctorOptions, examine
 
     names = [name.strip() for name in diagnostics.split(",") if name.strip()]
-    found = check(factory, Asked(reduction, names, probes, outputs, targets))
+    found = examine(factory, DoctorOptions(reduction, names, probes, outputs, targets))
     if as_json:
         _print_json(found.as_dict())
     else:
@@ -270,7 +270,7 @@ def demo(
 
 
 def _run_as_dict(run: Run) -> dict[str, Any]:
-    from ntkwatch.compare import plain
+    from ntkwatch.compare import json_rows
     from ntkwatch.summary import layers_at, summarise
 
     return {
@@ -278,7 +278,7 @@ def _run_as_dict(run: Run) -> dict[str, Any]:
         "others": [str(other) for other in run.others],
         "manifest": run.manifest,
         "summary": summarise(run),
-        "metrics": plain(run.metrics.reset_index()),
+        "metrics": json_rows(run.metrics.reset_index()),
         "layers": {str(step): layers_at(run.layer_metrics, step) for step in run.steps},
         "reasons": {str(step): reasons for step, reasons in run.reasons.items() if reasons},
     }

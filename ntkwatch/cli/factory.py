@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-LONGEST = 400  # characters of somebody else's error
-READY_MADE = "ntkwatch.outputs"  # where a bare name is looked for last
+MAX_MESSAGE_LENGTH = 400  # characters of somebody else's error
+READY_MADE_OUTPUTS = "ntkwatch.outputs"  # where a bare name is looked for last
 
 
 class FactoryError(ValueError):
@@ -34,7 +34,7 @@ class Factory:
             )
         self._module = _module(self.path)
 
-    def made(self) -> tuple[nn.Module, Any]:
+    def build(self) -> tuple[nn.Module, Any]:
         """The model and the batch."""
         factory = getattr(self._module, self.name, None)
         if not callable(factory):
@@ -42,7 +42,7 @@ class Factory:
         try:
             made = factory()
         except Exception as error:
-            raise FactoryError(f"{self.name}() in {self.path} raised {where(error)}") from error
+            raise FactoryError(f"{self.name}() in {self.path} raised {describe_error(error)}") from error
         if not (isinstance(made, tuple | list) and len(made) == 2 and isinstance(made[0], nn.Module)):
             raise FactoryError(
                 f"{self.name}() returned {_kind(made)}: it must return (model, batch), an nn.Module and a batch"
@@ -62,12 +62,12 @@ class Factory:
             if hasattr(place, name):
                 return getattr(place, name)
         where_not = " nor ".join(
-            str(p) for p in ([file] if colon else [self.path, *([READY_MADE] if places[1] else [])])
+            str(p) for p in ([file] if colon else [self.path, *([READY_MADE_OUTPUTS] if places[1] else [])])
         )
         raise FactoryError(f"{option} {spec}: {where_not} has no {name}; define it there, or give FILE:NAME")
 
 
-def where(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """The error and the line that raised it, in one line: the last that is not torch's own, where there is one."""
     frames = traceback.extract_tb(error.__traceback__)
     own = str(Path(__file__).parent.parent)
@@ -77,7 +77,11 @@ def where(error: Exception) -> str:
 
 
 def _ready_made() -> Any:
-    return importlib.import_module(READY_MADE) if importlib.util.find_spec(READY_MADE) is not None else None
+    return (
+        importlib.import_module(READY_MADE_OUTPUTS)
+        if importlib.util.find_spec(READY_MADE_OUTPUTS) is not None
+        else None
+    )
 
 
 def _module(path: Path) -> Any:
@@ -90,7 +94,7 @@ def _module(path: Path) -> Any:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise FactoryError(f"{path} cannot be imported: {where(error)}") from error
+        raise FactoryError(f"{path} cannot be imported: {describe_error(error)}") from error
     finally:
         sys.path.remove(str(path.parent.resolve()))
     return module
@@ -99,7 +103,7 @@ def _module(path: Path) -> Any:
 def _in_one_line(message: str) -> str:
     """Its lines one after the other, and not more of them than can be read."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return textwrap.shorten(" / ".join(lines), LONGEST, placeholder=" …") or "no message"
+    return textwrap.shorten(" / ".join(lines), MAX_MESSAGE_LENGTH, placeholder=" …") or "no message"
 
 
 def _kind(value: Any) -> str:

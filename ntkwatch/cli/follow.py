@@ -53,4 +53,4 @@ def _lines(path: Path) -> None:
             if step not in seen:
                 seen.add(step)
                 values = run.metrics.loc[step].dropna().items()
-                typer.echo(f"step {step}  " + "  ".join(f"{name} {terminal.number(v)}" for name, v in values))
+                typer.echo(f"step {step}  " + "  ".join(f"{name} {terminal.format_number(v)}" for name, v in values))

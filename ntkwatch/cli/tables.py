@@ -16,8 +16,8 @@ from rich.text import Text
 
 from ntkwatch.summary import printable
 
-GAP = 2  # columns between columns
-SHORTEST = 8  # that a name is cut to
+COLUMN_GAP = 2  # columns between columns
+MIN_COLUMN_WIDTH = 8  # that a name is cut to
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,15 @@ class Column:
 
 def stacked(heading: str, names: Sequence[str], columns: Sequence[Column], width: int) -> list[Table]:
     """As few tables below one another as hold all columns."""
-    widest = max((column.least for column in columns), default=0) + GAP
-    together = sum(column.least + GAP for column in columns)
+    widest = max((column.least for column in columns), default=0) + COLUMN_GAP
+    together = sum(column.least + COLUMN_GAP for column in columns)
     room = max(width - together, width // 2)  # a name may be as long as all columns allow, or half the width
-    shown = Column(heading, [middle(name, max(SHORTEST, min(room, width - widest))) for name in names], lines=2)
+    shown = Column(
+        heading, [shorten_middle(name, max(MIN_COLUMN_WIDTH, min(room, width - widest))) for name in names], lines=2
+    )
     tables, group = [], list[Column]()
     for column in columns:
-        if group and shown.least + sum(c.least + GAP for c in (*group, column)) > width:
+        if group and shown.least + sum(c.least + COLUMN_GAP for c in (*group, column)) > width:
             tables.append(table([shown, *group], width))
             group = []
         group.append(column)
@@ -58,8 +60,10 @@ def table(columns: Sequence[Column], width: int, sections: Sequence[tuple[int, s
     sections: (row, title): the title stands above that row.
     """
     least = [column.least for column in columns]
-    spare = width - sum(least) - GAP * (len(columns) - 1)
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, GAP - 1, 0, 0), show_edge=False, header_style="bold")
+    spare = width - sum(least) - COLUMN_GAP * (len(columns) - 1)
+    made = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, COLUMN_GAP - 1, 0, 0), show_edge=False, header_style="bold"
+    )
     for i, column in enumerate(columns):
         whole = len(column.heading) - least[i]
         if 0 < whole <= spare:  # its heading in one line
@@ -75,7 +79,7 @@ def table(columns: Sequence[Column], width: int, sections: Sequence[tuple[int, s
     return made
 
 
-def middle(name: str, width: int) -> str:
+def shorten_middle(name: str, width: int) -> str:
     """A name of at most `width` characters: its two ends, which tell it from its neighbours.
 
     >>> middle("encoder.layers.10.weight", 16)
@@ -89,7 +93,7 @@ def middle(name: str, width: int) -> str:
 
 def pairs(rows: Sequence[tuple[str, str]], style: str = "cyan", width: int | None = None) -> Table:
     """Names and what they are, in two columns."""
-    grid = Table.grid(padding=(0, GAP, 0, 0))
+    grid = Table.grid(padding=(0, COLUMN_GAP, 0, 0))
     grid.width = width
     grid.add_column(min_width=9, no_wrap=True)
     grid.add_column(ratio=1 if width else None)

@@ -13,7 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ntkwatch.cli.tables import GAP, SHORTEST, Column, middle, pairs, stacked, table
+from ntkwatch.cli.tables import COLUMN_GAP, MIN_COLUMN_WIDTH, Column, pairs, shorten_middle, stacked, table
 from ntkwatch.summary import layers_at, never_defined, printable, sparkline, summary_lines, undefined
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PIPED_WIDTH = 200  # wide enough that no table is folded where nobody sees columns
 MOST_LAYERS, MOST_RUNS = 12, 40
-FEWEST_IN_SECTIONS = 30  # rows of a table that is told in sections
+FEWEST_IN_SECTIONS = 30  # rows of a table that is shown in sections
 OTHER = "other"
 COURSE = (16, 8)  # columns of a sparkline, and the fewest
 READABLE = 79  # columns of running text
@@ -74,10 +74,10 @@ def documentation(text: str, width: int) -> list[str]:
     return [row for line in lines for row in textwrap.wrap(line, width, subsequent_indent="    ") or [""]]
 
 
-def number(value: Any, digits: int = 4) -> str:
+def format_number(value: Any, digits: int = 4) -> str:
     """A number with four significant digits; – where undefined.
 
-    >>> number(0.123456), number(None), number(12.0), number(-0.5)
+    >>> format_number(0.123456), format_number(None), format_number(12.0), format_number(-0.5)
     ('0.1235', '–', '12', '−0.5')
     """
     if value is None or not math.isfinite(value):
@@ -116,15 +116,15 @@ def metrics_table(metrics: pd.DataFrame, width: int) -> Table:
     names = [name for _, name in rows]
     steps, bars = _fitting(metrics, names, width)
     values = [_at(metrics, names, step) for step in steps]
-    room = max(SHORTEST, width - sum(each.least + GAP for each in values) - bars - GAP)
-    columns = [Column("metric", [middle(printable(name), room) for name in names])]
+    room = max(MIN_COLUMN_WIDTH, width - sum(each.least + COLUMN_GAP for each in values) - bars - COLUMN_GAP)
+    columns = [Column("metric", [shorten_middle(printable(name), room) for name in names])]
     columns += [*values, Column(f"{len(metrics)} probes", [sparkline(metrics[name], bars) for name in names])]
     starts = [(i, title) for i, (title, _) in enumerate(rows) if title and (i == 0 or rows[i - 1][0] != title)]
     return table(columns, width, starts)
 
 
 def _at(metrics: pd.DataFrame, names: Sequence[str], step: int) -> Column:
-    return Column(f"step {step:,}", [number(metrics[name][step]) for name in names])
+    return Column(f"step {step:,}", [format_number(metrics[name][step]) for name in names])
 
 
 def _fitting(metrics: pd.DataFrame, names: Sequence[str], width: int) -> tuple[list[int], int]:
@@ -133,7 +133,7 @@ def _fitting(metrics: pd.DataFrame, names: Sequence[str], width: int) -> tuple[l
     for count in (4, 3, 2, 1):
         some = sorted({steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)})
         some = some if count > 1 else steps[-1:]
-        taken = sum(len(f"step {step:,}") + GAP for step in some) + max(map(len, names), default=0) + GAP
+        taken = sum(len(f"step {step:,}") + COLUMN_GAP for step in some) + max(map(len, names), default=0) + COLUMN_GAP
         taken += sum(max(0, _at(metrics, names, step).least - len(f"step {step:,}")) for step in some)
         for bars in COURSE if count == 1 else COURSE[:1]:
             if taken + bars <= width:
@@ -159,7 +159,7 @@ def layer_tables(layers: dict[str, dict[str, float]], step: int, width: int) -> 
     more = [f"… {len(order) - MOST_LAYERS} more: --json"] if len(order) > MOST_LAYERS else []
     shown, blank = order[:MOST_LAYERS], [""] * len(more)
     columns = [
-        Column(name.replace("_", " "), [*(number(layers[module].get(name)) for module in shown), *blank])
+        Column(name.replace("_", " "), [*(format_number(layers[module].get(name)) for module in shown), *blank])
         for name in names
     ]
     return stacked(f"layer at step {step:,}", [*map(printable, shown), *more], columns, width)
@@ -198,12 +198,14 @@ def _finite_width(w: FiniteWidth, width: int) -> list[RenderableType]:
     shown = {"distance to K∞": "distance", "over seeds": "deviation", "n·bias": "n_bias", "±": "n_bias_error"}
     shown |= {"n·variance": "n_variance"}
     columns = [Column("runs", [str(int(row["runs"])) for row in rows])]
-    columns += [Column(heading, [number(row[name], 3) for row in rows]) for heading, name in shown.items()]
+    columns += [Column(heading, [format_number(row[name], 3) for row in rows]) for heading, name in shown.items()]
     said = [f"{name}: slope {slope}, {w.reading(name)}.".replace("-", "−") for name, slope in w.slopes.items()]
     if w.why_not_wide is not None:
         said.append(f"The width from which K₀ is within 10 % of its limit is {w.why_not_wide}.")
     if w.wide is not None:
-        said.append(f"K₀ is within 10 % of its limit, in the root mean square, from width {number(w.wide, 3)} on.")
+        said.append(
+            f"K₀ is within 10 % of its limit, in the root mean square, from width {format_number(w.wide, 3)} on."
+        )
     tables = stacked("K₀ at width n", [f"{row['width']:g}" for row in rows], columns, width)
     return [*tables, Text("\n".join(_hanging(said, width))), *_notes(w.notes, width)]
 
@@ -232,7 +234,7 @@ def runs_tables(c: Comparison, width: int) -> list[Table]:
     blank = [""] * len(more)
     columns = [Column(c.x, [*(f"{row[c.x]:g}" for row in rows), *blank])]
     columns.append(Column("seed", [*("–" if _missing(row["seed"]) else str(row["seed"]) for row in rows), *blank]))
-    columns += [Column(SHORT[name], [*(number(row[name], 3) for row in rows), *blank]) for name in names]
+    columns += [Column(SHORT[name], [*(format_number(row[name], 3) for row in rows), *blank]) for name in names]
     return stacked("run", [*(row["run"] for row in rows), *more], columns, width)
 
 
@@ -241,7 +243,7 @@ def slopes_tables(c: Comparison, width: int) -> list[Table]:
     slopes = list(c.slopes.values())
     signed = {"slope": "value", "95 % low": "low", "high": "high"}
     columns = [Column(heading, [_signed(getattr(s, name)) for s in slopes]) for heading, name in signed.items()]
-    columns += [Column("R²", [number(s.r2, 3) for s in slopes]), Column("points", [str(s.n) for s in slopes])]
+    columns += [Column("R²", [format_number(s.r2, 3) for s in slopes]), Column("points", [str(s.n) for s in slopes])]
     columns.append(Column("dof", [str(s.dof) for s in slopes]))
     return stacked(f"slope against {c.x}", list(c.slopes), columns, width)
 
@@ -255,14 +257,14 @@ def difference(d: Difference, width: int) -> RenderableType:
     a, b = d.names
     rows, layers = d.table.to_dict("records"), d.layers.to_dict("records")
     shown = {"angle (rad)": "angle", "CKA": "cka", "log scale B/A": "scale"}
-    columns = [Column(heading, [number(row[name]) for row in rows]) for heading, name in shown.items()]
+    columns = [Column(heading, [format_number(row[name]) for row in rows]) for heading, name in shown.items()]
     parts: list[RenderableType] = [Text(f"A  {a}\nB  {b}", style="bold")]
     parts += stacked("step", [f"{row['step']:,}" for row in rows], columns, width)
     if layers:
         names = [printable(row.pop("layer")) for row in layers]
         headings = ("share A", "share B", "angle (rad)", "CKA", "log scale")
         values = zip(headings, zip(*(row.values() for row in layers), strict=True), strict=True)
-        columns = [Column(heading, [number(v) for v in cells]) for heading, cells in values]
+        columns = [Column(heading, [format_number(v) for v in cells]) for heading, cells in values]
         parts += stacked(f"layer at step {d.step:,}", names, columns, width)
     parts += [Text(printable(f"In one only: {', '.join(d.only)}"))] if d.only else []
     return _spaced(parts)

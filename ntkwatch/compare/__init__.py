@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ntkwatch.compare.diff import Difference, diff_runs
 from ntkwatch.compare.finite_width import FiniteWidth
-from ntkwatch.compare.runs import CompareError, MismatchError, names_of, plain
+from ntkwatch.compare.runs import CompareError, MismatchError, json_rows, names_of
 from ntkwatch.compare.slopes import Slope, fit_slope, read_slope
 from ntkwatch.compare.widths import SLOPES, Comparison, compare_runs
 from ntkwatch.summary import summarise
@@ -20,8 +20,8 @@ __all__ = [
     "compare_runs",
     "diff_runs",
     "fit_slope",
+    "json_rows",
     "names_of",
-    "plain",
     "read_slope",
     "summarise",
 ]

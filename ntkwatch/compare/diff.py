@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ntkwatch.compare.runs import CompareError, MismatchError, differences, last_common_step, names_of, plain
+from ntkwatch.compare.runs import CompareError, MismatchError, differences, json_rows, last_common_step, names_of
 from ntkwatch.record import Run, load_run
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ class Difference:
         return {
             "runs": list(self.names),
             "step": self.step,
-            "steps": plain(self.table),
-            "layers": plain(self.layers),
+            "steps": json_rows(self.table),
+            "layers": json_rows(self.layers),
             "only_in_one": list(self.only),
         }
 

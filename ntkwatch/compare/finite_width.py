@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ntkwatch.compare.runs import names_of, plain, plain_value, some
+from ntkwatch.compare.runs import abbreviated, json_rows, json_value, names_of
 from ntkwatch.compare.slopes import Slope, fit_slope
 from ntkwatch.record import RecordError, Run
 
@@ -151,12 +151,12 @@ class FiniteWidth:
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON types."""
         slopes = {
-            name: {k: plain_value(v) for k, v in slope._asdict().items()} | {"reading": self.reading(name)}
+            name: {k: json_value(v) for k, v in slope._asdict().items()} | {"reading": self.reading(name)}
             for name, slope in self.slopes.items()
         }
         return {
-            "points": plain(self.points),
-            "table": plain(self.table),
+            "points": json_rows(self.points),
+            "table": json_rows(self.table),
             "slopes": slopes,
             "width_within_10_percent": self.wide,
             "width_within_10_percent_reason": self.why_not_wide,
@@ -203,5 +203,5 @@ def _notes(firsts: Sequence[_First], missing: Sequence[tuple[str, str]]) -> list
     if seeds < FEWEST_SEEDS:
         notes.append(f"{seeds} seed{'s' * (seeds != 1)} at some width: deviation over seeds asks for three or more")
     if missing:
-        notes.append(f"without a limit: {some([name for name, _ in missing])} ({missing[0][1]})")
+        notes.append(f"without a limit: {abbreviated([name for name, _ in missing])} ({missing[0][1]})")
     return notes

@@ -47,7 +47,7 @@ def differences(runs: Sequence[Run], of_what: Iterable[str] | None = None) -> li
         for run, name in zip(runs, names_of(runs), strict=True):
             groups.setdefault(of(run.manifest), []).append(name)
         if len(groups) > 1:
-            sides = " against ".join(f"{value} in {some(names)}" for value, names in groups.items())
+            sides = " against ".join(f"{value} in {abbreviated(names)}" for value, names in groups.items())
             clauses.append(f"{what}: {sides}")
     return clauses
 
@@ -72,7 +72,7 @@ def last_common_step(runs: Sequence[Run]) -> int:
     shared = set(runs[0].steps).intersection(*(run.steps for run in runs[1:]))
     if shared:
         return max(shared)
-    ends = some([f"{name} {_span(run)}" for run, name in zip(runs, names_of(runs), strict=True)])
+    ends = abbreviated([f"{name} {_span(run)}" for run, name in zip(runs, names_of(runs), strict=True)])
     raise CompareError(f"the runs share no measured step ({ends}): watch them with the same every=")
 
 
@@ -102,18 +102,18 @@ def seed_of(run: Run) -> int | None:
     return next((int(seed) for seed in seeds if seed is not None and abs(seed) < 2**63), None)
 
 
-def plain(rows: pd.DataFrame) -> list[dict[str, Any]]:
+def json_rows(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows as JSON types; an undefined number is None."""
-    return [{str(k): plain_value(v) for k, v in row.items()} for row in rows.to_dict("records")]
+    return [{str(k): json_value(v) for k, v in row.items()} for row in rows.to_dict("records")]
 
 
-def plain_value(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """One value as a JSON type; None where undefined."""
     import pandas as pd
 
     return None if pd.isna(value) or value in (math.inf, -math.inf) else getattr(value, "item", lambda: value)()
 
 
-def some(names: Sequence[str]) -> str:
+def abbreviated(names: Sequence[str]) -> str:
     """Names for a sentence, cut short when there are many."""
     return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} others"

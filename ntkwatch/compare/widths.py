@@ -18,13 +18,13 @@ from ntkwatch.compare.finite_width import LAW, FiniteWidth, finite_width
 from ntkwatch.compare.runs import (
     CompareError,
     MismatchError,
+    abbreviated,
     differences,
+    json_rows,
+    json_value,
     last_common_step,
     names_of,
-    plain,
-    plain_value,
     seed_of,
-    some,
     x_of,
 )
 from ntkwatch.compare.slopes import LEVEL, Slope, bent, fit_slope, read_slope, reference_lines
@@ -97,16 +97,16 @@ class Comparison:
         return {
             "x": self.x,
             "step": self.step,
-            "runs": plain(self.table),
+            "runs": json_rows(self.table),
             "slopes": {name: self._slope_as_dict(name) for name in self.slopes},
-            "seed_spread": plain(self.seed_spread),
+            "seed_spread": json_rows(self.seed_spread),
             "finite_width": self.finite_width.as_dict() if self.finite_width is not None else None,
             "mismatch": self.mismatch,
             "notes": list(self.notes),
         }
 
     def _slope_as_dict(self, name: str) -> dict[str, Any]:
-        numbers = {key: plain_value(value) for key, value in self.slopes[name]._asdict().items()}
+        numbers = {key: json_value(value) for key, value in self.slopes[name]._asdict().items()}
         return numbers | {"level": LEVEL, "dof": self.slopes[name].dof, "reading": self.reading(name)}
 
 
@@ -156,7 +156,7 @@ def _load(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> l
     runs = [load_run(folder) for folder in folders.values()]
     empty = [str(run.folder) for run in runs if not run.steps]
     if empty:
-        raise CompareError(f"{some(empty)} holds no probe yet: wait for its first, or leave it out")
+        raise CompareError(f"{abbreviated(empty)} holds no probe yet: wait for its first, or leave it out")
     return runs
 
 
@@ -226,7 +226,7 @@ def _ended(runs: Sequence[Run]) -> list[str]:
     for run, name in zip(runs, names_of(runs), strict=True):
         if why := switched_off(run.manifest):
             by_reason.setdefault(printable(why), []).append(name)
-    return [f"{some(names)}: {why[0].lower()}{why[1:]}" for why, names in by_reason.items()]
+    return [f"{abbreviated(names)}: {why[0].lower()}{why[1:]}" for why, names in by_reason.items()]
 
 
 def _seed_spread(runs: Sequence[Run], xs: Iterable[float]) -> pd.DataFrame:

@@ -79,6 +79,7 @@ def _standard_error(name: str) -> Compute:
 
 
 def kernel_angle_corrected(view: View) -> Tensor:
+    """The kernel angle minus its jackknife bias, rad; undefined where the jackknife is."""
     return _jackknife(view, "kernel_angle").corrected
 
 

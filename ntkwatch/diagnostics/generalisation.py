@@ -17,7 +17,7 @@ from ntkwatch.metrics.undefined import Undefined
 RELATIVE_RIDGE = 1e-4  # of tr K/n
 SHUFFLES = 20
 SIDES = 8  # halvings of the probes
-FEWEST = 8  # probes
+MIN_PROBES_PER_HALF = 8  # probes
 
 
 def ridge_of(k: Tensor) -> float:
@@ -77,7 +77,7 @@ def loo_error(view: View) -> Tensor:
 def halves(view: View, n: int | None = None) -> list[tuple[Tensor, Tensor]]:
     """8 seeded (training, held-out) halvings of n things (None: of the probes), the same at every step."""
     n = len(view.square) if n is None else n
-    if n < FEWEST:
+    if n < MIN_PROBES_PER_HALF:
         raise Undefined(f"half of {n} probes is too few to hold out")
     generator = torch.Generator().manual_seed(view.seed)
     orders = [torch.randperm(n, generator=generator, device="cpu") for _ in range(SIDES)]
@@ -177,7 +177,7 @@ def eigenlearning_samples(view: View) -> float:
 def _enough(view: View) -> Tensor:
     """The targets, of probes enough to hold half of them out."""
     y = known(view.targets)
-    if len(y) < FEWEST:
+    if len(y) < MIN_PROBES_PER_HALF:
         raise Undefined(f"half of {len(y)} probes is too few to hold out")
     return y
 

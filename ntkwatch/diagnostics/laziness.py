@@ -15,9 +15,9 @@ from ntkwatch.diagnostics.rounding import above_rounding, departure_rounding, mo
 from ntkwatch.diagnostics.view import View, ask, known
 from ntkwatch.metrics.undefined import Undefined
 
-HALVINGS = 20  # of the self-test's step, at most
-CLEAR = 10  # times the outputs' rounding error: an error that tells something
-LARGEST = 2**24  # entries of a weight: above, its singular values cost more than the probe
+MAX_HALVINGS = 20  # of the self-test's step, at most
+CLEAR_MARGIN = 10  # times the outputs' rounding error: an error that tells something
+MAX_MATRIX_ENTRIES = 2**24  # entries of a weight: above, its singular values cost more than the probe
 
 
 def taylor_ratio(view: View) -> Tensor:
@@ -100,7 +100,7 @@ def spectral_updates(view: View) -> dict[str, float]:
 
 
 def _spectral(w: Tensor, w0: Tensor) -> float:
-    return float(metrics.spectral_update(w, w0)) if w.numel() <= LARGEST else math.nan
+    return float(metrics.spectral_update(w, w0)) if w.numel() <= MAX_MATRIX_ENTRIES else math.nan
 
 
 def feature_correlations(view: View) -> dict[str, float]:
@@ -182,14 +182,14 @@ def _step_errors(view: View) -> tuple[float, float, bool, float]:
 
     def errors() -> tuple[float, float, bool, float]:
         found: list[tuple[float, float]] = []  # each error, and how much of it rounding makes
-        for df, lr in itertools.islice(model.gradient_steps(loss), HALVINGS + 1):
+        for df, lr in itertools.islice(model.gradient_steps(loss), MAX_HALVINGS + 1):
             error = float(ask("one_step_error", df, theta, loss.gradient, lr))
             rounding = float(model.rounding(view.outputs) / df.norm())
-            if len(found) >= 2 and error <= CLEAR * rounding:
+            if len(found) >= 2 and error <= CLEAR_MARGIN * rounding:
                 break
             found.append((error, rounding))
         (whole, at_whole), (half, at_half) = found[-2:]
-        return whole, half, half > CLEAR * at_half, at_whole
+        return whole, half, half > CLEAR_MARGIN * at_half, at_whole
 
     return model.once("one_step", errors)
 

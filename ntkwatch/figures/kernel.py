@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntkwatch.figures.scales import apart, by_log, level_bar, plain_log
-from ntkwatch.figures.style import QUIET, WARM, panel, say, styled, subtitle
+from ntkwatch.figures.scales import apart, level_bar, log_colours, plain_log
+from ntkwatch.figures.style import QUIET, WARM, panel, styled, subtitle, write_message
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,13 +35,13 @@ def spectra(
     figure, axes = panel(title, "rank k", "eigenvalue $λ_k$")
     axes.set(xscale="log", yscale="log")
     steps = sorted(eigenvalues_by_step)
-    colours, norm = by_log(steps)
+    colours, norm = log_colours(steps)
     shown = {step: _positive(eigenvalues_by_step[step]) for step in steps}
     for step, (rank, values) in shown.items():
         axes.plot(rank, values, color=colours(norm(step)), marker="o", markersize=3, linewidth=1.6)
     least = min((float(values.min()) for _, values in shown.values() if values.size), default=None)
     if least is None:
-        say(axes, "no positive eigenvalue")
+        write_message(axes, "no positive eigenvalue")
         return figure
     _floor(axes, noise_floor, least)
     plain_log(axes.xaxis)

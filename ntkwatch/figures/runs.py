@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ntkwatch.figures.scales import by_log, level_bar, plain_log, step_axis, ticks_at, words
-from ntkwatch.figures.style import ACCENT, PALETTE, QUIET, panel, remark, say, styled, subtitle
+from ntkwatch.figures.scales import axis_label, level_bar, log_colours, plain_log, step_axis, ticks_at
+from ntkwatch.figures.style import ACCENT, PALETTE, QUIET, panel, styled, subtitle, write_message, write_note
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,13 +23,20 @@ class SlopeLike(Protocol):
     """A log–log slope with its 95 % interval over n points; the bounds are NaN where there is no interval."""
 
     @property
-    def value(self) -> float: ...
+    def value(self) -> float:
+        """The exponent."""
+
     @property
-    def low(self) -> float: ...
+    def low(self) -> float:
+        """Lower end of the 95 % interval."""
+
     @property
-    def high(self) -> float: ...
+    def high(self) -> float:
+        """Upper end of the 95 % interval."""
+
     @property
-    def n(self) -> int: ...
+    def n(self) -> int:
+        """How many points were fitted."""
 
 
 @styled
@@ -50,11 +57,11 @@ def width_slopes(
     exponent → words, drawn from the line's left end (default −1 and 0). ``note`` is printed on the figure.
     """
     rows = table[(table[x] > 0) & (table[name] > 0)]
-    figure, axes = panel(title or words(name), words(x), words(name))
+    figure, axes = panel(title or axis_label(name), axis_label(x), axis_label(name))
     axes.set(xscale="log", yscale="log")
-    remark(figure, note)
+    write_note(figure, note)
     if rows.empty:
-        say(axes, "no positive value")
+        write_message(axes, "no positive value")
         return figure
     xs, ys = rows[x].to_numpy(float), rows[name].to_numpy(float)
     if name in slopes:
@@ -75,19 +82,19 @@ def metric_curves(
     linear to 1 and logarithmic from there, as steps are probed. Undefined values are left out.
     """
     rows = history[(history["metric"] == name) & np.isfinite(history["value"].astype(float))]
-    figure, axes = panel(title or words(name), "step", words(name))
-    remark(figure, note)
+    figure, axes = panel(title or axis_label(name), "step", axis_label(name))
+    write_note(figure, note)
     if rows.empty:
-        say(axes, "no defined value")
+        write_message(axes, "no defined value")
         return figure
     levels = sorted(set(rows[x]))
-    colours, norm = by_log(levels)
+    colours, norm = log_colours(levels)
     for (_, level), run in rows.groupby(["run", x], sort=False):
         run = run.sort_values("step")
         axes.plot(run["step"], run["value"], color=colours(norm(level)), marker="o", markersize=3.5, linewidth=1.6)
     step_axis(axes, int(rows["step"].max()))
     if len(levels) > 1:
-        level_bar(figure, axes, levels, colours, norm, words(x))
+        level_bar(figure, axes, levels, colours, norm, axis_label(x))
     return figure
 
 
@@ -99,7 +106,7 @@ def slopes_together(
 
     ``groups``: kind -> (table, slope), a row a run with the columns ``x`` and ``name``; at most four kinds.
     """
-    figure, axes = panel(title or words(name), words(x), words(name), size=(7.4, 4.8))
+    figure, axes = panel(title or axis_label(name), axis_label(x), axis_label(name), size=(7.4, 4.8))
     axes.set(xscale="log", yscale="log")
     places: set[float] = set()
     for (kind, (table, slope)), colour in zip(groups.items(), PALETTE, strict=False):
@@ -124,11 +131,11 @@ def named_curves(metrics: pd.DataFrame, names: Sequence[str], *, title: str, uni
     figure, axes = panel(title, "step", unit)
     shown = metrics[list(names)].dropna(how="all")
     if shown.empty:
-        say(axes, "no defined value")
+        write_message(axes, "no defined value")
         return figure
     for name, colour in zip(names, PALETTE, strict=False):
         values = shown[name].dropna()
-        axes.plot(values.index, values, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=words(name))
+        axes.plot(values.index, values, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=axis_label(name))
     step_axis(axes, int(shown.index[-1]))
     axes.legend(frameon=False)
     return figure

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def words(name: str) -> str:
+def axis_label(name: str) -> str:
     """A metric's name as a title."""
     return name.replace("_", " ")
 
 
-def by_log(levels: Sequence[float]) -> tuple[Colormap, Normalize]:
+def log_colours(levels: Sequence[float]) -> tuple[Colormap, Normalize]:
     """Colours even on a log axis from the least level to the greatest; with 0 among them, on log(½ + level)."""
     import matplotlib
     from matplotlib.colors import FuncNorm, ListedColormap

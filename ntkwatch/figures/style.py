@@ -97,12 +97,12 @@ def subtitle(axes: Axes, text: str | None, color: str = QUIET) -> None:
         axes.annotate(text, (0, 1), xycoords="axes fraction", xytext=(0, 9), textcoords="offset points", color=color)
 
 
-def say(axes: Axes, text: str) -> None:
+def write_message(axes: Axes, text: str) -> None:
     """What stands in a panel that has nothing to show."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=QUIET, fontsize=14)
 
 
-def remark(figure: Figure, note: str | None) -> None:
+def write_note(figure: Figure, note: str | None) -> None:
     """A warning printed under the panel."""
     if note:
         import textwrap

@@ -112,7 +112,7 @@ def _participants(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 def _is_single_rank(group: Any) -> bool:
-    """Whether it is a group, or the name of one, that has this rank alone; no where that cannot be told."""
+    """Whether it is a group, or the name of one, that has this rank alone; False where it is unknown."""
     try:
         named = isinstance(group, str)
         found: Any = dist.distributed_c10d._resolve_process_group if named else dist.ProcessGroup.unbox

@@ -37,7 +37,10 @@ def _restore_later(undo: list[Undo], get: Callable[[], Any], put: Callable[[Any]
 
 
 def guard_flags(undo: list[Undo], recurrent: bool = False) -> None:
-    """`recurrent`: on a GPU, where cuDNN's recurrent layers have no backward pass in evaluation mode."""
+    """Set torch's global flags for a probe (gradients on, autocast and TF32 off); `undo` gains what restores them.
+
+    recurrent: some layer uses cuDNN's recurrent kernels, which have no backward pass in evaluation mode.
+    """
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     _restore_later(undo, torch.is_grad_enabled, torch._C._set_grad_enabled, True)
     for device in _AUTOCAST:
@@ -161,6 +164,7 @@ def _write_precision(state: _Precision) -> None:
 
 
 def guard_generators(undo: list[Undo]) -> None:
+    """Save the random state of Python, NumPy and torch (CPU, started GPUs); `undo` gains what restores it."""
     sources: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
         (random.getstate, random.setstate),
         (lambda: np.random.get_state(legacy=False), np.random.set_state),  # noqa: NPY002 the run's, not ours

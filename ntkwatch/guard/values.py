@@ -103,9 +103,11 @@ class SavedContainers:
         self.large: list[tuple[Any, int]] = []
 
     def keep(self, box: Any) -> None:
+        """Save the items of one container, up to 100,000; a second call for the same one has no effect."""
         self.keep_all([box])
 
     def keep_all(self, boxes: list[Any]) -> None:
+        """Save several containers."""
         self.empty += [box for box in boxes if not box]
         large = [box for box in boxes if len(box) > _LARGE and isinstance(box, list | dict)]
         self.large += [(box, len(box)) for box in large]
@@ -113,6 +115,7 @@ class SavedContainers:
         self.full += [(box, dict(box) if isinstance(box, dict) else list(box)) for box in copied if box]
 
     def restore(self) -> None:
+        """Put back the saved items of every container; may run more than once."""
         for box in self.empty:
             if box:
                 _base(box).clear(box)
@@ -144,6 +147,7 @@ def same(box: dict[Any, Any], saved: dict[Any, Any]) -> bool:
 
 
 def is_container(value: object) -> bool:
+    """Whether a value is a dict, list, set or deque, whose items can be saved."""
     return isinstance(value, _CONTAINERS)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ntkwatch.engines.tangent import jvp
 from ntkwatch.guard import leave_no_trace
-from ntkwatch.linearized.optimizer_copy import Clip, Rates, Shadow
+from ntkwatch.linearized.optimizer_copy import Clip, OptimizerCopy, Rates
 from ntkwatch.model import Network, to_device
 from ntkwatch.model.batch_statistics import running_statistics
 from ntkwatch.model.loss import LossAt, LossFn, loss_of
@@ -54,7 +54,7 @@ class LinearForecast:
 
     Args:
         model: the module at θ_0, or a Network of it.
-        optimizer: the run's own, before its first step; any torch optimizer that `Shadow` can copy.
+        optimizer: the run's own, before its first step; any torch optimizer that `OptimizerCopy` can copy.
         loss: callable (outputs, targets) -> mean loss; None takes the module's `ntk_loss`.
         outputs: callable (model, batch) -> [n, C], where the model's own output is something else.
         targets: callable (batch) -> targets, where they are not the batch's own.
@@ -86,7 +86,7 @@ class LinearForecast:
         here = {**self.network.parameters, **running_statistics(self.network.module), **(start or {})}
         self._start = {name: tensor.detach().to(self.network.device, copy=True) for name, tensor in here.items()}
         self.parameters = {name: self._start[name].clone() for name in self.network.parameters}
-        self._rule = Shadow(optimizer, self.network.parameters, self.parameters)
+        self._rule = OptimizerCopy(optimizer, self.network.parameters, self.parameters)
         if resumed is None and self._rule.has_stepped:
             raise ValueError("the optimizer has stepped already: make the forecast before training, at θ_0")
         self.gradient_error: float | None = None
@@ -145,7 +145,7 @@ class LinearForecast:
 
     @property
     def gradients(self) -> dict[str, Tensor | None]:
-        """Those added since the last step, by parameter name, None where there is none; to read and to set."""
+        """Names -> gradients of the linear model's weights, each of the shape of its parameter."""
         return {name: p.grad for name, p in self.parameters.items()}
 
     @gradients.setter

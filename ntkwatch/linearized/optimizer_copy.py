@@ -12,7 +12,7 @@ from torch.optim import optimizer as torch_optimizer
 
 Rates = list[dict[str, Any]]  # the settings of an optimizer's parameter groups, without the parameters
 Clip = Callable[[Sequence[Tensor]], Any]
-PLAIN = (bool, int, float, str, type(None))
+COPYABLE_TYPES = (bool, int, float, str, type(None))
 HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 
@@ -21,7 +21,7 @@ class NotRepeatable(ValueError):
     """What the run does with its weights is not what its optimizer's rule, repeated elsewhere, would do; says what."""
 
 
-class Shadow:
+class OptimizerCopy:
     """A copy of `optimizer` that trains `mine` in the place of `theirs`, by name, from the optimizer's first step on.
 
     Momentum, weight decay, parameter groups and Adam's moments are those of the optimizer's own class, not
@@ -35,11 +35,11 @@ class Shadow:
     def __init__(
         self, optimizer: torch.optim.Optimizer, theirs: Mapping[str, Tensor], mine: Mapping[str, Tensor]
     ) -> None:
-        if (reason := _unlike(optimizer)) is not None:
+        if (reason := _why_not_copyable(optimizer)) is not None:
             raise ValueError(reason)
         self._mine = dict(mine)
         self._optimizer, self._state = optimizer, optimizer.state
-        self._layout, self._held = _layout(optimizer), _held(optimizer)
+        self._layout, self._held = _group_ids(optimizer), _state_count(optimizer)
         named = {id(p): mine[name] for name, p in theirs.items()}
         others = sum(id(p) not in named for g in optimizer.param_groups for p in g["params"] if p.requires_grad)
         if len(named.keys() & set().union(*self._layout)) == 0:
@@ -66,12 +66,12 @@ class Shadow:
         """Why the optimizer (of now) is no longer the one that was copied, None where it is."""
         if now is not None and now is not self._optimizer:
             return f"the run's optimizer was replaced by another {type(now).__name__}"
-        if _layout(self._optimizer) != self._layout:
+        if _group_ids(self._optimizer) != self._layout:
             return "the parameters of the optimizer's groups have changed"
-        if self._optimizer.state is not self._state or _held(self._optimizer) < self._held:
+        if self._optimizer.state is not self._state or _state_count(self._optimizer) < self._held:
             return "the optimizer's state was reset or loaded anew"
-        self._held = _held(self._optimizer)
-        return _hooked(self._optimizer)
+        self._held = _state_count(self._optimizer)
+        return _why_hooks_prevent_copy(self._optimizer)
 
     def step(self, rates: Rates, after: Rates, clip: Clip | None = None) -> None:
         """Step on the `.grad` of `mine`, clipped first, as the optimizer stepped with these rates.
@@ -123,16 +123,16 @@ def _same(a: Any, b: Any) -> bool:
     return bool(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b)
 
 
-def _layout(optimizer: torch.optim.Optimizer) -> list[list[int]]:
+def _group_ids(optimizer: torch.optim.Optimizer) -> list[list[int]]:
     return [[id(p) for p in group["params"]] for group in optimizer.param_groups]
 
 
-def _held(optimizer: torch.optim.Optimizer) -> int:
+def _state_count(optimizer: torch.optim.Optimizer) -> int:
     """How many parameters have a state."""
     return sum(map(bool, optimizer.state.values()))
 
 
-def _unlike(optimizer: torch.optim.Optimizer) -> str | None:
+def _why_not_copyable(optimizer: torch.optim.Optimizer) -> str | None:
     """Why a copy would step otherwise than the optimizer does, None where it would not."""
     name = type(optimizer).__name__
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
@@ -141,13 +141,13 @@ def _unlike(optimizer: torch.optim.Optimizer) -> str | None:
     patched = vars(optimizer).get("step")  # torch's schedulers put a counter around it
     if patched is not None and not any(hasattr(patched, flag) for flag in ("_wrapped_by_lr_sched", "_with_counter")):
         return f"the step of this {name} was replaced on the object: the forecast cannot copy it"
-    odd = [key for key, value in _own(optimizer).items() if not _is_plain(value)]
+    odd = [key for key, value in _own(optimizer).items() if not _is_copyable(value)]
     if odd:
         return f"{name} keeps {odd[0]}, which the forecast cannot copy"
-    return _hooked(optimizer)
+    return _why_hooks_prevent_copy(optimizer)
 
 
-def _hooked(optimizer: torch.optim.Optimizer) -> str | None:
+def _why_hooks_prevent_copy(optimizer: torch.optim.Optimizer) -> str | None:
     hooks = [box for name in HOOKS if (box := getattr(optimizer, name, None))]
     hooks += [box for name in GLOBAL_HOOKS if (box := getattr(torch_optimizer, name, None))]
     return "hooks on the optimizer's step may change it: the forecast cannot follow them" if hooks else None
@@ -159,10 +159,10 @@ def _own(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {key: value for key, value in vars(optimizer).items() if key not in every and key != "step"}
 
 
-def _is_plain(value: Any) -> bool:
+def _is_copyable(value: Any) -> bool:
     if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
-    return isinstance(value, PLAIN)
+        return all(map(_is_copyable, value))
+    return isinstance(value, COPYABLE_TYPES)
 
 
 def _copied(

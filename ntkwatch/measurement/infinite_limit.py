@@ -19,7 +19,7 @@ from ntkwatch.model import Network, raw_of
 from ntkwatch.record import Limit
 
 ALLOWED = 2.0  # nominal seconds: within the free allowance of a budget
-FEWEST = 8  # probes: fewer say little about a kernel
+MIN_LIMIT_PROBES = 8  # probes: fewer say little about a kernel
 NO_LIMIT = "no infinite-width limit: "
 WITHOUT = "set monitor.nngp to it, [n, n] of the probes, or take ntkgp_nll and ntkgp_coverage, which need none"
 PROPAGATED = 16  # probes of the signal-propagation check
@@ -76,11 +76,11 @@ def _limit(network: Network, batch: Any, calibrated: bool) -> WideLimit:
     spec = infinite.from_module(network.module)
     x = x.cpu() if x.device.type == "mps" else x  # which has no float64
     rows = _affordable(spec, x, len(x), ALLOWED)
-    if len(rows) < FEWEST and len(rows) < len(x):
-        seconds = infinite.nominal_seconds(spec, x[:FEWEST])
+    if len(rows) < MIN_LIMIT_PROBES and len(rows) < len(x):
+        seconds = infinite.nominal_seconds(spec, x[:MIN_LIMIT_PROBES])
         return WideLimit(
-            f"K_∞ on {min(FEWEST, len(x))} probes takes some {seconds:.0f} s (at most {ALLOWED:g} here): compute it "
-            "with infinite.kernel(infinite.from_module(model), x)"
+            f"K_∞ on {min(MIN_LIMIT_PROBES, len(x))} probes takes some {seconds:.0f} s (at most {ALLOWED:g} here): "
+            "compute it with infinite.kernel(infinite.from_module(model), x)"
         )
     found = infinite.kernel(spec, x[rows].double(), generator=torch.Generator().manual_seed(0))
     few = _affordable(spec, x, min(PROPAGATED, len(x)), ALLOWED / 8)  # it works on all pairs at once

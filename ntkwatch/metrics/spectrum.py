@@ -130,7 +130,7 @@ def zero_modes(k: Tensor, floor: float | None = None) -> Tensor:
 
 @metric()
 def smallest_eigenvalue(k: Tensor, floor: float | None = None) -> Tensor:
-    """The smallest eigenvalue, where it can be told from noise.
+    """The smallest eigenvalue, where it can be distinguished from noise.
 
     Formula: λ_min; it predicts ‖f_t − y‖ ≤ e^{−ηλ_min t}‖f_0 − y‖ for ½‖f − y‖²
     Shape: [n, n], full [n, C, n, C] or eigenvalues [m] -> []

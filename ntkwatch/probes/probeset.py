@@ -189,7 +189,7 @@ class ProbeRequest:
 
 
 def parse_probes(probes: Any) -> ProbeRequest:
-    """Split, count and data told apart.
+    """A ProbeRequest from the argument `probes=`: a split, a count or data.
 
     Raises:
         ValueError: what is none of "train", "val", a count of at least 2, a tensor, a batch, a ProbeSet.

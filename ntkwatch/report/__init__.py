@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ntkwatch import figures
-from ntkwatch.compare import CompareError, Comparison, compare_runs, names_of, plain
+from ntkwatch.compare import CompareError, Comparison, compare_runs, json_rows, names_of
 from ntkwatch.record import RecordError, Run, find_runs, load_run
 from ntkwatch.summary import layers_at, printable, sparkline, summary_lines
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-MOST_DRAWN = 6  # runs with figures of their own: a second each, and a page that a browser opens at once
-MOST_SPECTRA = 9  # lines in one spectrum
+MAX_RUNS_WITH_FIGURES = 6  # runs with figures of their own: a second each, and a page that a browser opens at once
+MAX_SPECTRA = 9  # lines in one spectrum
 LOSSES = ("loss", "loss_if_lazy", "loss_if_flow")
 
 
@@ -55,7 +55,7 @@ def render(folders: Sequence[Path], x: str = "width", *, allow_mismatch: bool = 
     environment = Environment(
         loader=PackageLoader("ntkwatch", "report"), autoescape=True, undefined=StrictUndefined, finalize=_shown
     )
-    environment.filters |= {"number": number, "words": lambda name: str(name).replace("_", " ")}
+    environment.filters |= {"number": four_digits, "words": lambda name: str(name).replace("_", " ")}
     runs = [load_run(folder) for folder in folders]
     comparison, refusal = _compare(folders, x, allow_mismatch)
     names = names_of(runs)
@@ -64,13 +64,16 @@ def render(folders: Sequence[Path], x: str = "width", *, allow_mismatch: bool = 
         created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         comparison=_comparison(comparison) if comparison else None,
         refusal=refusal,
-        runs=[_run(run, name, drawn=i < MOST_DRAWN) for i, (run, name) in enumerate(zip(runs, names, strict=True))],
-        most_drawn=MOST_DRAWN,
+        runs=[
+            _run(run, name, drawn=i < MAX_RUNS_WITH_FIGURES)
+            for i, (run, name) in enumerate(zip(runs, names, strict=True))
+        ],
+        most_drawn=MAX_RUNS_WITH_FIGURES,
         data=[_data(run, name) for run, name in zip(runs, names, strict=True)],
     )
 
 
-def number(value: Any) -> str:
+def four_digits(value: Any) -> str:
     """Four significant digits; – where undefined."""
     if value is None or not isinstance(value, int | float) or not math.isfinite(value):
         return "–" if value is None or isinstance(value, float) else str(value)
@@ -128,7 +131,7 @@ def _run(run: Run, name: str, drawn: bool) -> dict[str, Any]:
 
 def _pictures(run: Run) -> dict[str, str]:
     """Spectra over the run, and the kernel at its two ends where kernels were saved."""
-    spectra = {step: run.eigenvalues(step) for step in _spread(run.steps, MOST_SPECTRA)}
+    spectra = {step: run.eigenvalues(step) for step in _spread(run.steps, MAX_SPECTRA)}
     drawn = {"spectra": picture(figures.spectra(spectra))}
     if (losses := _losses(run)) is not None:
         drawn["loss if lazy"] = losses
@@ -146,7 +149,7 @@ def _losses(run: Run) -> str | None:
     named = [name for name in LOSSES if name in run.metrics and run.metrics[name].notna().any()]
     if len(named) < 2:
         return None
-    title = "Loss on the probes, and had it stayed linear"
+    title = "Loss on the probes, measured and linearised"
     return picture(figures.named_curves(run.metrics, named, title=title, unit="loss"))
 
 
@@ -177,7 +180,7 @@ def _fact(value: Any) -> str:
 
 
 def _data(run: Run, name: str) -> dict[str, Any]:
-    return {"name": name, "manifest": run.manifest, "metrics": plain(run.metrics.reset_index())}
+    return {"name": name, "manifest": run.manifest, "metrics": json_rows(run.metrics.reset_index())}
 
 
 def _spread(steps: Sequence[int], most: int) -> list[int]:

@@ -6,16 +6,24 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ntkwatch.summary.ladder import LADDER, LADDER_ANGLE, LADDER_RHO, LINEAR, TURNED, place, rung
-from ntkwatch.summary.recorded import first, last, number, with_error
+from ntkwatch.summary.recorded import first, formatted, last, with_error
+from ntkwatch.summary.reference_scale import (
+    LINEAR,
+    REFERENCE_ANGLE,
+    REFERENCE_GAMMA,
+    REFERENCE_TAYLOR_RATIO,
+    TURNED,
+    describe_position,
+    equivalent_gamma,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
-DISAGREE = 5.0  # a factor in γ_0, a rung and a half of the ladder
-STEADY = 0.005  # a change of alignment that is none
+DISAGREEMENT_FACTOR = 5.0  # a factor in γ_0, one and a half steps of the reference scale
+NEGLIGIBLE_CHANGE = 0.005  # a change of alignment that is none
 NULL_Z = 2.0  # |z| below this is what shuffled labels give
-FEWEST_FOR_SPEED = 4  # probes
+MIN_STEPS_FOR_SPEED = 4  # probes
 
 
 def strength(metrics: pd.DataFrame) -> list[tuple[str, str]]:
@@ -26,30 +34,40 @@ def strength(metrics: pd.DataFrame) -> list[tuple[str, str]]:
     lines = []
     if rho is not None:
         said = with_error(metrics, "taylor_ratio", rho)
-        lines.append(("Linearity", f"Taylor ratio {said}: {place(rung(rho, LADDER_RHO), LINEAR)}."))
+        lines.append(
+            (
+                "Linearity",
+                f"Taylor ratio {said}: {describe_position(equivalent_gamma(rho, REFERENCE_TAYLOR_RATIO), LINEAR)}.",
+            )
+        )
     if angle is not None:
         said = with_error(metrics, "kernel_angle", angle)
-        lines.append(("Rotation", f"Kernel angle {said} rad: {place(rung(angle, LADDER_ANGLE), TURNED)}."))
+        lines.append(
+            (
+                "Rotation",
+                f"Kernel angle {said} rad: {describe_position(equivalent_gamma(angle, REFERENCE_ANGLE), TURNED)}.",
+            )
+        )
     if scale is not None:
-        mixed = "" if relative is None else f" Relative change {number(relative)} mixes rotation and scale."
-        lines.append(("Scale", f"The trace went × {number(math.exp(scale))} (log {scale:+.3g}).{mixed}"))
+        mixed = "" if relative is None else f" Relative change {formatted(relative)} mixes rotation and scale."
+        lines.append(("Scale", f"The trace changed × {formatted(math.exp(scale))} (log {scale:+.3g}).{mixed}"))
     return lines
 
 
 def agreement(metrics: pd.DataFrame) -> str:
-    """How Taylor ratio and kernel angle disagree, measured by the ladder; nothing where they do not."""
+    """How Taylor ratio and kernel angle disagree, measured on the reference scale; empty where they agree."""
     rho, angle, scale = (last(metrics, n) for n in ("taylor_ratio", "kernel_angle", "kernel_scale"))
     if rho is None or angle is None:
         return ""
-    by_rho, by_angle = rung(rho, LADDER_RHO), rung(angle, LADDER_ANGLE)
-    low, high = sorted(min(max(g, LADDER[0]), LADDER[-1]) for g in (by_rho, by_angle))
-    if high / low < DISAGREE:
+    by_rho, by_angle = equivalent_gamma(rho, REFERENCE_TAYLOR_RATIO), equivalent_gamma(angle, REFERENCE_ANGLE)
+    low, high = sorted(min(max(g, REFERENCE_GAMMA[0]), REFERENCE_GAMMA[-1]) for g in (by_rho, by_angle))
+    if high / low < DISAGREEMENT_FACTOR:
         return ""
     if by_rho < by_angle:
-        return "Axes disagree: the kernel turned further than the outputs left their linearisation."
+        return "The axes disagree: the kernel turned further than the outputs departed from their linearisation."
     resized = scale is not None and abs(scale) > 0.5
-    why = "; growth or shrinking of the weights alone does that (see the scale)" if resized else ""
-    return f"Axes disagree: the outputs left their linearisation further than the kernel turned{why}."
+    why = "; a change of the weights' scale alone has this effect (see the scale)" if resized else ""
+    return f"The axes disagree: the outputs departed from their linearisation further than the kernel turned{why}."
 
 
 def direction(metrics: pd.DataFrame, source: str) -> str:
@@ -60,28 +78,28 @@ def direction(metrics: pd.DataFrame, source: str) -> str:
     split = {"val": " on held-out probes", "train": " on training probes"}.get(source, "")
     text = f"Alignment with the targets{split} {start:.3f} → {end:.3f} ({end - start:+.3f})"
     if z0 is None or z1 is None:
-        return f"{text}; without a z-score it cannot be told from chance."
+        return f"{text}; without a z-score it cannot be distinguished from chance."
     text += f", z {z0:.1f} → {z1:.1f} against shuffled labels"
-    found = heading(metrics)
-    if found == DOUBTFUL:
-        return f"{text}. These disagree: read the z-score, which nets out the kernel's own shape."
+    found = describe_heading(metrics)
+    if found == CONTRADICTION:
+        return f"{text}. These disagree: prefer the z-score, which corrects for the shape of the kernel."
     return f"{text}: {found}."
 
 
-DOUBTFUL = "alignment and its z-score disagree"
+CONTRADICTION = "alignment and its z-score disagree"
 
 
-def heading(metrics: pd.DataFrame) -> str:
+def describe_heading(metrics: pd.DataFrame) -> str:
     """What the alignment says, in a few words; nothing where it or its z-score is not there."""
     start, end, z0, z1 = alignment(metrics)
     if start is None or end is None or z0 is None or z1 is None:
         return ""
     if abs(z1) < NULL_Z:
         return "within chance"
-    if abs(end - start) < STEADY:
+    if abs(end - start) < NEGLIGIBLE_CHANGE:
         return "unchanged"
     if (end - start) * (z1 - z0) < 0:
-        return DOUBTFUL
+        return CONTRADICTION
     return f"it turned {'towards' if end > start else 'away from'} the targets"
 
 
@@ -105,17 +123,18 @@ def speed(metrics: pd.DataFrame) -> str:
     travelled, end = path(metrics), int(metrics.index[-1])
     if travelled is None or travelled.iloc[-1] <= 0:
         return ""
-    if len(metrics) < FEWEST_FOR_SPEED:
+    if len(metrics) < MIN_STEPS_FOR_SPEED:
         return f"{len(metrics)} probes are too few to say when the kernel moved."
     total = float(travelled.iloc[-1])
     half = int(travelled.index[(travelled >= total / 2).to_numpy().argmax()])
-    text = f"Half of the kernel's path ({number(total)} rad) was covered by step {half:,} of {end:,} ({half / end:.1%})"
+    text = f"Half of the kernel's path ({formatted(total)} rad) was covered by step {half:,} of {end:,}"
+    text += f" ({half / end:.1%})"
     angle = last(metrics, "kernel_angle")
     if angle is not None:
         text += f"; directness {min(angle / total, 1.0):.2f} (1 is straight)"
     velocity = metrics["kernel_velocity"].dropna()
-    now, most = number(float(velocity.iloc[-1])), number(float(velocity.max()))
-    return f"{text}. It now turns {now} rad a step; its fastest was {most}."
+    now, most = formatted(float(velocity.iloc[-1])), formatted(float(velocity.max()))
+    return f"{text}. It now turns {now} rad per step; the maximum was {most}."
 
 
 def where(layers: Mapping[str, Mapping[str, float]]) -> str:
@@ -130,7 +149,7 @@ def where(layers: Mapping[str, Mapping[str, float]]) -> str:
     if len(angles) < 2:
         return f"{text}."
     most, least = max(angles, key=lambda n: angles[n]), min(angles, key=lambda n: angles[n])
-    return f"{text}. Turned most: {most} ({number(angles[most])} rad); least: {least} ({number(angles[least])})."
+    return f"{text}. Turned most: {most} ({formatted(angles[most])} rad); least: {least} ({formatted(angles[least])})."
 
 
 def layers_at(layer_metrics: pd.DataFrame, step: int) -> dict[str, dict[str, float]]:

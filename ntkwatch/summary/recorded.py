@@ -1,4 +1,4 @@
-"""Axes of the summary that are told where they were recorded: features, quality, stability, forecast, self-test."""
+"""Axes of the summary that are reported where they were recorded: features, quality, stability, forecast, self-test."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-EDGE = (0.5, 0.95, 1.05)  # of the stability ratio: inside, near, at, beyond; 1 is the edge
-RIGHT, WRONG = 0.65, 0.95  # of the self-test: ½ where all is right, 1 where the error is the kernel's own
-OFF = 0.1  # of the run's first gradient: a forecast that is further off forecasts something else
-SAME = 0.02  # accuracy: below this a gain is a probe or two
+STABILITY_BOUNDS = (0.5, 0.95, 1.05)  # of the stability ratio: inside, near, at, beyond; 1 is the edge
+MAX_PASSING_RATIO, MIN_FAILING_RATIO = (
+    0.65,
+    0.95,
+)  # of the self-test: ½ where all is right, 1 where the error is the kernel's own
+MAX_START_ERROR = 0.1  # of the run's first gradient: a forecast that is further off forecasts something else
+NEGLIGIBLE_GAIN = 0.02  # accuracy: below this a gain is a probe or two
 
 
 def recorded(metrics: pd.DataFrame) -> list[tuple[str, str]]:
@@ -28,14 +31,14 @@ def features(metrics: pd.DataFrame) -> str:
     update, alignment = last(metrics, "spectral_update_max"), last(metrics, "neural_feature_correlation_mean")
     said = []
     if angle is not None:
-        near = f" (CKA with the start {number(cka)})" if cka is not None else ""
-        said.append(f"The last hidden layer's features turned {number(angle)} rad{near}.")
+        near = f" (CKA with the start {formatted(cka)})" if cka is not None else ""
+        said.append(f"The last hidden layer's features turned {formatted(angle)} rad{near}.")
     if update is not None:
-        said.append(f"The most moved weight changed by {number(update)} times its size, in spectral norm.")
+        said.append(f"The weight that moved most changed by {formatted(update)} times its size, in spectral norm.")
     if alignment is not None:
         start = first(metrics, "neural_feature_correlation_mean")
-        was = f"{number(start)} → " if start is not None else ""
-        said.append(f"Weights and gradients correlate {was}{number(alignment)}.")
+        was = f"{formatted(start)} → " if start is not None else ""
+        said.append(f"Weights and gradients correlate {was}{formatted(alignment)}.")
     return " ".join(said)
 
 
@@ -44,8 +47,8 @@ def quality(metrics: pd.DataFrame) -> str:
     gain = last(metrics, "after_kernel_gain")
     if gain is None:
         return ""
-    text = f"Regression with the kernel of now against the first one's, on held-out halves of the probes: {gain:+.3f}"
-    if abs(gain) < SAME:
+    text = f"Regression with the current kernel, compared with the first, on held-out halves of the probes: {gain:+.3f}"
+    if abs(gain) < NEGLIGIBLE_GAIN:
         return f"{text} accuracy: no difference (a saturated task shows none either)."
     return f"{text} accuracy: {'better' if gain > 0 else 'worse'}."
 
@@ -60,7 +63,7 @@ def power(metrics: pd.DataFrame) -> str:
         was = f"{start:.3f} → " if start is not None else ""
         said.append(f"Targets in the kernel's top directions {was}{auc:.3f} (shuffled labels {null:.3f}).")
     if own is not None and random is not None:
-        said.append(f"Complexity {number(own)}, shuffled labels {number(random)}.")
+        said.append(f"Complexity {formatted(own)}, shuffled labels {formatted(random)}.")
     return " ".join(said)
 
 
@@ -71,21 +74,21 @@ def stability(metrics: pd.DataFrame) -> str:
     highest = float(metrics["stability_ratio"].max()) if ratio is not None else math.nan
     said = []
     if ratio is not None:
-        inside, near, beyond = EDGE
+        inside, near, beyond = STABILITY_BOUNDS
         words = (
             "well inside the edge" if ratio < inside else "inside the edge" if ratio < near
             else "on the edge" if ratio <= beyond else "beyond the edge"
         )  # fmt: skip
-        most = f"; it stood as high as {number(highest)}" if highest > max(ratio, beyond) else ""
-        rate = f" (largest stable learning rate {number(limit)})" if limit is not None else ""
-        said.append(f"Stability ratio {number(ratio)}{rate}: {words} at 1{most}. Gauss–Newton on the probes.")
+        most = f"; its maximum was {formatted(highest)}" if highest > max(ratio, beyond) else ""
+        rate = f" (largest stable learning rate {formatted(limit)})" if limit is not None else ""
+        said.append(f"Stability ratio {formatted(ratio)}{rate}: {words} at 1{most}. Gauss–Newton on the probes.")
     if error is not None and error > 1:
         unstable = highest > 1 or (scale is not None and scale < 0)
         meaning = (
-            "with a ratio above 1 or a falling scale this is instability"
-            if unstable else "without a ratio above 1 or a falling scale it is no instability"
+            "with a ratio above 1 or a falling scale this is an instability"
+            if unstable else "without a ratio above 1 or a falling scale it is not an instability"
         )  # fmt: skip
-        said.append(f"The linearisation overshot the motion (R {number(error)}): {meaning}.")
+        said.append(f"The linearisation overshot the motion (R {formatted(error)}): {meaning}.")
     return " ".join(said)
 
 
@@ -94,19 +97,19 @@ def forecast(metrics: pd.DataFrame) -> str:
     loss, lazy, error = (last(metrics, name) for name in ("loss", "loss_if_lazy", "forecast_error"))
     if loss is None or lazy is None:
         return ""
-    text = f"Loss on the probes {number(loss)}; the linearised network, trained on the same batches, {number(lazy)}"
-    apart = f" (the two moved {number(error)} apart, of 1)" if error is not None else ""
+    text = f"Loss on the probes {formatted(loss)}; the linearised network on the same batches, {formatted(lazy)}"
+    apart = f" (they differ by {formatted(error)} of at most 1)" if error is not None else ""
     return f"{text}{apart}{off_start(metrics)}."
 
 
 def off_start(metrics: pd.DataFrame) -> str:
     """A warning where the forecast was not trained on what the run is trained on."""
     off = last(metrics, "forecast_start_error")
-    if off is None or off < OFF:
+    if off is None or off < MAX_START_ERROR:
         return ""
     return (
-        f"; but its first gradient was {off:.0%} off the run's (dropout, BatchNorm, or another loss), "
-        "which is no laziness"
+        f"; but its first gradient differed from the run's by {off:.0%} (dropout, BatchNorm, or another loss), "
+        "so the difference does not measure laziness"
     )
 
 
@@ -115,12 +118,12 @@ def self_test(metrics: pd.DataFrame) -> str:
     halving, error = first(metrics, "one_step_halving"), first(metrics, "one_step_error")
     if halving is None or error is None:
         return ""
-    said = "not decided: kinks, as ReLU's, lie closer to the probes than rounding can step"
-    if halving < RIGHT:
+    said = "undecided: kinks such as those of ReLU lie closer to the probes than a step that rounding permits"
+    if halving < MAX_PASSING_RATIO:
         said = "passed"
-    elif halving > WRONG:
-        said = "NOT passed: look at mode, tied or frozen parameters"
-    share = f"its error × {number(halving)} at half the step (× ½ is right)"
+    elif halving > MIN_FAILING_RATIO:
+        said = "FAILED: check the mode, and tied or frozen parameters"
+    share = f"its error × {formatted(halving)} at half the step (× ½ is expected)"
     return f"A small gradient step was predicted to within {error:.2%} of it, {share}: {said}."
 
 
@@ -129,9 +132,9 @@ def wide(metrics: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
     start, end = first(metrics, "distance_to_infinite"), last(metrics, "distance_to_infinite")
     if start is None:
         return ""
-    now = "" if end is None or len(metrics) < 2 else f", {number(end)} now"
+    now = "" if end is None or len(metrics) < 2 else f", {formatted(end)} now"
     advice = str(manifest.get("infinite") or "").partition(". ")[2]
-    return f"The first kernel was {number(start)} of its norm away from the infinitely wide network's{now}. {advice}"
+    return f"The first kernel was {formatted(start)} of its norm away from the infinitely wide network's{now}. {advice}"
 
 
 # ── numbers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -148,13 +151,13 @@ def first(metrics: pd.DataFrame, name: str) -> float | None:
 def with_error(metrics: pd.DataFrame, name: str, value: float) -> str:
     """The value, with its jackknife error where one was recorded."""
     error = last(metrics, f"{name}_se")
-    return number(value) if error is None else f"{number(value)} ± {error:.2g}"
+    return formatted(value) if error is None else f"{formatted(value)} ± {error:.2g}"
 
 
 def _defined(value: Any) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def number(value: float) -> str:
+def formatted(value: float) -> str:
     """Three digits."""
     return f"{value:.3g}"

@@ -1,8 +1,8 @@
 """One run → a summary in words: axes with numbers beside reference points, never a bare "lazy" or "rich".
 
 Strength (how far from its linearisation, how far the kernel turned), direction (towards the targets or not), speed,
-where (which layers), cost. The reference ladder is a two-layer ReLU network on parity whose output scale 1/γ sets how
-far it leaves the linear regime; it calibrates the words, it is no threshold.
+where (which layers), cost. The reference is a two-layer ReLU network on parity whose output scale 1/γ sets how
+far it departs from the linear regime; it calibrates the words and is not a threshold.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ntkwatch.summary.axes import direction, layers_at, speed, strength, where
-from ntkwatch.summary.ladder import LADDER_NOTE
 from ntkwatch.summary.recorded import last, recorded, wide
+from ntkwatch.summary.reference_scale import REFERENCE_NOTE
 from ntkwatch.summary.text import printable, wrap
 from ntkwatch.summary.verdict import verdict
 
 if TYPE_CHECKING:
     import pandas as pd
 
-STILL = ("Stability", "Self-test", "Labels")  # axes that say something before anything moved
+AXES_BEFORE_MOTION = ("Stability", "Self-test", "Labels")  # axes that say something before anything moved
 MOTION = ("kernel_angle", "kernel_distance", "relative_change", "taylor_ratio", "parameter_distance", "forecast_error")
 REGIME = (
     "One run states its own linearity. Whether this is a lazy regime needs a sweep of the width or the output scale: "
@@ -28,20 +28,27 @@ REGIME = (
 )
 
 
-class Readable(Protocol):
+class RunLike(Protocol):
     """What a summary needs of a run; `Run` is one."""
 
     @property
-    def manifest(self) -> Mapping[str, Any]: ...
+    def manifest(self) -> Mapping[str, Any]:
+        """The record's manifest."""
+
     @property
-    def metrics(self) -> pd.DataFrame: ...
+    def metrics(self) -> pd.DataFrame:
+        """One row per measured step, one column per metric."""
+
     @property
-    def reasons(self) -> Mapping[int, Mapping[str, str]]: ...
+    def reasons(self) -> Mapping[int, Mapping[str, str]]:
+        """Step -> metric -> why it is undefined."""
+
     @property
-    def layer_metrics(self) -> pd.DataFrame: ...
+    def layer_metrics(self) -> pd.DataFrame:
+        """One row per measured step; columns (module, metric)."""
 
 
-def summarise(run: Readable, width: int = 79) -> str:
+def summarise(run: RunLike, width: int = 79) -> str:
     """The run in words at its last measured step, wrapped at `width` columns.
 
     >>> from types import SimpleNamespace
@@ -53,7 +60,7 @@ def summarise(run: Readable, width: int = 79) -> str:
     return wrap(summary_lines(run), width)
 
 
-def summary_lines(run: Readable) -> list[tuple[str, str]]:
+def summary_lines(run: RunLike) -> list[tuple[str, str]]:
     """The summary as (axis, text) pairs; a text that goes on with the axis above has an empty one."""
     if len(run.metrics) == 0:
         lines = [("Run", f"{_header(run.manifest)}. No probe has been recorded yet."), ("Watch", _watch(run.manifest))]
@@ -62,7 +69,7 @@ def summary_lines(run: Readable) -> list[tuple[str, str]]:
     return [(label, printable(text)) for label, text in lines if text]
 
 
-def _measured(run: Readable) -> list[tuple[str, str]]:
+def _measured(run: RunLike) -> list[tuple[str, str]]:
     """The axes of a run with a probe or more; those of which there is nothing to tell are empty."""
     lines = [("Run", f"{_header(run.manifest)}; {_probing(run.manifest)}. {_span(run.metrics)}.")]
     lines.append(("Watch", _watch(run.manifest)))
@@ -73,7 +80,7 @@ def _measured(run: Readable) -> list[tuple[str, str]]:
     if end == begin or unmoved(seen.metrics):
         still = " (the learning rate is 0)" if "the learning rate is 0" in _why(run, end) else ""
         lines.append(("Motion", f"Nothing has moved yet: the kernel at step {end} is the one at step {begin}{still}."))
-        lines += [line for line in recorded(seen.metrics) if line[0] in STILL]
+        lines += [line for line in recorded(seen.metrics) if line[0] in AXES_BEFORE_MOTION]
     else:
         lines += [("Verdict", verdict(seen.metrics, run.reasons.get(end))), *strength(seen.metrics)]
         lines += [("Direction", direction(seen.metrics, _source(run))), ("Speed", speed(seen.metrics))]
@@ -83,12 +90,12 @@ def _measured(run: Readable) -> list[tuple[str, str]]:
     lines += [("Cost", _cost(run)), ("Undefined", _undefined(run.reasons.get(end) or {}, tested))]
     lines += [("Baseline", run.manifest.get("baseline") or ""), ("Limit", wide(run.metrics, run.manifest))]
     lines.append(("Regime", REGIME))
-    lines.append(("Ladder", LADDER_NOTE if any("γ0" in text for _, text in lines) else ""))
+    lines.append(("Reference", REFERENCE_NOTE if any("γ0" in text for _, text in lines) else ""))
     return lines
 
 
 @dataclass(frozen=True)
-class _Upto:
+class _TruncatedRun:
     """A run's metrics up to some step, for the axes."""
 
     manifest: Mapping[str, Any]
@@ -97,18 +104,18 @@ class _Upto:
     layer_metrics: pd.DataFrame
 
 
-def _finite(run: Readable) -> Readable:
+def _finite(run: RunLike) -> RunLike:
     """The run up to the last step whose kernel was finite; all of it where none was."""
     steps = [s for s in run.metrics.index if not any("kernel is not finite" in why for why in _why(run, s))]
     metrics = run.metrics.loc[: steps[-1]] if steps else run.metrics
-    return _Upto(run.manifest, metrics, run.reasons, run.layer_metrics)
+    return _TruncatedRun(run.manifest, metrics, run.reasons, run.layer_metrics)
 
 
-def _why(run: Readable, step: int) -> list[str]:
+def _why(run: RunLike, step: int) -> list[str]:
     return list((run.reasons.get(int(step)) or {}).values())
 
 
-def _why_not_finite(run: Readable) -> str:
+def _why_not_finite(run: RunLike) -> str:
     """Since when, and why, the kernel is not finite."""
     broken = [s for s in run.metrics.index if any("kernel is not finite" in why for why in _why(run, s))]
     why = next(why for why in _why(run, broken[-1]) if "kernel is not finite" in why)
@@ -129,7 +136,7 @@ def _bias(manifest: Mapping[str, Any]) -> str:
     return f"{few} {trace}".strip()
 
 
-def _cost(run: Readable) -> str:
+def _cost(run: RunLike) -> str:
     overhead, engine = last(run.metrics, "overhead"), run.manifest.get("engine")
     budget = run.manifest.get("budget")
     if overhead is None:
@@ -141,7 +148,7 @@ def _cost(run: Readable) -> str:
 
 
 def _undefined(reasons: Mapping[str, str], tested: bool) -> str:
-    """By cause; the self-test of the first probe is told on its own axis."""
+    """By cause; the self-test of the first step has its own axis."""
     causes: dict[str, list[str]] = {}
     for name, why in reasons.items():
         if tested and name.startswith("one_step_"):
@@ -164,7 +171,7 @@ def optimizer_name(manifest: Mapping[str, Any]) -> str | None:
     return " + ".join(map(str, named)) if isinstance(named, list) and named else str(named) if named else None
 
 
-def _source(run: Readable) -> str:
+def _source(run: RunLike) -> str:
     return str((run.manifest.get("probes") or {}).get("source"))
 
 

@@ -35,6 +35,7 @@ def printable(text: str) -> str:
 
 
 def wrap(lines: Sequence[tuple[str, str]], width: int) -> str:
+    """Axes and texts as lines of at most `width` columns, the texts indented under each other."""
     indent = " " * LABEL
     wrap = textwrap.TextWrapper(width=max(width, 40), subsequent_indent=indent, break_on_hyphens=False)
     return "\n".join(wrap.fill(f"{label:<{LABEL}}{text}") for label, text in lines)

@@ -1,4 +1,4 @@
-"""What is undefined in a run, by reason and told once; names that are never defined, and those that are at times."""
+"""What is undefined in a run, by reason: names that are never defined, and names that are at some steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
-MOST = 8  # names that are told of a reason at single steps; the table shows where all of them are missing
+MAX_NAMES = 8  # listed for one reason at single steps; the table shows where each of them is missing
 
 
 def never_defined(metrics: pd.DataFrame) -> list[str]:
@@ -20,7 +20,7 @@ def never_defined(metrics: pd.DataFrame) -> list[str]:
 def undefined(metrics: pd.DataFrame, reasons: Mapping[int, Mapping[str, str]]) -> tuple[list[str], list[str]]:
     """(of names that are never defined, of the others): "names: reason" and "names at steps: reason".
 
-    Reasons that differ in their numbers alone are one, told as it is at the last step.
+    Reasons that differ in their numbers alone count as one; the last step's wording is shown.
 
     >>> import pandas as pd
     >>> metrics = pd.DataFrame({"a": [None, 1.0], "b": [None, None], "c": [None, None]}, index=[0, 4])
@@ -49,7 +49,7 @@ def undefined(metrics: pd.DataFrame, reasons: Mapping[int, Mapping[str, str]]) -
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) <= MOST else f"{', '.join(names[:3])} and {len(names) - 3} more"
+    return ", ".join(names) if len(names) <= MAX_NAMES else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
 def _steps(steps: Sequence[int]) -> str:

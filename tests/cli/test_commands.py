@@ -143,7 +143,7 @@ def test_diff_prints_and_speaks_json(sweep: Path) -> None:
 
 
 def test_report_writes_one_page(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ntkwatch.report.MOST_DRAWN", 0)
+    monkeypatch.setattr("ntkwatch.report.MAX_RUNS_WITH_FIGURES", 0)
     result = run("report", sweep / "version_0", "-o", tmp_path / "new" / "page.html")
     assert result.exit_code == 0
     assert result.stdout.strip() == f"wrote {tmp_path / 'new' / 'page.html'}"
@@ -202,7 +202,7 @@ BAD = {
 def test_bad_input_is_one_sentence_and_code_2(
     case: str, sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ntkwatch.report.MOST_DRAWN", 0)
+    monkeypatch.setattr("ntkwatch.report.MAX_RUNS_WITH_FIGURES", 0)
     args, message = BAD[case]
     result = run(*(arg.format(tmp=tmp_path, sweep=sweep) for arg in args))
     assert result.exit_code == 2, result.output

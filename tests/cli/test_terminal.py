@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from ntkwatch import Monitor, plan
 from ntkwatch.cli import app
-from ntkwatch.cli.tables import Column, middle, stacked, table
+from ntkwatch.cli.tables import Column, shorten_middle, stacked, table
 from ntkwatch.cli.terminal import console
 from ntkwatch.diagnostics import DIAGNOSTICS, SECTIONS, select
 from ntkwatch.engines.plan import Plan, Row
@@ -35,7 +35,7 @@ class Net(nn.Module):
     def forward(self, x):
         return self.head(self.norm(self.a_first_module_with_a_long_name["of_its_own"](x)).relu())
 
-def made():
+def build():
     torch.manual_seed(0)
     return Net(), (torch.randn(12, 6), torch.arange(12) % 3)
 
@@ -205,7 +205,7 @@ def test_sections_stand_above_their_rows() -> None:
 
 def test_a_long_name_keeps_both_its_ends() -> None:
     for width in range(3, 40):
-        short = middle("encoder.layers.10.attention.weight", width)
+        short = shorten_middle("encoder.layers.10.attention.weight", width)
         assert len(short) <= width
         assert short[0] == "e"
         assert short[-1] == "t" or width < 3

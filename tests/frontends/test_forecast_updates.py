@@ -359,7 +359,7 @@ def test_a_rich_run_leaves_its_forecast_and_the_two_losses_stand_side_by_side(tm
     assert loss[0] == pytest.approx(lazy[0], rel=1e-6)
     assert loss[60] != pytest.approx(lazy[60], rel=1e-3)
     assert 0.01 < watch.last.metrics["forecast_error"] < 1
-    assert "had it stayed linear" in watch.summary()
+    assert "the linearised network" in watch.summary()
 
 
 def test_the_losses_share_a_chart_and_a_picture_of_the_report(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ntkwatch.frontends import forecast_updates as following
 from ntkwatch.frontends.forecast_updates import Follower
 from ntkwatch.linearized import optimizer_copy as shadow
 from ntkwatch.linearized.forecast import LinearForecast
-from ntkwatch.linearized.optimizer_copy import Shadow
+from ntkwatch.linearized.optimizer_copy import OptimizerCopy
 from tests.support.runs import trainer
 
 LAZY = ["loss_if_lazy", "forecast_error", "forecast_start_error", "kernel_angle"]
@@ -480,9 +480,15 @@ BLIND: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
         "cosine by step",
         lambda m: m.setattr(Follower, "_apply", lambda self, forecast, *_: forecast.apply()),
     ),
-    "clips what is not trained": ("clipped, and not all trained", lambda m: m.setattr(Shadow, "step", clipping_all)),
+    "clips what is not trained": (
+        "clipped, and not all trained",
+        lambda m: m.setattr(OptimizerCopy, "step", clipping_all),
+    ),
     "does not clip": ("clipped by norm", lambda m: m.setattr(following, "clipping", lambda trainer: None)),
-    "never looks at the optimizer": ("momentum thrown away", lambda m: m.setattr(Shadow, "changed", lambda *_: None)),
+    "never looks at the optimizer": (
+        "momentum thrown away",
+        lambda m: m.setattr(OptimizerCopy, "changed", lambda *_: None),
+    ),
     "never looks at the weights": ("EMA, measured after", lambda m: m.setattr(LinearForecast, "moved", lambda _: None)),
     "keeps what the run dropped": (
         "16-mixed, steps skipped by its scaler",
@@ -493,7 +499,7 @@ BLIND: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
 }
 
 
-def clipping_all(self: Shadow, rates: Any, after: Any, clip: Any = None) -> None:
+def clipping_all(self: OptimizerCopy, rates: Any, after: Any, clip: Any = None) -> None:
     if clip is not None:
         clip([p for p in self._mine.values() if p.grad is not None])
     STEP(self, rates, after)
@@ -508,7 +514,7 @@ def thawed(self: LinearForecast, batch: Any, gradient: Tensor) -> None:
         p.requires_grad_(False)
 
 
-STEP, PULL_BACK = Shadow.step, LinearForecast._pull_back
+STEP, PULL_BACK = OptimizerCopy.step, LinearForecast._pull_back
 
 
 @pytest.mark.filterwarnings("ignore")

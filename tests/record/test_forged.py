@@ -110,7 +110,7 @@ def _not_a_sentence(text: str) -> str | None:
 
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ntkwatch.report.MOST_DRAWN", 0)
+    monkeypatch.setattr("ntkwatch.report.MAX_RUNS_WITH_FIGURES", 0)
 
 
 def forge(number: int, seed: int, templates: Path, root: Path) -> int:
@@ -146,7 +146,7 @@ def test_every_forgery_is_one_sentence(seed: int, templates: Path, tmp_path: Pat
 def test_a_report_of_a_forged_record_with_its_figures(
     templates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ntkwatch.report.MOST_DRAWN", 6)
+    monkeypatch.setattr("ntkwatch.report.MAX_RUNS_WITH_FIGURES", 6)
     for name in ("a kernel of NaN", "a kernel of zeros", "no eigenvalues at all", "outputs of other probes"):
         shutil.copytree(templates / "a", tmp_path / "a")
         forged.FORGERIES[name](tmp_path / "a" / "ntkwatch", random.Random(0))

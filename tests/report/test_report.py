@@ -102,7 +102,7 @@ def test_the_data_is_json_that_no_markup_can_leave(sweep_page: str) -> None:
 def test_nothing_from_outside_becomes_markup(
     text: str, sweep_page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ntkwatch.report.MOST_DRAWN", 0)  # figures hold no text from outside, and cost seconds
+    monkeypatch.setattr("ntkwatch.report.MAX_RUNS_WITH_FIGURES", 0)  # figures hold no outside text and cost seconds
     folder = tmp_path / text.replace("/", "∕")
     hparams = {"width": 32, text: text}
     run = write_run(folder, hparams=hparams, model=text, optimizer=text, undefined={text: text})
@@ -120,7 +120,7 @@ def test_nothing_from_outside_becomes_markup(
 def test_runs_that_cannot_be_compared_still_have_their_sections(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ntkwatch.report.MOST_DRAWN", 0)
+    monkeypatch.setattr("ntkwatch.report.MAX_RUNS_WITH_FIGURES", 0)
     write_run(tmp_path / "a", width=32)
     write_run(tmp_path / "b", width=64, mode="train")
     text = " ".join(_Page(write_report(tmp_path, tmp_path / "r.html").read_text(encoding="utf-8")).text)
@@ -141,7 +141,7 @@ def test_a_run_without_kernels_or_without_probes_has_a_page(tmp_path: Path) -> N
 
 
 def test_only_the_first_runs_are_drawn_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ntkwatch.report.MOST_DRAWN", 1)
+    monkeypatch.setattr("ntkwatch.report.MAX_RUNS_WITH_FIGURES", 1)
     write_sweep(tmp_path, widths=(32,), seeds=3, steps=(0, 2))
     page = render([folder / "ntkwatch" for folder in sorted(tmp_path.iterdir())])
     assert page.count('alt="spectra"') == 1

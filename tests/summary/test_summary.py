@@ -12,12 +12,12 @@ import pytest
 
 from ntkwatch.record import load_run
 from ntkwatch.summary import (
-    LADDER,
-    LADDER_ANGLE,
-    LADDER_RHO,
+    REFERENCE_ANGLE,
+    REFERENCE_GAMMA,
+    REFERENCE_TAYLOR_RATIO,
+    equivalent_gamma,
     optimizer_name,
     path,
-    rung,
     speed,
     summarise,
     summary_lines,
@@ -49,31 +49,39 @@ def _line(run: SimpleNamespace, axis: str) -> str:
     return " ".join(text for label, text in summary_lines(run) if label == axis)
 
 
-@pytest.mark.parametrize("ladder", [LADDER_RHO, LADDER_ANGLE], ids=["rho", "angle"])
+@pytest.mark.parametrize("ladder", [REFERENCE_TAYLOR_RATIO, REFERENCE_ANGLE], ids=["rho", "angle"])
 def test_the_ladder_is_read_back_at_its_rungs(ladder: tuple[float, ...]) -> None:
-    for gamma, value in zip(LADDER, ladder, strict=True):
-        assert rung(value, ladder) == pytest.approx(gamma), f"γ0 {gamma}"
+    for gamma, value in zip(REFERENCE_GAMMA, ladder, strict=True):
+        assert equivalent_gamma(value, ladder) == pytest.approx(gamma), f"γ0 {gamma}"
     values = [ladder[0] * 1.1**k for k in range(40) if ladder[0] * 1.1**k < ladder[-1]]
-    read = [rung(value, ladder) for value in values]
+    read = [equivalent_gamma(value, ladder) for value in values]
     assert read == sorted(read), "a larger value stands higher"
-    assert rung(ladder[0] / 2, ladder) == 0
-    assert rung(ladder[-1] * 1.01, ladder) == math.inf
+    assert equivalent_gamma(ladder[0] / 2, ladder) == 0
+    assert equivalent_gamma(ladder[-1] * 1.01, ladder) == math.inf
 
 
 CASES: dict[str, tuple[dict[str, float], str, str]] = {
-    "lazy end": ({"taylor_ratio": 0.005}, "Linearity", "Taylor ratio 0.005: next to linear, below the ladder's foot"),
-    "near linear": ({"taylor_ratio": 0.048}, "Linearity", "close to linear, as the ladder's γ0 0.03"),
-    "between": ({"taylor_ratio": 0.33}, "Linearity", "clearly non-linear, as the ladder's γ0 0.1"),
-    "rich": ({"taylor_ratio": 0.69}, "Linearity", "strongly non-linear, as the ladder's γ0 1"),
-    "beyond": ({"taylor_ratio": 0.95}, "Linearity", "above the ladder's top"),
-    "turned": ({"kernel_angle": 0.419}, "Rotation", "0.419 rad: strongly turned, as the ladder's γ0 0.3"),
-    "still": ({"kernel_angle": 0.001}, "Rotation", "0.001 rad: hardly turned, below the ladder's foot"),
-    "scale apart": ({"kernel_scale": math.log(2)}, "Scale", "went × 2 (log +0.693)"),
+    "lazy end": (
+        {"taylor_ratio": 0.005},
+        "Linearity",
+        "Taylor ratio 0.005: next to linear, below the reference range, γ0 < 0.01",
+    ),
+    "near linear": ({"taylor_ratio": 0.048}, "Linearity", "close to linear, as the reference at γ0 0.03"),
+    "between": ({"taylor_ratio": 0.33}, "Linearity", "clearly non-linear, as the reference at γ0 0.1"),
+    "rich": ({"taylor_ratio": 0.69}, "Linearity", "strongly non-linear, as the reference at γ0 1"),
+    "beyond": ({"taylor_ratio": 0.95}, "Linearity", "above the reference range, γ0 > 3"),
+    "turned": ({"kernel_angle": 0.419}, "Rotation", "0.419 rad: strongly turned, as the reference at γ0 0.3"),
+    "still": ({"kernel_angle": 0.001}, "Rotation", "0.001 rad: hardly turned, below the reference range, γ0 < 0.01"),
+    "scale apart": ({"kernel_scale": math.log(2)}, "Scale", "changed × 2 (log +0.693)"),
     "towards": ({}, "Direction", "0.100 → 0.200 (+0.100), z 4.0 → 9.0 against shuffled labels: it turned towards"),
     "away": ({"centered_alignment": 0.05, "centered_alignment_z": 3.0}, "Direction", "it turned away from the targets"),
     "chance": ({"centered_alignment_z": 1.2}, "Direction", "z 4.0 → 1.2 against shuffled labels: within chance"),
-    "alignment and z": ({"centered_alignment_z": 3.0}, "Direction", "These disagree: read the z-score"),
-    "no z": ({"centered_alignment_z": math.nan}, "Direction", "without a z-score it cannot be told from chance"),
+    "alignment and z": ({"centered_alignment_z": 3.0}, "Direction", "These disagree: prefer the z-score"),
+    "no z": (
+        {"centered_alignment_z": math.nan},
+        "Direction",
+        "without a z-score it cannot be distinguished from chance",
+    ),
     "cost": ({}, "Cost", "1.10% of wall time"),
     "regime": ({}, "Regime", "needs a sweep of the width or the output scale"),
 }
@@ -90,16 +98,19 @@ def test_each_axis_says_its_numbers(case: str) -> None:
     [
         (
             {"taylor_ratio": 0.6, "kernel_angle": 0.01, "kernel_scale": -2.8},
-            "growth or shrinking of the weights alone does that",
+            "a change of the weights' scale alone has this effect",
         ),
-        ({"taylor_ratio": 0.6, "kernel_angle": 0.01}, "left their linearisation further than the kernel turned."),
-        ({"taylor_ratio": 0.02, "kernel_angle": 0.6}, "the kernel turned further than the outputs left"),
+        (
+            {"taylor_ratio": 0.6, "kernel_angle": 0.01},
+            "departed from their linearisation further than the kernel turned.",
+        ),
+        ({"taylor_ratio": 0.02, "kernel_angle": 0.6}, "the kernel turned further than the outputs departed"),
     ],
     ids=["shrinking", "unexplained", "turning"],
 )
 def test_axes_that_disagree_are_named(end: dict[str, float], wanted: str) -> None:
     text = summarise(_run(**end), width=10_000)
-    assert "Axes disagree" in text
+    assert "The axes disagree" in text
     assert wanted in text
 
 
@@ -107,30 +118,31 @@ def test_the_verdict_is_its_axes_in_sentences() -> None:
     end = {"taylor_ratio": 0.33, "kernel_angle": 0.18, "kernel_scale": math.log(3), "feature_angle": 0.2}
     end |= {"after_kernel_gain": 0.1, "stability_ratio": 1.4, "loss": 0.1, "loss_if_lazy": 0.4}
     assert _line(_run(**end), "Verdict") == (
-        "The run is clearly non-linear in its weights (Taylor ratio 0.33, as the ladder's γ0 0.17); its kernel clearly "
-        "turned (0.18 rad, as the ladder's γ0 0.1); its trace went × 3; the last hidden features turned 0.2 rad. "
+        "The run is clearly non-linear in its weights (Taylor ratio 0.33, as the reference at γ0 0.17); its kernel "
+        "clearly turned (0.18 rad, as the reference at γ0 0.1); its trace changed × 3; "
+        "the last hidden features turned 0.2 rad. "
         "Alignment with the targets +0.100 (z 4.0 → 9.0): it turned towards the targets. As a kernel machine it is "
-        "better than at the start (+0.100 held-out accuracy). The learning rate was beyond the largest stable one, "
-        "up to 1.4 of it. Loss on the probes 0.1; had it stayed linear, 0.4."
+        "better than at the start (+0.100 held-out accuracy). The learning rate exceeded the largest stable one, "
+        "up to × 1.4. Loss on the probes 0.1; the linearised network's, 0.4."
     )
 
 
 def test_the_verdict_on_growth_alone() -> None:
     end = {"taylor_ratio": 0.3, "kernel_angle": 0.001, "kernel_scale": 2.0}
-    assert "its trace went × 7.39, which is nearly all of its motion" in _line(_run(**end), "Verdict")
+    assert "its trace changed × 7.39, which is nearly all of its motion" in _line(_run(**end), "Verdict")
 
 
 def test_the_verdict_on_a_catapult() -> None:
     run = _run(stability_ratio=0.4, kernel_scale=-1.0)
     run.metrics.loc[0, "stability_ratio"] = 1.96
-    wanted = "up to 1.96 of it, 0.4 at the end; the kernel shrank until it was stable, a catapult."
+    wanted = "up to × 1.96, 0.4 at the end; the kernel shrank until it was stable (a catapult)."
     assert wanted in _line(run, "Verdict")
 
 
 def test_the_verdict_on_a_forecast_that_diverged() -> None:
     run = _run(loss=0.1, loss_if_lazy=math.nan)
     run.reasons = {10: {"loss_if_lazy": "the linearised network diverged under the run's learning rates"}}
-    assert "Loss on the probes 0.1; had it stayed linear, it had diverged." in _line(run, "Verdict")
+    assert "Loss on the probes 0.1; the linearised network diverged." in _line(run, "Verdict")
 
 
 def test_a_run_whose_motion_was_not_measured_is_not_called_unmoved() -> None:
@@ -139,7 +151,7 @@ def test_a_run_whose_motion_was_not_measured_is_not_called_unmoved() -> None:
 
 
 def test_axes_that_agree_are_not() -> None:
-    assert "Axes disagree" not in summarise(_run())
+    assert "The axes disagree" not in summarise(_run())
 
 
 @pytest.mark.parametrize(
@@ -183,7 +195,7 @@ def test_half_of_the_path_and_directness() -> None:
     text = speed(metrics)
     assert "path (0.8 rad) was covered by step 1 of 8 (12.5%)" in text
     assert "directness 0.50" in text
-    assert "now turns 0.025 rad a step; its fastest was 0.4" in text
+    assert "now turns 0.025 rad per step; the maximum was 0.4" in text
 
 
 def test_two_probes_say_nothing_about_speed() -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ntkwatch.cli.factory import Factory, FactoryError, where
+from ntkwatch.cli.factory import Factory, FactoryError, describe_error
 from ntkwatch.diagnostics import select
 from ntkwatch.engines import Plan
 from ntkwatch.engines.base import Reduction, at_hand, noise_floor
@@ -28,7 +28,7 @@ SLOW_PROBE = 30.0  # seconds: the callback says so before it starts
 
 
 @dataclass
-class Checkup:
+class DoctorReport:
     """What is known of the model, the plan of a probe, and the problems: none where it can be measured as it is."""
 
     facts: dict[str, str] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Checkup:
 
 
 @dataclass(frozen=True)
-class Asked:
+class DoctorOptions:
     """What the callback would be given."""
 
     reduction: str = "trace"
@@ -70,14 +70,14 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Given:
+class NamedArguments:
     """What `--outputs` and `--targets` name."""
 
     outputs: Any
     targets: Any
 
     @classmethod
-    def by(cls, factory: Factory, asked: Asked) -> Given:
+    def by(cls, factory: Factory, asked: DoctorOptions) -> NamedArguments:
         """Raises FactoryError where a name leads to nothing."""
         outputs = factory.named("--outputs", asked.outputs)
         if outputs is not None and not callable(outputs):
@@ -87,13 +87,13 @@ class Given:
         return cls(outputs, factory.named("--targets", asked.targets))
 
 
-def check(spec: str, asked: Asked) -> Checkup:
+def examine(spec: str, asked: DoctorOptions) -> DoctorReport:
     """The checkup of what FILE:FACTORY returns; raises FactoryError where a name leads to nothing."""
     asked.check()
     factory = Factory(spec)
-    given = Given.by(factory, asked)
-    model, batch = factory.made()
-    done = Checkup()
+    given = NamedArguments.by(factory, asked)
+    model, batch = factory.build()
+    done = DoctorReport()
     try:
         check_batch(batch)
         network = Network(model, given.outputs)
@@ -101,31 +101,33 @@ def check(spec: str, asked: Asked) -> Checkup:
         done.problems.append(str(error))
         return done
     try:
-        _look(done, network, batch, asked, given)
+        _run_model(done, network, batch, asked, given)
     except (UnsupportedModel, MemoryError) as error:
         done.problems.append(str(error))
     except Exception as error:  # whatever the model raises on its batch
-        done.problems.append(explain_failure(network, batch, error) or f"the model raised {where(error)} on this batch")
+        done.problems.append(
+            explain_failure(network, batch, error) or f"the model raised {describe_error(error)} on this batch"
+        )
     return done
 
 
-def _look(done: Checkup, network: Network, batch: Any, asked: Asked, given: Given) -> None:
+def _run_model(done: DoctorReport, network: Network, batch: Any, asked: DoctorOptions, given: NamedArguments) -> None:
     with leave_no_trace(network.module), torch.no_grad():
         settled = network.batch(batch)
         few = raw_of(take(settled, slice(0, asked.probes))) if settled.n > asked.probes else batch
         f = network.outputs(network.batch(few))
     done.facts |= _facts(network, f)
-    done.facts["batch"] = _read(done, network, few, given.targets, f.shape[1])
+    done.facts["batch"] = _describe_batch(done, network, few, given.targets, f.shape[1])
     done.facts["probes"] = f"{asked.probes}, as the callback takes them: {_rows(settled.n, asked.probes)}"
     done.facts["limit"] = _limit(network, few)
     if bad := int((~torch.isfinite(f)).any(dim=1).sum()):
         done.problems.append(f"the outputs are not finite on {bad} of {len(f)} probes")
         return
     done.plan = _plan(network, take(settled, [i % settled.n for i in range(asked.probes)]), asked, given)
-    done.problems += _too_much(done.plan, f.device)
+    done.problems += _excessive_costs(done.plan, f.device)
 
 
-def _plan(network: Network, batch: Any, asked: Asked, given: Given) -> Plan:
+def _plan(network: Network, batch: Any, asked: DoctorOptions, given: NamedArguments) -> Plan:
     reduction = cast(Reduction, asked.reduction)
     return costs.plan(network.module, batch, reduction=reduction, outputs=given.outputs, diagnostics=asked.diagnostics)
 
@@ -136,13 +138,13 @@ def _rows(n: int, wanted: int) -> str:
     return f"the batch's {n} rows, repeated for the costs" if n < wanted else f"the first of the batch's {n} rows"
 
 
-def _read(done: Checkup, network: Network, batch: Any, targets: Any, n_outputs: int) -> str:
+def _describe_batch(done: DoctorReport, network: Network, batch: Any, targets: Any, n_outputs: int) -> str:
     """What was taken as inputs and as targets; targets= that do not fit are a problem."""
     with leave_no_trace(network.module):
         try:
             probes = ProbeSet.of(batch, targets)
         except Exception as error:
-            done.problems.append(f"--targets: {error if isinstance(error, ValueError) else where(error)}")
+            done.problems.append(f"--targets: {error if isinstance(error, ValueError) else describe_error(error)}")
             probes = ProbeSet.of(batch)
         return taken(network, probes.for_network(network), n_outputs)
 
@@ -184,7 +186,7 @@ def _mode(module: nn.Module) -> str:
     return "; ".join(said)
 
 
-def _too_much(plan: Plan, device: torch.device) -> list[str]:
+def _excessive_costs(plan: Plan, device: torch.device) -> list[str]:
     problems = []
     free = free_bytes(device)
     if plan.peak_bytes > free:
