@@ -91,7 +91,7 @@ def doctor(path: Path, factory: str, *options: str) -> Any:
 
 
 @pytest.fixture
-def build(tmp_path: Path) -> Path:
+def made(tmp_path: Path) -> Path:
     (tmp_path / "made.py").write_text(FACTORIES)
     (tmp_path / "other.py").write_text("def logits(model, batch):\n    return model(batch[0])[:, 0]\n")
     return tmp_path / "made.py"
