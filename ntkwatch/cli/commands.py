@@ -7,17 +7,14 @@ answers at once.
 from __future__ import annotations
 
 import difflib
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-if TYPE_CHECKING:
-    from ntkwatch.compare import Comparison
-    from ntkwatch.record import Run
+from ntkwatch.cli.output import print_comparison, print_error, print_json, run_as_dict, write_comparison
 
 PROBLEM, BAD_INPUT = 1, 2
 DEFAULT_FOLDER = Path("ntkwatch_widths")
@@ -33,7 +30,7 @@ class _Commands(TyperGroup):
         except (ValueError, OSError, ImportError) as error:
             if not _expected(error):
                 raise
-            _complain(str(error))
+            print_error(str(error))
             raise typer.Exit(PROBLEM if _is_damage(error) else BAD_INPUT) from error
 
 
@@ -101,7 +98,7 @@ def show(
 
     loaded = load_run(run)
     if as_json:
-        return _print_json(_run_as_dict(loaded))
+        return print_json(run_as_dict(loaded))
     console = terminal.console()
     return console.print(terminal.show(loaded, console.width))
 
@@ -122,44 +119,13 @@ def widths(
 
     comparison = compare_runs(runs, x, allow_mismatch=allow_mismatch, min_width=min_width)
     if not as_json:
-        _print_comparison(comparison)
-    written = _write(comparison, out or DEFAULT_FOLDER) if out or not as_json else []
+        print_comparison(comparison)
+    written = write_comparison(comparison, out or DEFAULT_FOLDER) if out or not as_json else []
     if as_json:
-        return _print_json(comparison.as_dict() | {"files": [str(path) for path in written]})
+        return print_json(comparison.as_dict() | {"files": [str(path) for path in written]})
     for path in written:
         typer.echo(f"wrote {path}")
     return None
-
-
-def _print_comparison(comparison: Comparison) -> None:
-    from ntkwatch.cli import terminal
-
-    console = terminal.console()
-    console.print(terminal.comparison(comparison, console.width))
-    typer.echo()
-
-
-def _write(comparison: Comparison, folder: Path) -> list[Path]:
-    """Tables and figures of a comparison, as files in `folder`."""
-    import pandas as pd
-
-    from ntkwatch import figures
-    from ntkwatch.cli import terminal
-
-    folder.mkdir(parents=True, exist_ok=True)
-    slopes = pd.DataFrame({name: s._asdict() for name, s in comparison.slopes.items()}).T.rename_axis("metric")
-    tables = {"table": comparison.table, "history": comparison.history, "slopes": slopes.reset_index()}
-    if comparison.finite_width is not None:
-        tables["finite_width"] = comparison.finite_width.table
-    written = []
-    for name, table in tables.items():
-        written.append(folder / f"{name}.csv")
-        table.to_csv(written[-1], index=False)
-    with terminal.console(stderr=True).status("drawing"):
-        for name, figure in comparison.figures().items():
-            written.append(folder / f"{name}.png")
-            figures.save(figure, written[-1])
-    return written
 
 
 @app.command()
@@ -175,7 +141,7 @@ def diff(
 
     difference = diff_runs(a, b, step)
     if as_json:
-        return _print_json(difference.as_dict())
+        return print_json(difference.as_dict())
     console = terminal.console()
     return console.print(terminal.difference(difference, console.width))
 
@@ -209,7 +175,7 @@ def explain(metric: Annotated[str | None, typer.Argument(metavar="METRIC")] = No
     if text is None:
         close = difflib.get_close_matches(metric, entries(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "`ntkwatch explain` lists the names"
-        _complain(f"no metric is called {metric!r}: {hint}")
+        print_error(f"no metric is called {metric!r}: {hint}")
         raise typer.Exit(BAD_INPUT)
     return typer.echo("\n".join([metric, "", *terminal.documentation(text, terminal.console().width)]))
 
@@ -233,7 +199,7 @@ def doctor(
     names = [name.strip() for name in diagnostics.split(",") if name.strip()]
     found = examine(factory, DoctorOptions(reduction, names, probes, outputs, targets))
     if as_json:
-        _print_json(found.as_dict())
+        print_json(found.as_dict())
     else:
         width = terminal.console().width
         typer.echo("\n".join(terminal.wrapped(found.lines(width), width)))
@@ -254,7 +220,7 @@ def demo(
     try:
         root = run(out, console)
     except MissingDigits as error:
-        _complain(f"{error.why}; install it, then run the demo again:")
+        print_error(f"{error.why}; install it, then run the demo again:")
         typer.echo(error.install, err=True)  # in one piece, to be pasted
         raise typer.Exit(PROBLEM) from error
     comparison = compare_runs(root)
@@ -262,37 +228,11 @@ def demo(
     console.print(f"\nOne of {len(comparison.runs)} runs in words, {comparison.table['run'][middle]}:\n")
     console.print(terminal.summary(comparison.runs[middle], console.width))
     console.print()
-    _print_comparison(comparison)
-    written = _write(comparison, root / "widths")
+    print_comparison(comparison)
+    written = write_comparison(comparison, root / "widths")
     typer.echo(f"the figure to look at first: {next(path for path in written if path.suffix == '.png')}")
     typer.echo(f"the runs in TensorBoard: tensorboard --logdir {root}")
     typer.echo("then open http://localhost:6006/#custom_scalars&_smoothingWeight=0")
-
-
-def _run_as_dict(run: Run) -> dict[str, Any]:
-    from ntkwatch.compare import json_rows
-    from ntkwatch.summary import layers_at, summarise
-
-    return {
-        "folder": str(run.folder),
-        "others": [str(other) for other in run.others],
-        "manifest": run.manifest,
-        "summary": summarise(run),
-        "metrics": json_rows(run.metrics.reset_index()),
-        "layers": {str(step): layers_at(run.layer_metrics, step) for step in run.steps},
-        "reasons": {str(step): reasons for step, reasons in run.reasons.items() if reasons},
-    }
-
-
-def _print_json(data: Any) -> None:
-    typer.echo(json.dumps(data, indent=1, allow_nan=False))
-
-
-def _complain(message: str) -> None:
-    from ntkwatch.cli import terminal
-    from ntkwatch.summary import printable
-
-    typer.echo("\n".join(terminal.folded(f"ntkwatch: {printable(' '.join(message.split()))}")), err=True)
 
 
 def main() -> None:

@@ -1,4 +1,8 @@
-"""Runs side by side: over width with slopes, or two kernels against each other."""
+"""Several runs side by side: metrics over width with fitted slopes, or two kernels against each other.
+
+In: folders of runs. Out: `Comparison` (table, slopes with intervals, figures) and `Difference`.
+Read `runs` (what makes runs comparable), `slopes`, `widths`, `finite_width`, then `diff`.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,12 @@
-"""Leave no trace: everything a probe may disturb in a run is saved before it and put back after it, also when it fails.
+"""Guards that leave no trace: whatever a probe may disturb in a run is saved before it and restored after it.
 
-What stays outside its reach, since it does not hang on the modules: data loaders and their samplers, optimizers, and
-what a forward hook of the user's writes into objects of its own. Forward hooks run (weight norm and its kin need them);
-backward hooks and gradient hooks do not: they listen to training, and a probe is none.
+In: the modules of a run. Out: the same modules, bit for bit, also when the probe fails.
+Read `leave_no_trace` below, then `modules` and `process` (what is saved), `values` (how), `objects` (datasets),
+`interruption` and `collectives` (signals and ranks), `default_device`.
+
+Out of reach, because modules do not hold them: data loaders and their samplers, optimizers, and what a user's forward
+hook writes into other objects. Forward hooks run (weight norm needs them); backward and gradient hooks, which observe
+training, do not.
 """
 
 from __future__ import annotations

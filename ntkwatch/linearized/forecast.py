@@ -145,11 +145,12 @@ class LinearForecast:
 
     @property
     def gradients(self) -> dict[str, Tensor | None]:
-        """Names -> gradients of the linear model's weights, each of the shape of its parameter."""
+        """Those added since the last step, by parameter name, None where there is none; to read and to set."""
         return {name: p.grad for name, p in self.parameters.items()}
 
     @gradients.setter
     def gradients(self, given: Mapping[str, Tensor | None]) -> None:
+        """Set the gradients of the next step, by parameter name, each of the shape of its parameter."""
         for name, gradient in given.items():
             self.parameters[name].grad = gradient
 

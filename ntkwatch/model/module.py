@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from ntkwatch.model.batch import (
 from ntkwatch.model.batch_reading import Reading
 from ntkwatch.model.calling import Caller, form_of
 from ntkwatch.model.output import UnsupportedModel, as_output, outputs_advice, rows_expression
+from ntkwatch.model.parameters import check_devices, trained_parameters
 from ntkwatch.model.shared_leaves import elsewhere, infer_rows
 from ntkwatch.model.wrappers import attribute_paths, eager, not_reentrant, unfused, unwrap
 
@@ -89,8 +89,8 @@ class Network:
             Any, tuple[int, tuple[bool, ...]]
         ] = {}  # n, and which leaves have a row for each example
         self._wrapper = _Forward(self.module, self._raw)
-        self.parameters: dict[str, Tensor] = _trained_parameters(self.module, params)
-        _check_devices(self.module, self.parameters)
+        self.parameters: dict[str, Tensor] = trained_parameters(self.module, params)
+        check_devices(self.module, self.parameters)
         self._place = ""  # of the output in what was returned last, in Python
         self.mixes: Network | None = None  # the network whose outputs this one mixes
         self.inside: frozenset[torch.dtype] = frozenset()  # types that a forward pass was seen to use (autocast)
@@ -170,6 +170,7 @@ class Network:
 
     @forms.setter
     def forms(self, learned: tuple[Any, ...]) -> None:
+        """Restore what an earlier reading learned, as `forms` returned it."""
         self._row_layouts, self.call.known, self.inside = dict(learned[0]), dict(learned[1]), learned[2]
 
     @property
@@ -251,65 +252,6 @@ class Network:
                 f"{outputs_advice(rows_expression(whole, self.code(batch) + self._place, n))}"
             )
         return f
-
-
-def _trained_parameters(module: nn.Module, params: str | Sequence[str] | None) -> dict[str, Tensor]:
-    trained: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    for name, p in trained.items():
-        if isinstance(p, nn.parameter.UninitializedParameter):
-            raise UnsupportedModel(f"parameter {name} is not initialised yet; run one batch through the model first")
-    if not trained:
-        held = any(True for _ in module.parameters())
-        raise UnsupportedModel(
-            "the model has no trained parameter: "
-            + (
-                "every one has requires_grad=False; unfreeze some, model.requires_grad_(True)"
-                if held
-                else "there is none"
-            )
-        )
-    if params is None:
-        return _require_dense(trained)
-    globs = [params] if isinstance(params, str) else list(params)
-    if not globs:
-        raise ValueError("params: an empty list matches no trained parameter; None takes all of them")
-    for glob in globs:
-        if not fnmatch.filter(trained, glob):
-            raise ValueError(
-                f"params: {glob!r} matches no trained parameter; there are {', '.join(list(trained)[:8])}…"
-            )
-    return _require_dense({name: p for name, p in trained.items() if any(fnmatch.fnmatchcase(name, g) for g in globs)})
-
-
-def _require_dense(trained: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Them, unless one is sparse, of which layouts differ in what they take as its gradient."""
-    for name, p in trained.items():
-        if p.layout is not torch.strided:
-            raise UnsupportedModel(
-                f"parameter {name} is sparse ({p.layout}): train its values as a dense parameter, and make the matrix "
-                "in forward, as torch.sparse_coo_tensor(indices, values, size)"
-            )
-    return trained
-
-
-def _check_devices(module: nn.Module, trained: Mapping[str, Tensor]) -> None:
-    """Raises UnsupportedModel where part of the model is on the meta device, or trained parameters on several."""
-    for kind, tensors in (("parameter", module.named_parameters()), ("buffer", module.named_buffers())):
-        for name, t in tensors:
-            if t.is_meta:
-                raise UnsupportedModel(
-                    f"{kind} {name} is on the meta device, without numbers: model.to_empty(device='cpu') and "
-                    "load it first"
-                )
-    places: dict[torch.device, str] = {}
-    for name, p in trained.items():
-        places.setdefault(p.device, name)
-    if len(places) > 1:
-        found = ", ".join(f"{name} on {device}" for device, name in places.items())
-        raise UnsupportedModel(
-            f"the trained parameters are on {len(places)} devices ({found}): "
-            f"put the model on one, as model.to({str(next(iter(places)))!r})"
-        )
 
 
 def _length(leaf: Any) -> int | None:

@@ -1,4 +1,9 @@
-"""Probes: the inputs on which a run is watched. Chosen once, frozen, named by a content hash."""
+"""Probes: the inputs on which a run is measured, chosen once, frozen, and named by a content hash.
+
+In: a data loader, a batch, or the argument `probes=`. Out: a `ProbeSet` of inputs, targets and hashes.
+Read `probeset` (what it is), `selection` with `labels` and `loaders` (choosing from a dataset), `stream` (rows of a
+stream's first batches), `targets` (the columns that alignments are computed with), then `taken`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Runs → one self-contained HTML file: no script, no network, everything that came from outside escaped."""
+"""Records → one self-contained HTML page: no script, no network, all outside text escaped.
+
+In: folders of runs. Out: one file, by `write_report`; the template beside this file lays it out.
+"""
 
 from __future__ import annotations
 

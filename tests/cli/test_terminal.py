@@ -35,7 +35,7 @@ class Net(nn.Module):
     def forward(self, x):
         return self.head(self.norm(self.a_first_module_with_a_long_name["of_its_own"](x)).relu())
 
-def build():
+def made():
     torch.manual_seed(0)
     return Net(), (torch.randn(12, 6), torch.arange(12) % 3)
 
