@@ -17,8 +17,8 @@ from torch import nn
 
 from ntkwatch import distributed
 from ntkwatch.distributed import Ranks, RanksError, TooLong, sharded
-from ntkwatch.watching.error_policy import Failures, told
-from ntkwatch.watching.rank_zero import jointly
+from ntkwatch.watching.error_policy import ErrorPolicy, told
+from ntkwatch.watching.rank_zero import run_on_rank_zero
 
 WORLD = 2
 WAIT = 3  # seconds for a rank that never comes; for one that does, time enough on a busy machine
@@ -197,13 +197,13 @@ def joins_with_one_absent(rank: int) -> Any:
 
 def stops_on_rank_0(rank: int) -> Any:
     """A KeyboardInterrupt of rank 0's goes on its way, and rank 1 does not wait for a rank that is leaving."""
-    ranks, failures = Ranks.detect(), Failures("warn", False)
+    ranks, failures = Ranks.detect(), ErrorPolicy("warn", False)
 
     def interrupted() -> None:
         raise KeyboardInterrupt
 
     try:
-        said = jointly(ranks, failures, interrupted, lambda value: value).failure
+        said = run_on_rank_zero(ranks, failures, interrupted, lambda value: value).failure
     except KeyboardInterrupt:
         said = ("KeyboardInterrupt", None)
     return [said, training_goes_on(rank)]

@@ -8,7 +8,7 @@ from typing import Any
 from ntkwatch.distributed import Ranks
 from ntkwatch.frontends.record_place import place_of
 from ntkwatch.watching.checkpoint import near, usable
-from ntkwatch.watching.error_policy import Failures
+from ntkwatch.watching.error_policy import ErrorPolicy
 from ntkwatch.watching.messages import warn
 
 OTHER = "the earlier fit of this callback was of {}, so its record cannot be continued"
@@ -48,7 +48,7 @@ class Continuation:
         if self.session:
             self._kept, self._model, self._trained = state, weakref.ref(module), _trained(module)
 
-    def settle(self, trainer: Any, module: Any, ranks: Ranks, failures: Failures) -> dict[str, Any] | None:
+    def settle(self, trainer: Any, module: Any, ranks: Ranks, failures: ErrorPolicy) -> dict[str, Any] | None:
         """The state to go on from, the same on every rank; None to begin anew. It never raises."""
         state = None
         if ranks.first():

@@ -1,4 +1,4 @@
-"""Following a Trainer's run for the linear forecast: every batch of every rank, at its optimizer's rates."""
+"""The updates of the linear forecast beside a Trainer's run: every batch of every rank, at its optimizer's rates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ntkwatch.measurement.monitor import Monitor
 from ntkwatch.model import Network
 from ntkwatch.probes import content_hash
 from ntkwatch.record import FORECASTS, RecordError, TensorStore
-from ntkwatch.watching.error_policy import Failures
+from ntkwatch.watching.error_policy import ErrorPolicy
 from ntkwatch.watching.messages import log, warn
 from ntkwatch.watching.session import Session
 from ntkwatch.watching.settings import Settings
@@ -38,7 +38,7 @@ LATE = (
 OTHER_WEIGHTS = "the weights are not those that the checkpoint's forecast was saved beside"
 
 
-class Follower:
+class ForecastUpdates:
     """Feeds a linear forecast on one rank of a fit; what cannot be followed ends it on all of them, with a reason.
 
     Call `stepping` before the optimizer steps and `batch` after each training batch, on every rank: each optimizer step
@@ -147,7 +147,7 @@ class Follower:
         self._tell(f"the forecast ended at step {self._trainer.global_step} ({kind}{error})")
 
     def close(self) -> None:
-        """Follow no longer."""
+        """Stop updating the forecast."""
         self._unhook()
         self._forecast = None
 
@@ -169,17 +169,18 @@ class Follower:
             return None
 
 
-def follow(
+def start_forecast(
     trainer: Any,
     module: Any,
     session: Session | None,
     settings: Settings,
     earlier: Mapping[str, Any] | None,
     ranks: Ranks,
-    failures: Failures,
+    failures: ErrorPolicy,
     late: bool = False,
-) -> Follower | None:
-    """A follower on every rank where a diagnostic that needs one was asked for by name; else rank 0's monitor is told.
+) -> ForecastUpdates | None:
+    """Forecast updates on every rank where a diagnostic that needs them was asked for by name; else the monitor says
+    why there are none.
 
     Call it on every rank, at θ_0 or where the checkpoint of `earlier` was written.
 
@@ -214,7 +215,7 @@ def follow(
         return None
     if session is not None:
         session.monitor.forecast = forecast
-    return Follower(trainer, forecast, ranks, end=end, failed=failures.beside)
+    return ForecastUpdates(trainer, forecast, ranks, end=end, failed=failures.beside)
 
 
 Begun = tuple[dict[str, Tensor], dict[str, Tensor] | None, str | None]

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from ntkwatch.distributed import Ranks, sharded
-from ntkwatch.frontends.beginning import Beginning
+from ntkwatch.frontends.baseline_setup import BaselineSetup
 from ntkwatch.frontends.continuation import Continuation
-from ntkwatch.frontends.forecast_updates import Follower, follow
-from ntkwatch.frontends.opening import Opening
+from ntkwatch.frontends.forecast_updates import ForecastUpdates, start_forecast
+from ntkwatch.frontends.session_setup import SessionSetup
 from ntkwatch.frontends.trainer import Moment, import_names, now, show_columns, stays_out, true_precision
 from ntkwatch.loggers.group import publish
 from ntkwatch.measurement.arguments import check_choice
 from ntkwatch.record import Measurement
 from ntkwatch.watching.checkpoint import VERSION
-from ntkwatch.watching.results import Outcome
+from ntkwatch.watching.results import RunResults
 from ntkwatch.watching.runner import MeasurementRunner, Work
 from ntkwatch.watching.schedule import Schedule
 from ntkwatch.watching.session import Session
@@ -85,19 +85,19 @@ class NTKWatch(Callback):
             engine=engine, diagnostics=diagnostics, resample=resample, save_kernels=save_kernels,
             loggers=loggers, hparams=hparams,
         )  # fmt: skip
-        self._on_error, self._outcome = on_error, Outcome()
+        self._on_error, self._results = on_error, RunResults()
         self._earlier = Continuation()
         self._forget()
 
     def _forget(self) -> None:
         """A clean slate for one fit; a checkpoint's state is loaded after this."""
         self._earlier.begin()
-        self._outcome.keep(None)
-        self._runner = MeasurementRunner(self._settings, self._on_error, self._outcome)
-        self._follower: Follower | None = None
+        self._results.keep(None)
+        self._runner = MeasurementRunner(self._settings, self._on_error, self._results)
+        self._forecast_updates: ForecastUpdates | None = None
         self._restored: dict[str, Any] | None = None
         self._global_step = 0
-        self._beginning: Beginning | None = None  # until the baseline is measured
+        self._beginning: BaselineSetup | None = None  # until the baseline is measured
         self._trial = self._completed = False
         self._hide_columns: Callable[[], None] | None = None
 
@@ -109,12 +109,12 @@ class NTKWatch(Callback):
     @property
     def record(self) -> Path | None:
         """The folder of this run's record, None before fit; after ddp_spawn too, in the process that called fit."""
-        return self._outcome.record
+        return self._results.record
 
     @property
     def last(self) -> Measurement | None:
         """The last Measurement (on rank 0), None before the first; after ddp_spawn, what the record holds of it."""
-        return self._outcome.last
+        return self._results.last
 
     # ── Lightning's hooks ─────────────────────────────────────────────────────────────────────────────────────────
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -135,22 +135,22 @@ class NTKWatch(Callback):
         if not self._runner.is_on:
             return
         self._runner.ranks = Ranks.detect()
-        if not self._runner.grid.settle(self._runner.ranks, self._runner.failures):
+        if not self._runner.shared_schedule.settle(self._runner.ranks, self._runner.failures):
             return
         self._runner.step = self._global_step = trainer.global_step
         self._restored = self._earlier.settle(trainer, pl_module, self._runner.ranks, self._runner.failures)
         if self._restored is not None:
             self._runner.step = self._runner.measured_at = self._restored["step"]
             self.schedule.load_state_dict(self._restored["schedule"])
-            self._runner.grid.load_state_dict(self._restored["grid"])
+            self._runner.shared_schedule.load_state_dict(self._restored["grid"])
             self._runner.values.update(self._restored["values"])
             publish(self._runner.values, trainer.callback_metrics)  # EarlyStopping may ask before the next probe
         if not self._runner.is_on:
             return  # a rank did not answer
         self._runner.start()
         self._hide_columns = show_columns(trainer, self._runner.values)
-        opening = Opening(self._settings, trainer, pl_module, self._trial, self.schedule.clock)
-        self._beginning = Beginning(opening, self._restored, self._earlier.why)
+        opening = SessionSetup(self._settings, trainer, pl_module, self._trial, self.schedule.clock)
+        self._beginning = BaselineSetup(opening, self._restored, self._earlier.why)
         self._together(trainer, "the look at model and probes", self._beginning.prepare, start=True)
         self._runner.session = self._beginning.session
 
@@ -170,17 +170,17 @@ class NTKWatch(Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """For the linear forecast: a scheduler changes the learning rates of this step before the batch ends."""
-        if self._follower is not None:
-            self._follower.stepping(optimizer)
+        if self._forecast_updates is not None:
+            self._forecast_updates.stepping(optimizer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count optimizer-stepping batches; measure where the schedule says so."""
         if self._runner.session is not None:
             self._runner.session.renew()
         stepped = trainer.global_step != self._global_step
-        if self._follower is not None and self._runner.is_on:
+        if self._forecast_updates is not None and self._runner.is_on:
             with self.schedule.aside(), true_precision(trainer):
-                self._follower.batch(batch, outputs, stepped)
+                self._forecast_updates.batch(batch, outputs, stepped)
         if not stepped:
             return  # gradients are being accumulated
         self._global_step = trainer.global_step
@@ -210,9 +210,9 @@ class NTKWatch(Callback):
             self._earlier.keep(self.state_dict(), pl_module)  # for the next fit, and `trainer.save_checkpoint`
             self._runner.session = None
         self._beginning = None
-        if self._follower is not None:
-            self._follower.close()
-            self._follower = None
+        if self._forecast_updates is not None:
+            self._forecast_updates.close()
+            self._forecast_updates = None
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only, under 1 MB."""
@@ -220,13 +220,17 @@ class NTKWatch(Callback):
             "version": VERSION,
             "step": self._runner.step,
             "schedule": self.schedule.state_dict(),
-            "grid": self._runner.grid.state_dict(),
+            "grid": self._runner.shared_schedule.state_dict(),
             "values": dict(self._runner.values),
             "session": self._state(self._runner.session) if self._runner.session is not None else self._earlier.session,
         }
 
     def _state(self, session: Session) -> dict[str, Any]:
-        forecast = self._follower.state(session.record) if self._follower is not None and session.begun else None
+        forecast = (
+            self._forecast_updates.state(session.record)
+            if self._forecast_updates is not None and session.begun
+            else None
+        )
         return session.state() | ({"forecast": forecast} if forecast else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -266,7 +270,7 @@ class NTKWatch(Callback):
             )
 
     # ── the baseline ──────────────────────────────────────────────────────────────────────────────────────────────
-    def _begin(self, trainer: Any, pl_module: Any, beginning: Beginning, waits: bool) -> None:
+    def _begin(self, trainer: Any, pl_module: Any, beginning: BaselineSetup, waits: bool) -> None:
         """K_0 and all that is done once, if rank 0 has the probes for it."""
         settled = self._runner.failures.shared(self._runner.ranks, beginning.start(waits), None)
         if settled is None:
@@ -282,13 +286,13 @@ class NTKWatch(Callback):
         self._runner.session = beginning.session
         continued = self._runner.failures.shared(self._runner.ranks, beginning.continued, False)
         if self._runner.session is not None:
-            self._outcome.keep(self._runner.session.record)
+            self._results.keep(self._runner.session.record)
         if self._runner.is_on:
             fit = (trainer, pl_module, self._runner.session, self._settings, self._restored if continued else None)
-            self._follower = follow(*fit, self._runner.ranks, self._runner.failures, start.late)
+            self._forecast_updates = start_forecast(*fit, self._runner.ranks, self._runner.failures, start.late)
         if self._runner.is_on and not continued:
             if self._restored is None:
-                self._runner.grid.due(start.step)
+                self._runner.shared_schedule.due(start.step)
             self._together(trainer, "the baseline probe", baseline, True, start.step)
         if self._runner.is_on and self._runner.session is not None:
             self._runner.session.warn_of_missing_forecast()

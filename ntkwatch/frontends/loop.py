@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ntkwatch.measurement.arguments import check_arguments, check_choice
 from ntkwatch.probes import as_probe_set
 from ntkwatch.record import Measurement
-from ntkwatch.watching.results import Outcome
+from ntkwatch.watching.results import RunResults
 from ntkwatch.watching.runner import MeasurementRunner
 from ntkwatch.watching.session import Session
 from ntkwatch.watching.settings import Settings
@@ -99,7 +99,7 @@ class Watch:
         is_named: bool,
     ) -> None:
         self._optimizers = list(optimizers)
-        self._runner = runner = MeasurementRunner(settings, on_error, Outcome())
+        self._runner = runner = MeasurementRunner(settings, on_error, RunResults())
         if settings.wanted.data is None:
             raise ValueError(
                 "ntkwatch.watch takes the examples themselves as probes=: pass a batch, a tensor or a ProbeSet"
@@ -107,7 +107,7 @@ class Watch:
         if runner.ranks.size > 1:
             raise ValueError("ntkwatch.watch watches one process; in a distributed run pass NTKWatch to a Trainer")
         self._hook: Any = None
-        runner.grid.settle(runner.ranks, runner.failures)
+        runner.shared_schedule.settle(runner.ranks, runner.failures)
         runner.start()
         runner.run("the look at model and probes", partial(self._open, model, settings, folder, is_named), start=True)
         if runner.is_on:
@@ -170,7 +170,7 @@ class Watch:
 
     def _measure_first(self) -> Measurement:
         self._runner.schedule.due(0)
-        self._runner.grid.due(0)
+        self._runner.shared_schedule.due(0)
         return self._measure()
 
     def _measure(self, last: bool = False) -> Measurement:

@@ -53,7 +53,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-class Failures:
+class ErrorPolicy:
     """One fit's failures.
 
     Args:

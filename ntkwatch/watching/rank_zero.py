@@ -10,13 +10,13 @@ from typing import Any, Generic, TypeVar
 from ntkwatch.distributed import Ranks, TooLong
 from ntkwatch.guard.collectives import refuse_collectives
 from ntkwatch.guard.interruption import ProbeEnded, pending, time_limit
-from ntkwatch.watching.error_policy import Failures, Told, stopped, told
+from ntkwatch.watching.error_policy import ErrorPolicy, Told, stopped, told
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Done(Generic[T]):
+class RankZeroResult(Generic[T]):
     """How it went: on rank 0, and what is known of that on every rank.
 
     Attributes:
@@ -31,33 +31,35 @@ class Done(Generic[T]):
     failure: Told | None = None
 
 
-def jointly(ranks: Ranks, failures: Failures, work: Callable[[], T], tell: Callable[[T], Any]) -> Done[T]:
+def run_on_rank_zero(
+    ranks: Ranks, failures: ErrorPolicy, work: Callable[[], T], tell: Callable[[T], Any]
+) -> RankZeroResult[T]:
     """Rank 0 works and tells what it has. Every rank comes here; where one does not, `failures` switches off.
 
     A KeyboardInterrupt or SystemExit of rank 0 goes on its way once the other ranks, which wait, know of it.
     """
     if not failures.met(ranks):
-        return Done()
-    done: Done[T] = Done()
+        return RankZeroResult()
+    done: RankZeroResult[T] = RankZeroResult()
     if ranks.first():
         try:
             done = _tried(ranks, work, tell)
         except BaseException as stop:
-            _shared(ranks, failures, Done(failure=stopped(type(stop).__name__)))
+            _shared(ranks, failures, RankZeroResult(failure=stopped(type(stop).__name__)))
             raise
     return _shared(ranks, failures, done)
 
 
-def _tried(ranks: Ranks, work: Callable[[], T], tell: Callable[[T], Any]) -> Done[T]:
+def _tried(ranks: Ranks, work: Callable[[], T], tell: Callable[[T], Any]) -> RankZeroResult[T]:
     try:
         with _by_itself(ranks):
             value = work()
-        return Done(value, said=tell(value))
+        return RankZeroResult(value, said=tell(value))
     except ProbeEnded as ended:
         by = ", ".join(pending()) or "SIGTERM"
-        return Done(error=ended.error, failure=told(ended.error) if ended.error is not None else stopped(by))
+        return RankZeroResult(error=ended.error, failure=told(ended.error) if ended.error is not None else stopped(by))
     except Exception as error:  # whatever a probe meets, the run that it watches goes on
-        return Done(error=error, failure=told(error))
+        return RankZeroResult(error=error, failure=told(error))
 
 
 @contextlib.contextmanager
@@ -70,6 +72,6 @@ def _by_itself(ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def _shared(ranks: Ranks, failures: Failures, done: Done[T]) -> Done[T]:
+def _shared(ranks: Ranks, failures: ErrorPolicy, done: RankZeroResult[T]) -> RankZeroResult[T]:
     said, failure = failures.shared(ranks, (done.said, done.failure), (None, None))
-    return Done(done.value, done.error, said, failure)
+    return RankZeroResult(done.value, done.error, said, failure)

@@ -12,7 +12,7 @@ from ntkwatch.summary import summarise
 SIZE = 1 << 12  # bytes: a page, and as long as a path may be
 
 
-class Outcome:
+class RunResults:
     """A run's record and last measurement.
 
     Of a run in a process that this one has started, a page of shared memory tells where the record is, and the

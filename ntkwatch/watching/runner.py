@@ -10,14 +10,14 @@ from ntkwatch.distributed import Ranks
 from ntkwatch.guard.default_device import cpu_default_device
 from ntkwatch.guard.interruption import ProbeEnded, deferred_signals
 from ntkwatch.record import Measurement
-from ntkwatch.watching.error_policy import Failures
-from ntkwatch.watching.grid import Grid
+from ntkwatch.watching.error_policy import ErrorPolicy
 from ntkwatch.watching.messages import others_warnings
-from ntkwatch.watching.rank_zero import jointly
-from ntkwatch.watching.results import Outcome
+from ntkwatch.watching.rank_zero import run_on_rank_zero
+from ntkwatch.watching.results import RunResults
 from ntkwatch.watching.schedule import Schedule
 from ntkwatch.watching.session import Session
 from ntkwatch.watching.settings import Settings
+from ntkwatch.watching.shared_schedule import SharedSchedule
 
 Work = Callable[[], Measurement | None]
 
@@ -37,11 +37,11 @@ class MeasurementRunner:
         values: by tag, the newest defined value, on every rank.
     """
 
-    def __init__(self, settings: Settings, on_error: str, results: Outcome) -> None:
+    def __init__(self, settings: Settings, on_error: str, results: RunResults) -> None:
         self.results = results
-        self.failures = Failures(on_error, settings.explicit, self._note)
+        self.failures = ErrorPolicy(on_error, settings.explicit, self._note)
         self.schedule = Schedule(settings.every, settings.budget)
-        self.grid = Grid(settings.every, self.schedule)
+        self.shared_schedule = SharedSchedule(settings.every, self.schedule)
         self.ranks = Ranks.detect()
         self.session: Session | None = None
         self.step = 0
@@ -56,17 +56,17 @@ class MeasurementRunner:
     def start(self) -> None:
         """Begin to count wall time."""
         self.schedule.start()
-        self.grid.start()
+        self.shared_schedule.start()
 
     def is_due(self) -> bool:
         """Whether `every=` names the present step; call it once a step, on every rank."""
-        return self.is_on and self.grid.due(self.step)
+        return self.is_on and self.shared_schedule.due(self.step)
 
     def measure(self, work: Work, last: bool = False, **options: Any) -> None:
         """Measure at the present step where the budget allows it, or where it is the last step."""
 
         def if_affordable() -> Measurement | None:
-            return work() if last or self.grid.asked or self.schedule.due(self.step) else None
+            return work() if last or self.shared_schedule.asked or self.schedule.due(self.step) else None
 
         self.run(f"the probe at step {self.step}", if_affordable, **options)
 
@@ -97,7 +97,7 @@ class MeasurementRunner:
                 return work()
 
         with deferred_signals():
-            done = jointly(
+            done = run_on_rank_zero(
                 self.ranks, self.failures, timed, lambda m: m and self.session and self.session.loggers.values
             )
             if done.failure is not None:

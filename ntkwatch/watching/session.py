@@ -229,7 +229,7 @@ class Session:
             "previous_kernel": previous[1].clone() if previous is not None and small else None,
         }
 
-    def goes_on(self, restored: Mapping[str, Any] | None, why_not: str | None) -> bool:
+    def continue_record(self, restored: Mapping[str, Any] | None, why_not: str | None) -> bool:
         """Whether the run goes on from `restored`, a callback's state; if not, the warning that names the new record
         says why: `why_not`, where there is nothing to go on from."""
         try:

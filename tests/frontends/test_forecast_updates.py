@@ -101,9 +101,9 @@ def test_a_forecast_at_the_rate_after_the_schedule_would_be_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control: rates read when the batch ends, not when the optimizer steps."""
-    from ntkwatch.frontends.forecast_updates import Follower
+    from ntkwatch.frontends.forecast_updates import ForecastUpdates
 
-    monkeypatch.setattr(Follower, "_apply", lambda self, forecast, *_: forecast.apply())
+    monkeypatch.setattr(ForecastUpdates, "_apply", lambda self, forecast, *_: forecast.apply())
     watch = NTKWatch(probes="train", budget=None, every=[0, 9], diagnostics=LAZY, on_error="raise")
     trainer(tmp_path, watch, max_steps=9).fit(Linear(scheduled), data())
     assert watch.last.metrics["forecast_error"] > 0.05

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ntkwatch import NTKWatch, load_run
 from ntkwatch.frontends import forecast_updates as following
-from ntkwatch.frontends.forecast_updates import Follower
+from ntkwatch.frontends.forecast_updates import ForecastUpdates
 from ntkwatch.linearized import optimizer_copy as shadow
 from ntkwatch.linearized.forecast import LinearForecast
 from ntkwatch.linearized.optimizer_copy import OptimizerCopy
@@ -478,7 +478,7 @@ def test_exact_or_undefined_with_the_reason(case: str, tmp_path: Path) -> None:
 BLIND: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "rates of the batch's end": (
         "cosine by step",
-        lambda m: m.setattr(Follower, "_apply", lambda self, forecast, *_: forecast.apply()),
+        lambda m: m.setattr(ForecastUpdates, "_apply", lambda self, forecast, *_: forecast.apply()),
     ),
     "clips what is not trained": (
         "clipped, and not all trained",

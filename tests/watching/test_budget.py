@@ -12,7 +12,7 @@ import torch
 
 import ntkwatch.watching.runner
 from ntkwatch import NTKWatch, load_run
-from ntkwatch.frontends.forecast_updates import Follower
+from ntkwatch.frontends.forecast_updates import ForecastUpdates
 from ntkwatch.watching.schedule import Schedule
 from tests.support.runs import Classifier, loaders, trainer
 
@@ -54,13 +54,13 @@ def test_a_real_run_stays_within_its_budget(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_forecasts_time_is_overhead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slept, steps = 0.02, 12
-    batch = Follower.batch
+    batch = ForecastUpdates.batch
 
     def slow(*args: Any, **kwargs: Any) -> None:
         time.sleep(slept)
         batch(*args, **kwargs)
 
-    monkeypatch.setattr(Follower, "batch", slow)
+    monkeypatch.setattr(ForecastUpdates, "batch", slow)
     names = ["kernel_angle", "loss_if_lazy"]
     loss = torch.nn.functional.cross_entropy
     watch = NTKWatch(probes=6, every=[0, 2], budget=None, diagnostics=names, loss=loss)

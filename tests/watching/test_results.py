@@ -12,7 +12,7 @@ import torch
 
 from ntkwatch import load_run
 from ntkwatch.record import Measurement
-from ntkwatch.watching.results import SIZE, Outcome
+from ntkwatch.watching.results import SIZE, RunResults
 from tests.support import spawned
 from tests.support.scripts import fault_of
 
@@ -39,7 +39,7 @@ def test_the_process_that_called_fit_reads_the_record(tmp_path: Path) -> None:
 def test_a_copy_and_its_original_tell_each_other_nothing(tmp_path: Path) -> None:
     ways = {"deepcopy": copy.deepcopy, "copy": copy.copy, "pickle": lambda one: pickle.loads(pickle.dumps(one))}
     for name, way in ways.items():
-        original = Outcome()
+        original = RunResults()
         original.keep(tmp_path)
         other = way(original)
         assert other.record == tmp_path, name
@@ -53,7 +53,7 @@ def test_a_copy_and_its_original_tell_each_other_nothing(tmp_path: Path) -> None
 def test_what_cannot_be_told_is_still_known_here(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if case == "no shared memory":
         monkeypatch.setattr("multiprocessing.sharedctypes.RawArray", _no_memory)
-    outcome, folder = Outcome(), Path("x" * (SIZE if case.startswith("a path") else 9))
+    outcome, folder = RunResults(), Path("x" * (SIZE if case.startswith("a path") else 9))
     last = Measurement(3, {}, {}, torch.eye(2), {}, torch.ones(2), 0.1)
     outcome.keep(folder, last)
     assert (outcome.record, outcome.last) == (folder, last)

@@ -15,7 +15,7 @@ from ntkwatch.probes import RowCollector, batches_of
 from ntkwatch.watching.messages import log
 
 
-class Gathering:
+class StreamProbes:
     """Looks at the batches of a fit as they come, each before it is trained on, until the baseline can be measured.
 
     Where the probes are known that is at the first batch. A stream gives its rows batch by batch: while they do not

@@ -1,4 +1,4 @@
-"""Opening a session: from a Trainer and the user's settings to probes, monitor, record and loggers."""
+"""The session of a fit: from a Trainer and the user's settings to probes, monitor, record and loggers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRIAL = 4  # probes under fast_dev_run
 
 
 @dataclass(frozen=True)
-class Opening:
+class SessionSetup:
     """One fit, about to be watched. trial: under `fast_dev_run`, few probes and nothing written."""
 
     settings: Settings

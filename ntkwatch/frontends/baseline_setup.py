@@ -1,4 +1,4 @@
-"""The beginning of a watched fit: probes, session, and the baseline or the record that a resumed run continues."""
+"""Before the first measurement of a fit: probes, session, and the baseline or the record of a resumed run."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from ntkwatch.distributed import Ranks
-from ntkwatch.frontends.gathering import Gathering
-from ntkwatch.frontends.opening import Opening
+from ntkwatch.frontends.session_setup import SessionSetup
+from ntkwatch.frontends.stream_probes import StreamProbes
 from ntkwatch.frontends.trainer import Moment, calibration, true_precision
 from ntkwatch.watching.messages import log
 from ntkwatch.watching.session import Session, keeps_probes
 
 
-class Beginning:
+class BaselineSetup:
     """On rank 0, one call after the other: `prepare`, `add` for each batch until there is a `start`, `begin`.
 
     Args:
@@ -23,10 +23,10 @@ class Beginning:
         why_not: why a resumed run does not go on from its state, where it does not.
     """
 
-    def __init__(self, opening: Opening, restored: Mapping[str, Any] | None, why_not: str | None) -> None:
+    def __init__(self, opening: SessionSetup, restored: Mapping[str, Any] | None, why_not: str | None) -> None:
         self._opening, self._restored, self._why_not = opening, restored, why_not
         self._state: Mapping[str, Any] | None = (restored or {}).get("session")
-        self._gathering: Gathering | None = None
+        self._gathering: StreamProbes | None = None
         self.session: Session | None = None
         self.continued = False  # an earlier record
 
@@ -34,7 +34,7 @@ class Beginning:
         """The session, if the probes can be had before training."""
         self.session = self._opening.before_training()
         patient = not self._opening.trial and (self._state is None or not keeps_probes(self._state))
-        self._gathering = Gathering(self._opening.stream() if self.session is None else None, patient)
+        self._gathering = StreamProbes(self._opening.stream() if self.session is None else None, patient)
 
     def add(self, batch: Any, now: Moment) -> None:
         """A batch, before the run trains on it."""
@@ -59,7 +59,7 @@ class Beginning:
                 assert self._gathering.stream is not None
                 self.session = self._opening.from_stream(self._gathering.stream, self._state)
             with true_precision(self._opening.trainer):
-                self.continued = self.session.goes_on(self._restored, self._why_not)
+                self.continued = self.session.continue_record(self._restored, self._why_not)
                 if not self.continued:
                     first, probes = self._gathering.first, self.session.monitor.probes
                     self.session.begin(calibration(self._opening.trainer, first, probes))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from ntkwatch.distributed import Ranks
-from ntkwatch.watching.error_policy import Failures, told
+from ntkwatch.watching.error_policy import ErrorPolicy, told
 from ntkwatch.watching.schedule import Every, Schedule
 
 
-class Grid:
+class SharedSchedule:
     """Every rank walks the points of rank 0's `every=`; whether the budget lets one fire is `schedule`'s, on rank 0.
 
     A list may differ from rank to rank, and a function may be random or fail on one: that one is asked on rank 0 alone,
@@ -21,7 +21,7 @@ class Grid:
         self.asked = callable(every)
         self._points = Schedule(every, None)
 
-    def settle(self, ranks: Ranks, failures: Failures) -> bool:
+    def settle(self, ranks: Ranks, failures: ErrorPolicy) -> bool:
         """Every rank takes rank 0's, before the first step and before a state is loaded; False where a rank is missing.
 
         failures: are told where a function of the user's fails, as any probe may.
