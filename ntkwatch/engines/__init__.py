@@ -1,4 +1,4 @@
-"""Exact kernels of a real model: one contract, engines that keep it, and the choice among them."""
+"""Exact empirical NTKs of real models: the public functions, and the package of engines that compute the kernels."""
 
 from __future__ import annotations
 
@@ -40,26 +40,26 @@ def empirical_ntk(
     chunk_size: int | None = None,
     precision: Precision = "double",
 ) -> Tensor:
-    """The empirical NTK of a model, in evaluation mode, leaving no trace on it.
+    """The empirical NTK of a model in evaluation mode; the model, its gradients and the random state stay untouched.
 
     Args:
         model: any nn.Module whose outputs are [n, C] (or [n]).
         x1, x2: batches as a loader gives them; x2 None means x1.
         reduction: "trace" [n1, n2] (mean over outputs), "blocks" [C, n1, n2], "full" [n1, C, n2, C], or "sum" [n1, n2]
-            (the pseudo-NTK: over all pairs of outputs, divided by C).
+            (the pseudo-NTK: summed over all pairs of outputs, divided by C).
         engine: "auto", "layerwise" or "functional".
-        outputs: `outputs(model, batch) -> [n, C]`, where calling the model does not give that.
+        outputs: `outputs(model, batch) -> [n, C]`, where calling the model does not return that.
         params: names or globs among the trained parameters.
         chunk_size: probes per block.
-        precision: "double" takes Gram products in float64, "single" in the factors' type.
+        precision: "double" computes Gram products in float64, "single" in the type of the factors.
 
     Returns:
         The kernel, detached, on the model's device; float64 under "double".
 
     Raises:
-        UnsupportedModel: outputs are not [n, C], examples are coupled, or no engine can do the model.
-        ValueError: an unknown reduction, engine, precision, or a params glob that matches nothing; no batch, or probes
-            of a type or shape that the model does not take, naming the module that they reached.
+        UnsupportedModel: outputs are not [n, C], examples are coupled, or no engine supports the model.
+        ValueError: an unknown reduction, engine or precision; a params glob without a match; no batch; or probes of a
+            type or shape that the model rejects (the message names the module they reached).
     """
     return _kernel(model, x1, x2, reduction, None, engine, outputs, params, chunk_size, precision).value
 
@@ -76,7 +76,10 @@ def layer_ntks(
     chunk_size: int | None = None,
     precision: Precision = "double",
 ) -> dict[str, Tensor]:
-    """One kernel per trained parameter, by named_parameters() name (a tied one once); they sum to `empirical_ntk`."""
+    """One kernel per trained parameter, by named_parameters() name (a tied parameter appears once).
+
+    The kernels sum to `empirical_ntk`. Arguments, shapes and errors are those of `empirical_ntk`.
+    """
     return _kernel(model, x1, x2, reduction, reduction, engine, outputs, params, chunk_size, precision).layers
 
 
@@ -92,15 +95,21 @@ def sign_ntk(
     chunk_size: int | None = None,
     precision: Precision = "double",
 ) -> Tensor:
-    """The kernel of sign descent, J₁ sign(J₂)ᵀ: how a step along the signs of one example's gradient moves another.
+    """The kernel of sign descent, J₁ sign(J₂)ᵀ: the effect on one example of a step along another's gradient signs.
 
-    Θ_sign[n, c, m, d] = ⟨∂f_c(x_n)/∂θ, sign(∂f_d(x_m)/∂θ)⟩, asymmetric, with ‖∂f_c(x_n)/∂θ‖₁ on its diagonal, the
-    largest magnitude of its row. Arguments and errors are those of `empirical_ntk`; of reductions there is no "sum",
-    whose outputs are added before there are signs. Layerwise never holds more of J than a slab, or a parameter that no
-    rule knows; functional holds it for a block of probes. A weight used at one position costs what it costs
-    `empirical_ntk`, any other n²·C multiply-adds for each entry. An entry that is zero but for rounding (a shift that a
-    normalisation takes away again) has the sign 0: one that is at most eps^¾ (1/256 in half precision) of the largest
-    of that parameter's gradient. Where all of a parameter's gradient is rounding, its signs are chance.
+    Θ_sign[n, c, m, d] = ⟨∂f_c(x_n)/∂θ, sign(∂f_d(x_m)/∂θ)⟩. The kernel is asymmetric; its diagonal is ‖∂f_c(x_n)/∂θ‖₁,
+    the largest magnitude of the row.
+
+    Arguments, shapes and errors are those of `empirical_ntk`, except that reduction="sum" raises ValueError: it adds
+    outputs before their signs exist.
+
+    The layerwise engine holds one slab of J at a time, or the Jacobian of one parameter that no rule covers; the
+    functional engine holds the Jacobian of a block of probes. A weight used at one position costs as much as in
+    `empirical_ntk`; any other costs n²·C multiply-adds per entry.
+
+    An entry that is zero up to rounding (a shift that a normalisation removes again) has the sign 0. The threshold is
+    eps^¾ (1/256 in half precision) times the largest entry of that parameter's gradient. If a parameter's whole
+    gradient is rounding error, its signs are arbitrary.
 
     Source: Malladi et al. 2023 (the asymmetric SignGD kernel).
 
@@ -127,15 +136,17 @@ def plan(
     chunk_size: int | None = None,
     precision: Precision = "double",
 ) -> Plan:
-    """What `empirical_ntk` would do: engine and reason, rule and cost per parameter, peak memory, probes per block.
+    """The plan of `empirical_ntk`: engine and reason, rule and cost per parameter, peak memory, probes per block.
 
-    Seconds are those of an idle machine, on the threads that the process has. The passes are timed on a few probes, so
-    that they differ a little from call to call; all else is counted, and nothing is decided by a time.
+    Seconds are predicted for an idle machine with the number of threads that the process has. The forward and backward
+    passes are timed on a few probes, so their seconds vary slightly between calls. Everything else is computed from
+    counts, and no decision depends on a timing.
 
-    layers: the reduction of a kernel kept for each parameter, as `layer_ntks` keeps them in its own; None for none.
+    layers: the reduction of the kernels kept per parameter (as in `layer_ntks`); None keeps none. Other arguments are
+    those of `empirical_ntk`.
 
     Raises:
-        UnsupportedModel, ValueError: as `empirical_ntk` would.
+        UnsupportedModel, ValueError: as in `empirical_ntk`.
     """
     check_reduction(reduction)
     if layers is not None:
@@ -188,7 +199,7 @@ def _kernel(
 
 @contextlib.contextmanager
 def _or_of_fewer_parameters() -> Iterator[None]:
-    """Where memory runs out inside, what callers of these functions can do besides: a monitor has no params=."""
+    """Adds params= to the advice of an OutOfMemory error; only the callers of this module's functions can pass it."""
     try:
         yield
     except OutOfMemory as error:

@@ -1,13 +1,15 @@
-"""Which engine, and why: a documented list that can be asked.
+"""The choice of an engine, by a documented list, checked against plain backward passes.
 
-1. Where an example's output depends on the others of its batch, or is random, no engine is taken: there is no kernel.
-   Nor is one where gradients arrive through `.grad`, and cannot be told apart by example.
-2. An engine asked for by name is taken if it agrees with plain backward passes: entry by entry on a few probes, one
-   example at a time (`selfcheck`), and in weighted sums over all of them (`sumcheck`).
-3. "auto" takes layerwise if it agrees so.
-4. Else functional, if torch.func can transform the model and agrees.
-5. Else layerwise passes one example and one output at a time, where that was no statement on the model.
-6. Else the model is refused with all reasons.
+1. If an example's output depends on the other examples of its batch, or is random, the model is refused: it has no
+   per-example kernel. It is also refused if gradients arrive through `.grad`, where they cannot be separated by
+   example.
+2. An engine requested by name is used if it agrees with plain backward passes: entry by entry on a few probes, one
+   example at a time (`selfcheck`), and in weighted sums over all probes (`sumcheck`).
+3. "auto" uses layerwise if layerwise agrees.
+4. Otherwise it uses functional, if torch.func can transform the model and functional agrees.
+5. Otherwise layerwise runs one pass per example and output, unless layerwise refused the model itself
+   (UnsupportedModel).
+6. Otherwise the model is refused, with all reasons.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from ntkwatch.engines.sumcheck import SumCheck
 from ntkwatch.model import Network, UnsupportedModel, batch_size, inputs_of
 
 # Relative to the kernel. Two correct float32 paths differ by 1e-6 to 1e-4 (a ReLU at 0 may fall either way); a
-# forgotten use or a mixed-up layout is off by whole per cents. In float64, many a model still takes norms in float32.
+# missed use or a wrong layout is off by whole per cents. In float64, many models still compute norms in float32.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 3e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
@@ -38,7 +40,7 @@ _FAILURES = (RuntimeError, NotImplementedError, TypeError, ValueError, Attribute
 
 @dataclass(frozen=True)
 class Choice:
-    """The engine, why it in one line, and its self-check's relative error (None: not checked)."""
+    """The engine, a one-line reason, and the relative error of its self-check (None: not checked)."""
 
     engine: Engine
     reason: str
@@ -47,7 +49,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Trial:
-    """How an engine did: its error where there is one, why it is not taken, whether that is said of the model."""
+    """The test of an engine: its error if known, why it is rejected, and whether the model itself is refused."""
 
     error: float | None = None
     why_not: str | None = None
@@ -55,12 +57,12 @@ class _Trial:
 
 
 def choose(network: Network, x: Any, engine: str = "auto", chunk_size: int | None = None) -> Choice:
-    """The engine for this model on these probes, by the list above; checked in blocks of `chunk_size` probes at most.
+    """The engine for this model on these probes, by the list above; checks use blocks of at most `chunk_size` probes.
 
     Raises:
         ValueError: an unknown engine.
-        UnsupportedModel: no engine can do it; every reason is given.
-        MemoryError: a few probes are too many for the memory there is.
+        UnsupportedModel: no engine supports the model; the message gives every reason.
+        MemoryError: too little memory for a few probes.
     """
     if engine not in ("auto", "layerwise", "functional"):
         raise ValueError(f"engine must be 'auto', 'layerwise' or 'functional', got {engine!r}")
@@ -96,7 +98,7 @@ def _choose(network: Network, x: Any, engine: str, chunk_size: int | None) -> Ch
 
 
 def _sums(network: Network, x: Any, chunk_size: int | None) -> SumCheck:
-    """Plain backward passes over all probes."""
+    """The plain backward passes over all probes."""
     try:
         return SumCheck(network, x, chunk_size)
     except _FAILURES as failure:
@@ -106,7 +108,7 @@ def _sums(network: Network, x: Any, chunk_size: int | None) -> SumCheck:
 
 
 def _reason(engine: Engine, error: float, asked: str, reasons: list[str]) -> str:
-    """Why this engine, in one line."""
+    """Why this engine was chosen, in one line."""
     why = "asked for, and " if asked != "auto" else ""
     if reasons:
         why = f"layerwise cannot do this model ({reasons[0]}); "
@@ -116,14 +118,14 @@ def _reason(engine: Engine, error: float, asked: str, reasons: list[str]) -> str
 
 
 def _whose(candidate: Engine, reason: str, asked: str) -> str:
-    """The reason, with the engine's name where it is not clear."""
+    """The reason, prefixed with the engine's name where that is ambiguous."""
     if candidate.name == "functional":
         return reason if reason.startswith("torch.func") else f"torch.func: {reason}"
     return reason if asked == "auto" else f"layerwise: {reason}"
 
 
 def _trial(engine: Engine, network: Network, x: Any, sums: SumCheck) -> _Trial:
-    """The engine beside plain backward passes: on a few probes, then on all."""
+    """Compares the engine with plain backward passes: on a few probes, then on all."""
     try:
         error, worst = self_check(engine, network, x)
         if not _within(error, network):

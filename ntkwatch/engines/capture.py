@@ -1,7 +1,7 @@
-"""One forward pass and C backward passes to the activations → a per-example factor for every trained parameter.
+"""One forward pass and C backward passes to the activations yield a per-example factor for every trained parameter.
 
-The backward pass runs for some outputs at a time and a segment of the graph at a time, from the output down, and each
-parameter's factor is handed on as soon as it is complete: no more than a segment's gradients are ever held.
+The backward pass covers a group of outputs and a segment of the graph at a time, from the output down. A parameter's
+factor is yielded as soon as it is complete, so memory never holds the gradients of more than one segment.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ from ntkwatch.engines.pullback import carry, leaf_below, pull_back
 from ntkwatch.model import Network, UnsupportedModel
 
 G = TypeVar("G")
-SEGMENT_BYTES = 1 << 25  # gradients captured before the pass pauses to use them
-GROUP_BYTES = 1 << 28  # of one node for a group of outputs: larger groups share more, and hold more
-_PASS_BYTES = {"cpu": 1 << 25, "cuda": 1 << 27}  # of one node in a batched pass: libraries' workspaces are as large
-_BATCHED_BYTES = {"cpu": 1 << 19, "cuda": 1 << 26}  # of one node and output: above it, passes in turn are faster
+SEGMENT_BYTES = 1 << 25  # gradients held before the pass pauses and contracts them
+GROUP_BYTES = 1 << 28  # gradients of one node for a group of outputs: larger groups share more work and hold more
+_PASS_BYTES = {
+    "cpu": 1 << 25,
+    "cuda": 1 << 27,
+}  # gradients of one node in a batched pass, about the size of libraries' workspaces
+_BATCHED_BYTES = {"cpu": 1 << 19, "cuda": 1 << 26}  # per node and output: above, one pass per output is faster
 
 
 @dataclass(frozen=True)
 class Found:
-    """A parameter's factor, complete, and the rules it came by."""
+    """The complete factor of one parameter, and the names of the rules that produced it."""
 
     name: str
     factor: Factor
@@ -42,15 +45,15 @@ class Found:
 
 
 class Capture:
-    """A forward pass whose per-example factors are asked for one after the other.
+    """A forward pass that yields per-example factors one parameter at a time.
 
     Args:
-        summed: take Σ_c f_c for the one output (the "sum" kernel needs no more).
-        points: from `read_capture_points`, to save reading the layouts again.
-        scale: groups and segments are chosen for this many times the examples (small kernels: `extrapolation`).
+        summed: use Σ_c f_c as the only output (enough for the "sum" kernel).
+        points: from `read_capture_points`, to avoid reading the layouts again.
+        scale: choose groups and segments for this many times the examples (small kernels of `extrapolation`).
 
     Raises:
-        UnsupportedModel: the outputs depend on no trained parameter, or an example's gradient cannot be told apart.
+        UnsupportedModel: the outputs depend on no trained parameter, or gradients cannot be separated by example.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class Capture:
         self._scale = scale
 
     def groups(self) -> list[slice]:
-        """Outputs in groups of which the largest node's gradients fit in a moderate amount of memory."""
+        """Groups of outputs for which the gradients of the largest node stay below GROUP_BYTES."""
         largest = max(map(self._kept_bytes, self.points.edges))
         outputs = len(self.cotangents)
         size = min(outputs, max(1, int(GROUP_BYTES / max(largest, 1))))
@@ -84,7 +87,7 @@ class Capture:
         return [slice(i, min(i + size, outputs)) for i in range(0, outputs, size)]
 
     def factors(self, outputs: slice = slice(None)) -> Iterator[Found]:
-        """Every parameter that the outputs depend on, once, for some of the outputs."""
+        """The factor of every parameter that the outputs depend on, once each, for a group of outputs."""
         collector = _Collector(self.graph, self.points, self.n)
         for grads in self._segments(PerOutput(self.cotangents.parts[outputs])):
             for number, filled in grads.items():
@@ -93,7 +96,7 @@ class Capture:
         yield from collector.rest()
 
     def _segments(self, cotangents: PerOutput) -> Iterator[dict[int, Gradients | EarlyJacobian]]:
-        """What passes give at the boundary nodes, a segment of the graph at a time."""
+        """The gradients at the boundary nodes, one segment of the graph at a time."""
         graph, wanted = self.graph, sorted(self.points.edges)
         start: Start = self._edge
         cuts = _cuts(graph, set(wanted))
@@ -114,7 +117,7 @@ class Capture:
             yield {number: grads[number] for number in taken}
 
     def _segment(self, wanted: Sequence[int], cuts: Sequence[int], outputs: int) -> tuple[list[int], int | None]:
-        """The next wanted nodes up to the first cut at which enough gradients are kept, and the smallest cut there."""
+        """The next wanted nodes up to the first cut with enough gradients held, and the smallest such cut."""
         held, taken = 0.0, []
         for i, number in enumerate(wanted):
             taken.append(number)
@@ -130,7 +133,7 @@ class Capture:
     def _backward(
         self, start: Start, cotangents: PerOutput, numbers: Sequence[int], cut: int | None
     ) -> dict[int, Gradients | EarlyJacobian]:
-        """What passes give at the numbered nodes: for all of C at once where they are small, else in turn."""
+        """The gradients at the numbered nodes: in batched passes where they are small, else in one pass per output."""
         nodes = self.graph.nodes
         pairs = [(number, used) for number in numbers for used in self.graph.outputs_used[nodes[number]]]
         wanted = [GradientEdge(nodes[number], used) for number, used in pairs]
@@ -154,31 +157,31 @@ class Capture:
         return {**self._by_node(pairs, grads), **written}
 
     def _by_node(self, pairs: Sequence[tuple[int, int]], grads: Sequence[G | None]) -> dict[int, tuple[G | None, ...]]:
-        """Gradients of some nodes' outputs → of all outputs of each node, None where there are none."""
+        """Gradients by (node, output) → one tuple per node over all of its outputs, None where there is no gradient."""
         given = dict(zip(pairs, grads, strict=True))
         sizes = {number: len(self.graph.nodes[number]._input_metadata) for number, _ in pairs}
         return {number: tuple(given.get((number, used)) for used in range(size)) for number, size in sizes.items()}
 
     def _early_bytes(self, number: int) -> int | None:
-        """Of one output, where a node's Jacobians are written out pass by pass."""
+        """Bytes per output if the node's Jacobians are written out pass by pass, else None."""
         inputs = [k for k, _ in self.points.edges.get(number, ())]
         return early_bytes(self.graph, self.graph.nodes[number], inputs, self.n, self._scale) if inputs else None
 
     def _kept_bytes(self, number: int) -> float:
-        """Of one output, what is kept of a node's passes."""
+        """Bytes per output that the passes keep for a node."""
         written = self._early_bytes(number)
         return self._scale * (node_bytes(self.graph, self.graph.nodes[number]) if written is None else written)
 
 
 def cotangents(f: Tensor, summed: bool) -> PerOutput:
-    """C of [n, C]: one output after the other, for all examples at once; one of ones when summed."""
+    """The C one-hot cotangents, each [n, C] and shared by all examples; a single cotangent of ones if `summed`."""
     if summed:
         return PerOutput(torch.ones_like(f.detach())[None])
     return PerOutput(torch.eye(f.shape[1], dtype=f.dtype, device=f.device)[:, None].expand(-1, *f.shape))
 
 
 def _cuts(graph: Graph, wanted: set[int]) -> list[int]:
-    """Numbers of nodes that every path from the output to a later wanted node goes through."""
+    """Numbers of the nodes that every path from the output to a later wanted node passes through."""
     numbers = {node: i for i, node in enumerate(graph.nodes)}
     needed = [False] * len(graph.nodes)
     furthest: list[int] = [0] * len(graph.nodes)
@@ -197,7 +200,7 @@ def _cuts(graph: Graph, wanted: set[int]) -> list[int]:
 
 
 class _Collector:
-    """Gathers factors until a parameter has all of its uses."""
+    """Collects factors until all uses of a parameter have arrived."""
 
     def __init__(self, graph: Graph, points: CapturePoints, n: int) -> None:
         self.graph, self.points, self.n = graph, points, n
@@ -207,7 +210,7 @@ class _Collector:
         self.arrived: dict[tuple[Node, int], Tensor] = {}
         self.edges = {i: [(k, layout, self._owners(i, k)) for k, layout in each] for i, each in points.edges.items()}
         self.left = Counter(name for each in self.edges.values() for _, _, names in each for name in names)
-        self.pulled: set[str] = set()  # parameters that are complete only when all shared nodes are
+        self.pulled: set[str] = set()  # parameters that are complete only after all shared nodes
 
     def _owners(self, number: int, k: int) -> tuple[str, ...]:
         """The parameters that an edge leads to."""
@@ -219,7 +222,7 @@ class _Collector:
         return tuple(name for leaf, name in self.names.items() if reaches(child, leaf))
 
     def take(self, number: int, grads: Gradients | EarlyJacobian) -> None:
-        """The factors of a boundary node's edges, from its output gradients or written out already."""
+        """Adds the factors of a boundary node's edges, from output gradients or from Jacobians written out early."""
         node: Any = self.graph.nodes[number]
         for k, layout, names in self.edges[number]:
             for name in names:
@@ -245,12 +248,12 @@ class _Collector:
         self.arrived[child, used] = self.arrived[child, used] + j if (child, used) in self.arrived else j
 
     def complete(self) -> Iterator[Found]:
-        """Parameters with no use left that were met without pulling back."""
+        """Parameters with no use left, none of which needed pulling back."""
         for name in [name for name in self.parts if not self.left[name] and name not in self.pulled]:
             yield self._found(name)
 
     def rest(self) -> Iterator[Found]:
-        """All others, after the last segment."""
+        """All other parameters, after the last segment."""
         for name, dense in pull_back(self.graph, sorted(self.points.shared), self.arrived, self.names).items():
             self.parts.setdefault(name, []).append(dense)
         for name in list(self.parts):

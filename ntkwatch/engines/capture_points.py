@@ -1,8 +1,7 @@
-"""Where examples come apart in the graph of a forward pass, read from a few probes.
+"""Capture points: where the autograd graph of a forward pass separates examples, read from a few probes.
 
-Going up the graph from a parameter, the first node whose output gradient can be told apart by example is where its
-per-example gradient is read off. Nodes below it (a transpose, weight norm, a lookup of position embeddings) depend on
-parameters alone; the gradient is pulled back through them for each example.
+Going up from a parameter, the first node whose output gradient can be separated by example yields the per-example
+gradient. Nodes below it (a transpose, weight norm) depend on parameters alone; the gradient is pulled back there.
 """
 
 from __future__ import annotations
@@ -25,32 +24,32 @@ from ntkwatch.engines.layouts import Layout, Scattered, agrees, base_of, digits,
 from ntkwatch.engines.refusals import nested
 from ntkwatch.model import Network, UnsupportedModel, take
 
-_KEPT = 64  # separations of one network that are kept
-_INDICES = ("_saved_indices", "_saved_index", "_saved_mask", "_saved_condition")  # by which nodes route rows
-_FEW = 3  # the fewest probes that tell [n, T] from [T, n] and from T = n by their values
+_KEPT = 64  # capture points kept per network
+_INDICES = ("_saved_indices", "_saved_index", "_saved_mask", "_saved_condition")  # of nodes that route rows
+_FEW = 3  # the fewest probes whose values distinguish [n, T] from [T, n]
 
 
 @dataclass(frozen=True)
 class CapturePoints:
-    """Where examples come apart: boundary edges (node number, input, layout), and the shared nodes below them."""
+    """The boundary edges (node number, input, layout) at which examples separate, and the shared nodes below them."""
 
     n: int
     signature: tuple[str, ...]
     boundary: tuple[tuple[int, int, Layout | Scattered], ...]
     shared: frozenset[int]
-    sure: bool  # layouts that allow no second reading and do not depend on the data: they hold for any probes
-    saved: float = 0.0  # bytes per example of all that the graph's nodes give
+    sure: bool  # the layouts are unambiguous and independent of the data: they hold for any probes
+    saved: float = 0.0  # bytes per example of all node outputs
     captured: float = 0.0  # bytes per example and output of the gradients at the boundary
     outputs: int = 1
-    batched: bool = True  # whether backward passes for all outputs at once are as right as in turn
-    alone: bool = False  # examples are passed through one by one, and there is no boundary
-    certain: bool = False  # layouts allow no second reading, but may depend on how the data routes rows
+    batched: bool = True  # whether batched backward passes give the results of sequential ones
+    alone: bool = False  # one pass per example, without a boundary
+    certain: bool = False  # the layouts are unambiguous, but may depend on how the data route rows
     routing: str | None = None  # digest of the indices that rows were routed by; None where a node does not show them
     read: dict[tuple[int, str | None], CapturePoints] = field(default_factory=dict, compare=False, repr=False)
 
     @functools.cached_property
     def edges(self) -> dict[int, list[tuple[int, Layout | Scattered]]]:
-        """The boundary by node: its inputs there, and how examples lie in its output's gradients."""
+        """The boundary by node number: its inputs, and the layout of examples in its output gradients."""
         found: dict[int, list[tuple[int, Layout | Scattered]]] = {}
         for number, k, layout in self.boundary:
             found.setdefault(number, []).append((k, layout))
@@ -58,7 +57,7 @@ class CapturePoints:
 
 
 def leaves_at(network: Network, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The tensors that stand for the trained parameters in the graph: the module's own, or fresh ones of `state`."""
+    """The leaf tensors of the trained parameters: the module's own, or fresh ones at `state`."""
     chosen: dict[str, Tensor] = {}
     for name, p in network.parameters.items():
         own = (state or {}).get(name, p)
@@ -67,7 +66,7 @@ def leaves_at(network: Network, state: Mapping[str, Tensor] | None) -> dict[str,
 
 
 def outputs_at(network: Network, x: Any, state: Mapping[str, Tensor] | None, leaves: Mapping[str, Tensor]) -> Tensor:
-    """f(x) [n, C] with a graph to `leaves`."""
+    """f(x) [n, C], with a graph to `leaves`."""
     swapped = {name: t for name, t in leaves.items() if t is not network.parameters[name]}
     with _steps_apart(network):
         return network.outputs(x, {**(state or {}), **swapped})
@@ -75,7 +74,7 @@ def outputs_at(network: Network, x: Any, state: Mapping[str, Tensor] | None, lea
 
 @contextlib.contextmanager
 def _steps_apart(network: Network) -> Iterator[None]:
-    """Recurrent layers as a graph of their steps: a fused one's gradient could be taken apart by repeating it only."""
+    """Runs recurrent layers step by step: separating a fused layer's gradient would repeat its backward pass."""
     if not any(isinstance(module, torch.nn.RNNBase) for module in network.module.modules()):
         yield
         return
@@ -89,17 +88,17 @@ def _steps_apart(network: Network) -> Iterator[None]:
 
 
 def few(x: Any) -> Any:
-    """The first probes, as few as tell layouts apart."""
+    """The first probes, as few as distinguish layouts."""
     return take(x, slice(0, _FEW))
 
 
 def read_capture_points(
     network: Network, x: Any, state: Mapping[str, Tensor] | None = None, inner: CapturePoints | None = None
 ) -> CapturePoints | None:
-    """The layouts read from a few probes; None where the outputs depend on no trained parameter.
+    """The capture points from a few uncoupled probes; None where the outputs depend on no trained parameter.
 
-    inner: of a network whose outputs this one mixes; its layouts are taken over where its graph is found below.
-    Examples must not be coupled: see `coupling.check_uncoupled`.
+    inner: the points of a network whose outputs this one mixes, reused where its graph occurs in this one.
+    Raises UnsupportedModel for nested tensors, and as `separate`.
     """
     leaves = leaves_at(network, state)
     f = outputs_at(network, few(x), state, leaves)
@@ -114,7 +113,7 @@ def read_capture_points(
 
 
 def _shifted(inner: CapturePoints, graph: Graph, f: Tensor) -> CapturePoints | None:
-    """The layouts of an inner graph, numbered in one that has more nodes towards the output; None of any other."""
+    """An inner graph's capture points, renumbered for one with more nodes near the output; None if it is another."""
     more = len(graph.signature) - len(inner.signature)
     if more < 0 or graph.signature[more:] != inner.signature:
         return None
@@ -130,10 +129,10 @@ def _shifted(inner: CapturePoints, graph: Graph, f: Tensor) -> CapturePoints | N
 
 
 def separate(graph: Graph, f: Tensor, n: int) -> CapturePoints:
-    """Finds, going up from the leaves, the nodes at which examples come apart.
+    """Finds the capture points for n examples, going up from the leaves.
 
     Raises:
-        UnsupportedModel: some parameter's gradient cannot be told apart by example anywhere.
+        UnsupportedModel: the gradient of some parameter cannot be separated by example at any node.
     """
     numbers = {node: i for i, node in enumerate(graph.nodes)}
     shared: set[Node] = set()
@@ -183,7 +182,7 @@ def _inseparable(graph: Graph, node: Node) -> str:
 def _read_layouts(
     graph: Graph, f: Tensor, nodes: Sequence[Node], n: int
 ) -> dict[Node, tuple[Layout | Scattered | None, bool]]:
-    """The layout of each node's output gradients, from 1 + digits backward passes."""
+    """The layout of each node's output gradients, from 1 + (number of digits) backward passes."""
     if not nodes:
         return {}
     u, codes, base = _cotangents(f)
@@ -203,7 +202,7 @@ def _read_layouts(
 
 
 def _cotangents(f: Tensor) -> tuple[Tensor, list[Tensor], int]:
-    """A cotangent of no zero, the codes [n, 1] by which it is scaled (ones first), and the base of their digits."""
+    """A cotangent without zeros, the codes [n, 1] that scale it (ones first), and the base of their digits."""
     generator = torch.Generator().manual_seed(0)
     u = torch.rand(f.shape, generator=generator, dtype=torch.float64, device="cpu").to(f.device, f.dtype) + 0.5
     base = base_of(types_inside(f))
@@ -212,7 +211,7 @@ def _cotangents(f: Tensor) -> tuple[Tensor, list[Tensor], int]:
 
 
 def _common(readings: Sequence[tuple[Layout | Scattered | None, bool]]) -> tuple[Layout | Scattered | None, bool]:
-    """One layout for all outputs of a node: they are few, and mostly one."""
+    """One layout for all outputs of a node; most nodes have a single output."""
     if not readings:
         return Layout(0, 1), False
     first, sure = readings[0]
@@ -230,11 +229,10 @@ def _backward_once(
 
 
 def capture_points_for(points: CapturePoints | None, graph: Graph, f: Tensor) -> CapturePoints:
-    """How the examples of this graph come apart, by the layouts of `points` where they hold, else read anew.
+    """The capture points of this graph: those of `points` where they hold, else read again; raises as `separate`.
 
-    Layouts that depend on the data hold where the data routes rows alike (the same digest of its indices). Otherwise
-    they are verified by as many passes as one reading takes, where reading anew takes that for each step up the graph.
-    What is read or verified is kept in `points.read`.
+    Data-dependent layouts hold if the data route rows identically (equal digests). Otherwise backward passes verify
+    them, which costs one reading instead of one per step up the graph. `points.read` keeps the result.
     """
     n = f.shape[0]
     if points is None:
@@ -256,7 +254,7 @@ def capture_points_for(points: CapturePoints | None, graph: Graph, f: Tensor) ->
 
 
 def _fits(points: CapturePoints, graph: Graph, n: int) -> bool:
-    """Whether the layouts are of a graph of this form."""
+    """Whether the layouts belong to a graph of this form."""
     if points.signature != graph.signature or (n == 1) != (points.n == 1):
         return False
     for number, _, layout in points.boundary:
@@ -268,7 +266,7 @@ def _fits(points: CapturePoints, graph: Graph, n: int) -> bool:
 
 
 def _holds(points: CapturePoints, graph: Graph, f: Tensor) -> bool:
-    """Whether backward passes agree with the layouts; rows that were scattered by other data are not asked about."""
+    """Whether backward passes confirm the layouts; scattered rows of other data are never reused."""
     if any(isinstance(layout, Scattered) for _, _, layout in points.boundary):
         return False
     layouts = {graph.nodes[i]: layout for i, _, layout in points.boundary if isinstance(layout, Layout)}
@@ -282,13 +280,13 @@ def _holds(points: CapturePoints, graph: Graph, f: Tensor) -> bool:
 
 
 def routing_digest(graph: Graph) -> str | None:
-    """Of the indices and masks that rows are regrouped by in a graph; None where a node does not show its own."""
+    """A digest of the indices and masks that regroup rows in a graph; None where a node does not expose them."""
     digest = hashlib.blake2b(digest_size=16)
     for node in graph.routing:
         name = next((name for name in _INDICES if hasattr(node, name)), None)
         try:
             saved = None if name is None else getattr(node, name)
-        except RuntimeError:  # changed in place since
+        except RuntimeError:  # modified in place since
             saved = None
         if saved is None:
             return None

@@ -1,8 +1,7 @@
-"""Per-example Jacobians in the form they come in: outer products, rows of a table, or dense.
+"""Factors: per-example Jacobians as outer products, as rows of a table, or dense.
 
-A parameter's entries are seen as [leading, trailing] in their own order; `open` gives J a slab of leading rows at a
-time, so that no more than a slab ever has to exist. A slab is made in the buffer that is handed in: fresh memory for
-each would cost as much as the products.
+A factor sees its parameter's entries as [leading, trailing]. `open` yields slabs of leading rows, so the whole Jacobian
+never exists at once. The caller provides the buffer: fresh memory for each slab would cost as much as the products.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 from ntkwatch.engines.machines import machine
 from ntkwatch.engines.per_output import PerOutput
 
-# (output, first, last, out): J's rows first … last − 1 are put into out, [n, last - first, trailing].
+# (output, first, last, out) writes rows first … last − 1 of J into out [n, last − first, trailing].
 Slab = Callable[[int, int, int, Tensor], object]
 
 
@@ -25,34 +24,37 @@ class Factor(Protocol):
     """One use of one parameter by n examples and C outputs: J[c, i] = ∂f_c(x_i)/∂(this use)."""
 
     @property
-    def n(self) -> int: ...
+    def n(self) -> int:
+        """Number of examples."""
 
     @property
-    def outputs(self) -> int: ...
+    def outputs(self) -> int:
+        """Number of outputs C."""
 
     @property
-    def leading(self) -> int: ...
+    def leading(self) -> int:
+        """Leading rows of the parameter's entries."""
 
     @property
-    def trailing(self) -> int: ...
+    def trailing(self) -> int:
+        """Entries per leading row."""
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Type of the Jacobian."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Device of the Jacobian."""
 
     def open(self) -> Slab:
-        """Makes what all slabs share (the unfolded inputs); what it returns puts slabs of J into a given tensor."""
+        """Prepares what all slabs share (unfolded inputs); returns a function that writes slabs into a given tensor."""
         ...
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Inputs [n, G, S, p] of a linear map: kept as they are, or unfolded when asked for.
-
-    `quick` gives the p entries in another order, where that is faster to make and to multiply.
-    """
+    """Inputs [n, G, S, p] of a linear map, stored or unfolded on demand; `quick` returns them in a faster order."""
 
     shape: tuple[int, int, int, int]
     make: Callable[[], Tensor]
@@ -60,10 +62,11 @@ class Columns:
 
     @staticmethod
     def of(t: Tensor) -> Columns:
+        """Stored inputs [n, G, S, p]."""
         return Columns(tuple(t.shape), lambda: t)  # type: ignore[arg-type]
 
     def beside(self, other: Columns) -> Columns:
-        """Both, one after the other along the positions."""
+        """Both inputs, concatenated along the positions."""
         one, two = self.quick, other.quick
         quick = None if one is None or two is None else lambda: torch.cat([one(), two()], 2)
         n, groups, s, p = self.shape
@@ -73,9 +76,9 @@ class Columns:
 
 @dataclass(frozen=True)
 class Outer:
-    """J = Σ_s g_s ⊗ a_s per group: a weight used at S positions. `a` [n, G, S, p], `g` C of [n, G, S, q].
+    """J = Σ_s g_s ⊗ a_s per group, for a weight used at S positions: `a` [n, G, S, p], `g` C × [n, G, S, q].
 
-    The parameter's entries lie as [G, q, p], or [G, p, q] when `a_first`.
+    The parameter's entries are ordered as [G, q, p], or as [G, p, q] if `a_first`.
     """
 
     a: Columns
@@ -84,54 +87,65 @@ class Outer:
 
     @property
     def n(self) -> int:
+        """Number of examples."""
         return self.a.shape[0]
 
     @property
     def outputs(self) -> int:
+        """Number of outputs C."""
         return len(self.g)
 
     @property
     def groups(self) -> int:
+        """Number of groups G."""
         return self.a.shape[1]
 
     @property
     def positions(self) -> int:
+        """Number of positions S."""
         return self.a.shape[2]
 
     @property
     def p(self) -> int:
+        """Input entries per position."""
         return self.a.shape[3]
 
     @property
     def q(self) -> int:
+        """Gradient entries per position."""
         return self.g.shape[3]
 
     @property
     def leading(self) -> int:
+        """Leading rows: the groups, or p or q if there is one group."""
         return self.groups if self.groups > 1 else (self.p if self.a_first else self.q)
 
     @property
     def trailing(self) -> int:
+        """Entries per leading row."""
         return self.p * self.q if self.groups > 1 else (self.q if self.a_first else self.p)
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the Jacobian, float32 at least."""
         return made_in(self.g.dtype)
 
     @property
     def device(self) -> torch.device:
+        """Device of the gradients."""
         return self.g.device
 
     def inputs(self) -> Tensor:
-        """[n, G, S, p] in the Jacobian's type."""
+        """Inputs [n, G, S, p] in the type of the Jacobian."""
         return self.a.make().to(self.dtype)
 
     def unordered(self) -> Outer:
-        """The same with its entries in the order in which products are fastest: the longer side trailing."""
+        """The same factor with its entries in the fastest order for products: the longer side trailing."""
         a = self.a if self.a.quick is None else Columns(self.a.shape, self.a.quick)
         return Outer(a, self.g, self.groups == 1 and self.p < self.q and machine(self.device).near)
 
     def open(self) -> Slab:
+        """See `Factor.open`."""
         a, g, dtype = self.inputs(), self.g, self.dtype
         if self.groups > 1:
             sides = (self.p, self.q) if self.a_first else (self.q, self.p)
@@ -144,14 +158,12 @@ class Outer:
 
     @property
     def in_one_product(self) -> bool:
-        """Whether `together` can be asked."""
+        """Whether `together` is available."""
         return self.groups == 1 and not self.a_first
 
     def together(self) -> Callable[[int, int, Tensor, Tensor], object]:
-        """As `open`, but (first, last, held, out) puts all outputs into `out` [n, C, rows, trailing] by one product.
-
-        The gradients are copied into `held` [n·C·rows·S]; with C times the rows, a slab of few of a parameter's rows
-        is made as fast.
+        """As `open`, but (first, last, held, out) writes all outputs into `out` [n, C, rows, trailing] by one product.
+        It copies the gradients into `held` [n·C·rows·S]. With C times the rows, a slab of few leading rows is as fast.
         """
         a, across = self.inputs()[:, 0], self.g.over(lambda t: t[..., 0, :, :].transpose(-1, -2))
         rows_first = across.strides[-1] == 1
@@ -166,19 +178,19 @@ class Outer:
 
 
 def _outer(a: Tensor, g: Tensor, a_first: bool, out: Tensor) -> None:
-    """Σ_s of outer products [..., S, p] and [..., S, q]."""
+    """Σ_s of the outer products of [..., S, p] and [..., S, q]."""
     one, two = (a, g) if a_first else (g, a)
     torch.matmul(one.transpose(-1, -2), two, out=out)
 
 
 def made_in(dtype: torch.dtype) -> torch.dtype:
-    """The type that Jacobians are made in: sums over positions in half precision would lose what the factors hold."""
+    """The type of a Jacobian, float32 at least: half-precision sums over positions would lose digits of the factors."""
     return dtype if dtype.itemsize >= 4 else torch.float32
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a table [V, q] looked up: `index` [n, S], `g` C of [n, S, q]."""
+    """Rows of a table [V, q] that are looked up: `index` [n, S], `g` C × [n, S, q]."""
 
     index: Tensor
     g: PerOutput
@@ -186,45 +198,57 @@ class Rows:
 
     @property
     def n(self) -> int:
+        """Number of examples."""
         return self.index.shape[0]
 
     @property
     def outputs(self) -> int:
+        """Number of outputs C."""
         return len(self.g)
 
     @property
     def groups(self) -> int:
+        """One group, as a table has no others."""
         return 1
 
     @property
     def positions(self) -> int:
+        """Lookups per example S."""
         return self.index.shape[1]
 
     @property
     def p(self) -> int:
+        """One: a lookup has no inputs."""
         return 1
 
     @property
     def q(self) -> int:
+        """Entries per row of the table."""
         return self.g.shape[2]
 
     @property
     def leading(self) -> int:
+        """Rows of the table V."""
         return self.table
 
     @property
     def trailing(self) -> int:
+        """Entries per row of the table."""
         return self.q
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the Jacobian, float32 at least."""
         return made_in(self.g.dtype)
 
     @property
     def device(self) -> torch.device:
+        """Device of the gradients."""
         return self.g.device
 
     def open(self) -> Slab:
+        """See `Factor.open`."""
+
         def slab(c: int, i: int, j: int, out: Tensor) -> None:
             inside = (self.index >= i) & (self.index < j)
             index = torch.where(inside, self.index - i, 0)
@@ -236,33 +260,40 @@ class Rows:
 
 @dataclass(frozen=True)
 class Dense:
-    """J itself, C of [n, P]."""
+    """The Jacobian itself, C × [n, P]."""
 
     j: PerOutput
 
     @property
     def n(self) -> int:
+        """Number of examples."""
         return self.j.shape[0]
 
     @property
     def outputs(self) -> int:
+        """Number of outputs C."""
         return len(self.j)
 
     @property
     def leading(self) -> int:
+        """Entries of the parameter P."""
         return self.j.shape[1]
 
     @property
     def trailing(self) -> int:
+        """One entry per leading row."""
         return 1
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the Jacobian, float32 at least."""
         return made_in(self.j.dtype)
 
     @property
     def device(self) -> torch.device:
+        """Device of the Jacobian."""
         return self.j.device
 
     def open(self) -> Slab:
+        """See `Factor.open`."""
         return lambda c, i, j, out: out.copy_(self.j[c][:, i:j, None])

@@ -1,4 +1,4 @@
-"""What there is of every output, C tensors of one shape: apart as passes in turn gave them, or in one tensor."""
+"""Gradients for all C outputs, either as C separate tensors or stacked in one."""
 
 from __future__ import annotations
 
@@ -13,41 +13,43 @@ from torch import Tensor
 class PerOutput:
     """C tensors of one shape.
 
-    Putting large ones together would cost as much memory traffic as the passes that gave them; where passes are made
-    at once they come together, and what is done with them takes one call instead of C.
+    Stacking large tensors would cost as much memory traffic as the backward passes, so sequential passes leave them
+    separate. A batched pass returns them stacked, and one call then processes all outputs.
 
     Attributes:
-        parts: [C, *shape], or C of [*shape].
+        parts: [C, *shape], or C × [*shape].
     """
 
     parts: Tensor | tuple[Tensor, ...]
 
     @property
     def together(self) -> bool:
-        """Whether they are one tensor."""
+        """Whether they are stacked in one tensor."""
         return isinstance(self.parts, Tensor)
 
     @property
     def shape(self) -> torch.Size:
-        """Of each."""
+        """Shape of each tensor."""
         return self.parts.shape[1:] if isinstance(self.parts, Tensor) else self.parts[0].shape
 
     @property
     def ndim(self) -> int:
-        """Of each."""
+        """Number of dimensions of each tensor."""
         return len(self.shape)
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Of each."""
+        """Strides of each tensor."""
         return self.parts.stride()[1:] if isinstance(self.parts, Tensor) else self.parts[0].stride()
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the tensors."""
         return self._any.dtype
 
     @property
     def device(self) -> torch.device:
+        """Device of the tensors."""
         return self._any.device
 
     @property
@@ -64,11 +66,11 @@ class PerOutput:
         return self.parts[c]
 
     def over(self, fn: Callable[[Tensor], Tensor]) -> PerOutput:
-        """`fn` of each. It counts dimensions from the right, so that it does for all what it does for one."""
+        """Applies `fn`, which must count dimensions from the right, to the stacked tensor or to each tensor."""
         return PerOutput(fn(self.parts) if isinstance(self.parts, Tensor) else tuple(map(fn, self.parts)))
 
     def copy_to(self, out: Tensor) -> None:
-        """Into [C, *shape]."""
+        """Copies the tensors into `out` [C, *shape]."""
         if isinstance(self.parts, Tensor):
             out.copy_(self.parts)
             return
@@ -76,19 +78,19 @@ class PerOutput:
             to.copy_(part)
 
     def stacked(self) -> Tensor:
-        """[C, *shape]: a copy where they are apart."""
+        """[C, *shape]; a copy if they are separate."""
         return self.parts if isinstance(self.parts, Tensor) else torch.stack(self.parts)
 
     @property
     def place(self) -> tuple[int, ...]:
-        """Where they lie in memory: the same for the gradients of a weight of one position and those of its bias."""
+        """An identifier of their memory: equal for the gradients of a weight used at one position and of its bias."""
         tensors = (self.parts,) if isinstance(self.parts, Tensor) else self.parts
         places = ((t.untyped_storage()._cdata, t.storage_offset(), *t.stride()) for t in tensors)
         return (*tensors[0].shape, *(number for place in places for number in place))
 
 
 def combined(fn: Callable[[list[Tensor]], Tensor], some: Sequence[PerOutput]) -> PerOutput:
-    """`fn` of the tensors that several have of the same output; it counts dimensions from the right too."""
+    """Applies `fn`, which counts dimensions from the right, to the list of tensors that each output has in `some`."""
     if all(each.together for each in some):
         return PerOutput(fn([each.stacked() for each in some]))
     return PerOutput(tuple(fn(list(each)) for each in zip(*some, strict=True)))

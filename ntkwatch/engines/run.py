@@ -1,4 +1,4 @@
-"""One kernel by factors: captures of blocks of probes, contracted pair by pair."""
+"""The computation of one kernel by factors: captures of blocks of probes, contracted pair by pair."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ntkwatch.engines.contract import Contractor
 from ntkwatch.engines.one_by_one import OneByOne
 from ntkwatch.model import Network, batch_size, inputs_of
 
-WHOLE = ""  # the name of a kernel of all parameters together
+WHOLE = ""  # the name of the kernel of all parameters
 
 
 @dataclass
 class Run:
-    """One kernel: the same network, state and reduction over all blocks, and of each parameter its own in `layers`."""
+    """One kernel: network, state and reduction for all blocks; `layers` is the reduction of kernels per parameter."""
 
     network: Network
     state: Mapping[str, Tensor] | None
@@ -33,16 +33,16 @@ class Run:
     layers: Reduction | None = "trace"
     outputs: dict[int, Tensor] = field(default_factory=dict)
     in_blocks: bool = False
-    scale: float = 1.0  # portions are chosen for this many times the examples (small kernels: `extrapolation`)
+    scale: float = 1.0  # choose block and buffer sizes for this many times the examples (`extrapolation`)
 
     def kernels(self, blocks1: list[Any], blocks2: list[Any] | None) -> dict[str, Tensor]:
-        """{WHOLE: kernel in `reduction`, parameter: kernel in `layers`} over all blocks."""
+        """{WHOLE: kernel in `reduction`, parameter: kernel in `layers`} over all blocks; `blocks2` None: `blocks1`."""
         self.outputs.clear()
-        self.in_blocks = len(blocks1) > 1  # because memory is short
+        self.in_blocks = len(blocks1) > 1  # memory is short
         sizes1 = [batch_size(inputs_of(b)) for b in blocks1]
         sizes2 = None if blocks2 is None else [batch_size(inputs_of(b)) for b in blocks2]
         others = blocks1 if blocks2 is None else blocks2
-        row: dict[int, Capture | OneByOne] = {}  # the block that a row of cells shares
+        row: dict[int, Capture | OneByOne] = {}  # the capture that a row of cells shares
 
         def cell(i: int, j: int) -> dict[str, Tensor]:
             if i not in row:
@@ -54,19 +54,21 @@ class Run:
         return assemble(sizes1, sizes2, cell, lambda name: self.reduction if name == WHOLE else str(self.layers))
 
     def rough(self, n: int) -> float:
-        """Bytes that n probes in one block take, roughly: the graph, gradients and their copies, kernels."""
+        """A rough estimate of the bytes for n probes in one block: the graph, gradients and their copies, kernels."""
         if self.points is None:
             return math.inf
         outputs, entries = self.points.outputs, {"full": self.points.outputs**2, "blocks": self.points.outputs}
         kept = 0 if self.layers is None else len(self.network.parameters) * entries.get(self.layers, 1)
         kernels = 16 * n * n * (kept + 5 * entries.get(self.reduction, 1))
         gradients = n * outputs * self.points.captured
-        if self.reduction != "full" and not self.points.alone:  # taken by groups of outputs and segments of the graph
+        if (
+            self.reduction != "full" and not self.points.alone
+        ):  # computed by groups of outputs and segments of the graph
             gradients = min(gradients, SEGMENT_BYTES + GROUP_BYTES + n * self.points.captured)
         return n * 2 * self.points.saved + 4 * gradients + kernels
 
     def capture(self, block: Any) -> Capture | OneByOne:
-        """A forward pass of a block, or what makes one for each example."""
+        """A forward pass of a block, or its replacement with one pass per example."""
         if self.points is not None and self.points.alone:
             return OneByOne(self.network, block, self.state, self.reduction == "sum", self.points, self.scale)
         summed = self.reduction == "sum"
@@ -75,7 +77,7 @@ class Run:
     def _contract(self, one: Capture | OneByOne, two: Capture | OneByOne) -> dict[str, Tensor]:
         """One block of each kernel; zero where the outputs do not depend on the parameter."""
         (n, c), m, device = one.outputs.shape, len(two.outputs), one.outputs.device
-        reduction = self.reduction if c > 1 else "trace"  # of one output they are all the same
+        reduction = self.reduction if c > 1 else "trace"  # for one output, all reductions are equal
         contract = self.contractor(reduction, work_dtype(one.outputs.dtype, self.precision), one is two)
         whole = contract.zeros(c, n, m, device)
         kept: dict[str, Tensor] = {}
@@ -97,20 +99,20 @@ class Run:
         return {WHOLE: whole, **kept}
 
     def _shaped(self, k: Tensor, c: int) -> Tensor:
-        """In the shape of the reduction, also where a single output was taken for its trace."""
+        """The kernel in the shape of the run's reduction, also if it was computed as the trace of a single output."""
         n, m = (k.shape[0], k.shape[2]) if k.ndim == 4 else k.shape[-2:]
         return k.reshape({"full": (n, c, m, c), "blocks": (c, n, m)}.get(self.reduction, (n, m)))
 
     def contractor(self, reduction: Reduction, dtype: torch.dtype, same: bool) -> Contractor:
-        """What contracts the factors of a pair of blocks."""
+        """The contractor for a pair of blocks; a hook for subclasses."""
         return Contractor(reduction, dtype, same, self.in_blocks)
 
     def note(self, found: Found, n: int, m: int, contract: Contractor) -> None:
-        """Called before every contraction."""
+        """A hook for subclasses, called before every contraction."""
 
 
 def _pairs(one: Capture | OneByOne, two: Capture | OneByOne, outputs: slice) -> Iterator[tuple[Found, Found]]:
-    """The factors of two captures, parameter by parameter; one at a time where both give them in one order."""
+    """The factors of two captures, paired by parameter; only one pair in memory if both have the same order."""
     if one is two:
         for found in one.factors(outputs):
             yield found, found

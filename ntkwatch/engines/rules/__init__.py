@@ -1,4 +1,4 @@
-"""Graph nodes → per-example factors. The rooms below register their rules when they are imported."""
+"""Rules that turn graph nodes into per-example factors; importing the modules below registers their rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules for parameters that are summed over positions: bias, scale, normalisation."""
+"""Rules for parameters whose gradients are sums over positions: biases, scales, normalisation layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ntkwatch.engines.rules.use import Use, is_dense, operand_shape, rule, scale
 
 
 def _fold(use: Use, times: Tensor | float = 1) -> Dense | None:
-    """Gradients, times something, of an input that was broadcast: C of [n, P]; None if it was not broadcast."""
+    """Gradients times `times` for an input that was broadcast: C × [n, P]; None if it was not broadcast."""
     assert isinstance(use.layout, Layout)
     rank, dim = use.g.ndim, use.layout.dim
     shape = (1,) * (rank - len(use.shape)) + use.shape
@@ -27,14 +27,14 @@ def _fold(use: Use, times: Tensor | float = 1) -> Dense | None:
 
 
 def _summed(use: Use, times: Tensor | float, dims: Sequence[int]) -> Dense:
-    """Gradients, times something, summed over some of an example's dimensions."""
+    """Gradients times `times`, summed over some dimensions of an example."""
     weighed = isinstance(times, Tensor) or times != 1
-    held: list[Tensor] = []  # one product's memory for all outputs: pages that are new cost more than the product
+    held: list[Tensor] = []  # one buffer for all outputs: fresh pages cost more than the product
 
     def summed(g: Tensor) -> Tensor:
         product = torch.mul(g, times, out=held.pop() if held else None) if weighed else g
         total = sum_over(use.examples(product, g.ndim - use.g.ndim), dims)
-        if weighed and total.numel() < product.numel():  # else it may be a view of the product
+        if weighed and total.numel() < product.numel():  # otherwise it may be a view of the product
             held.append(product)
         return _flat(total, use.g.ndim - len(dims))
 
@@ -42,7 +42,7 @@ def _summed(use: Use, times: Tensor | float, dims: Sequence[int]) -> Dense:
 
 
 def _flat(t: Tensor, rank: int) -> Tensor:
-    """The last `rank` dimensions as one, which they are even if there are none."""
+    """Flattens the last `rank` dimensions; adds one if `rank` is 0."""
     return t.flatten(-rank) if rank else t[..., None]
 
 
@@ -93,12 +93,12 @@ def _rms_norm_weight(use: Use) -> Factor | None:
 
 @rule(*((f"ThnnFused{cell}CellBackward0", k) for cell in ("Lstm", "Gru") for k in (3, 4)))
 def _gate_bias(use: Use) -> Factor | None:
-    """Of a recurrent cell in one kernel, as GPUs run it: a bias is added to gates, whose gradient the node gives."""
+    """A bias of a fused recurrent cell (as on GPUs): it is added to the gates, whose gradient the node returns."""
     assert isinstance(use.layout, Layout)
     gates = use.k - 3
     if (
         use.layout.dim != 0 or use.node.next_functions[gates][0] is None
-    ):  # where weights are frozen, the node gives none
+    ):  # the node returns no gate gradient if the weights are frozen
         return None
     shape = operand_shape(use.node, gates)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def _batch_norm_weight(use: Use) -> Factor | None:
 
 
 def _channels(use: Use, times: Tensor | float = 1) -> Dense | None:
-    """Gradients, times something, summed over all but the channels (dimension 1)."""
+    """Gradients times `times`, summed over all dimensions but the channels (dimension 1)."""
     assert isinstance(use.layout, Layout)
     if use.layout.dim != 0:
         return None

@@ -1,4 +1,4 @@
-"""Rules for weights that multiply: matrix products, convolutions, tables."""
+"""Rules for weights in products: matrix products, convolutions, embedding tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ntkwatch.engines.factors import Columns, Factor, Outer, Rows
 from ntkwatch.engines.layouts import Layout, Scattered
 from ntkwatch.engines.rules.use import Use, is_dense, operand_shape, rule, scaled
 
-# Matrix products: a [n, G, S, p], g C of [n, G, S, q] -----------------------------------------------------------------
+# Matrix products: a [n, G, S, p], g C × [n, G, S, q] ------------------------------------------------------------------
 
 
 @rule(("AddmmBackward0", 2), ("MmBackward0", 1))
@@ -94,7 +94,7 @@ def _convolution(use: Use) -> Factor | None:
 
 
 def unfolding(node: Any, k: int) -> float:
-    """How many times as large as the output what a convolution's weight is multiplied with is; 0 where it is there."""
+    """The ratio of a convolution's unfolded input to its output in size; 0 for operands that need no unfolding."""
     if node.name() != "ConvolutionBackward0" or k != 1 or node._saved_transposed:
         return 0.0
     channels, *window = operand_shape(node, k)
@@ -109,7 +109,7 @@ def _positions(t: Tensor, groups: int, space: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Window:
-    """What a convolution sees of its input at each position."""
+    """The input window of a convolution at each output position."""
 
     kernel: Sequence[int]
     stride: Sequence[int]
@@ -120,7 +120,8 @@ class Window:
     def unfold(self, x: Tensor, size: Sequence[int], channels_last: bool = False) -> Tensor:
         """[..., k, channels, *space] → [..., G, k·positions, channels/G·kernel] at the `size` output positions.
 
-        With `channels_last` (one group) the last dimension is [kernel, channels], of which whole rows are copied.
+        With `channels_last` (one group only) the last dimension is ordered [kernel, channels], so that whole rows are
+        copied.
         """
         d = len(size)
         lead, x = x.shape[: -2 - d], x.flatten(0, -2 - d)
@@ -137,7 +138,7 @@ class Window:
         entries = channels // self.groups * math.prod(self.kernel)
         if channels_last:
             return view.movedim(1, -1).reshape(*lead, 1, batch // math.prod(lead) * math.prod(size), entries)
-        order = (0, 1, *range(2 + d, 2 + 2 * d), *range(2, 2 + d))  # positions last: whole rows are copied at once
+        order = (0, 1, *range(2 + d, 2 + 2 * d), *range(2, 2 + d))  # positions last, so that whole rows are copied
         windows = view.permute(order).reshape(*lead, -1, self.groups, entries, math.prod(size))
         return windows.movedim((-4, -2), (-3, -1)).flatten(-3, -2)
 
