@@ -21,6 +21,7 @@ WARNING_ERROR = 1e-3  # above it, a warning
 EXTENSION = 4  # times degree and nodes, for what varies fast
 _ROUNDING = 1e-13  # of a sum of squares
 _BLOCK = 2**22  # entries of values at nodes that are held at a time
+_RESCALED = 1e100  # a polynomial that is larger is divided by it
 _SERIES_TOLERANCE = 1e-13  # of the powers' series, |c|^degree: below, their closed form would add nothing
 
 
@@ -161,6 +162,7 @@ def _block(
     found = []
     both = zip(activation.apply(sigma[:, None] * z), activation.apply(sigma[:, None] * z_2), jumps, strict=True)
     for values, values_2, jump in both:
+        values, values_2 = (v.masked_fill(b[:, 0] == 0, 0) for v, b in ((values, basis), (values_2, basis_2)))
         weights = [jump[n, k] * sigma**n * (sigma > 0) for k in range(len(kinks)) for n in range(ORDERS)]
         rest, rest_2, own = values, values_2, sigma.new_zeros(degree + 1, len(sigma))
         for i, weight in enumerate(weights):
@@ -228,11 +230,24 @@ def _trim(coefficients: Tensor) -> Features:
 
 @lru_cache(maxsize=8)
 def _hermite(nodes: int, degrees: int) -> tuple[Tensor, Tensor]:
-    """Nodes z [m] and √w_i·h_j(z_i)·√w_i [m, degrees], h_j orthonormal under N(0, 1).
+    """Nodes z [m] and w_i·h_j(z_i) [m, degrees], h_j orthonormal under N(0, 1), of the Gauss–Hermite rule.
 
-    Golub & Welsch (1969): the eigenvectors of the Jacobi matrix are √w_i h_j(z_i), bounded where h_j itself overflows.
+    The nodes are eigenvalues of the Jacobi matrix (Golub & Welsch 1969). The weights are 1/Σ_j h_j(z_i)², by the
+    three-term recurrence with a scale of its own at each node: eigenvectors are right only to 1e-16 of their largest
+    entry, and a function that grows like exp would meet that error where weights are 1e-100.
     """
     off = torch.arange(1, nodes, dtype=torch.float64).sqrt()
-    z, v = (torch.from_numpy(x) for x in eigh_tridiagonal(off.new_zeros(nodes).numpy(), off.numpy()))
-    v = v * torch.where(v[0] < 0, -1.0, 1.0)
-    return z, (v * v[0]).T[:, :degrees].contiguous()
+    z = torch.from_numpy(eigh_tridiagonal(off.new_zeros(nodes).numpy(), off.numpy(), eigvals_only=True))
+    before, here, total = torch.zeros_like(z), torch.ones_like(z), torch.ones_like(z)
+    scale = torch.zeros_like(z)  # log of what h_j was divided by
+    columns, scales = [here], [scale]
+    for j in range(1, nodes):
+        before, here = here, (z * here - (j - 1) ** 0.5 * before) / j**0.5
+        total = total + here.square()
+        down = torch.ones_like(z).masked_fill(here.abs() > _RESCALED, 1 / _RESCALED)
+        before, here, total, scale = before * down, here * down, total * down.square(), scale - down.log()
+        if j < degrees:
+            columns.append(here)
+            scales.append(scale)
+    weighted = torch.stack(columns, 1) / total[:, None]
+    return z, weighted * (torch.stack(scales, 1) - 2 * scale[:, None]).exp()
