@@ -208,7 +208,7 @@ METRICS = (
         "path forgets",
         "path_length holds the last angle alone",
         "the sum of the angles from probe to probe",
-        old="self.path_length + angle",
+        old="monitor.path_length + angle",
         new="angle",
         tests="diagnostics/test_diagnostics.py::test_path_length_and_directness_there_and_back",
     ),
