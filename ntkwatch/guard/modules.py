@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import is_dataclass
 from functools import partial
 from itertools import islice
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,12 +16,16 @@ from ntkwatch.guard.values import (
     SavedContainers,
     Undo,
     array,
+    counters_of,
     generators_of,
     has_plain_storage,
     is_container,
     is_data_replaced,
+    is_users_object,
+    restore_slots,
     same,
     saved_bytes,
+    slots_of,
     stateful,
 )
 
@@ -79,6 +81,7 @@ class Modules:
         if id(forward := type(module).forward) not in self.seen:
             self.seen.add(id(forward))
             self.undo.extend(filter(None, map(stateful, generators_of(forward))))
+            self.undo.extend(partial(setattr, cell, "cell_contents", value) for cell, value in counters_of(forward))
         self.owned.keep_all([held[name] for name in _TORCH_BOXES if name in held])
         for key in held.keys() - _TORCH_OWNED:
             self._attribute(held[key], _WALK_DEPTH)
@@ -107,10 +110,11 @@ class Modules:
             self.todo.append(value)
         elif is_container(value) or isinstance(value, tuple):
             self._box(value, depth)
-        elif isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
-            self._box(getattr(value, "__dict__", {}), depth)
         elif (restore := stateful(value) or array(value)) is not None:
             self.undo.append(restore)
+        elif is_users_object(value):
+            self._box(getattr(value, "__dict__", {}), depth)
+            self._slots(value, depth)
 
     def _box(self, box: Any, depth: int) -> None:
         if not depth or id(box) in self.seen:
@@ -120,6 +124,15 @@ class Modules:
             self.boxes.keep(box)
         for item in islice(box.values() if isinstance(box, dict) else box, _WALK_ITEMS):
             self._attribute(item, depth - 1)
+
+    def _slots(self, value: object, depth: int) -> None:
+        """Attributes of an object that it keeps in `__slots__`."""
+        held = slots_of(value)
+        if held and depth and id(value) not in self.seen:
+            self.seen.add(id(value))
+            self.undo.append(partial(restore_slots, value, held))
+            for item in held.values():
+                self._attribute(item, depth - 1)
 
     def _tensor(self, tensor: Tensor, destination: dict[int, Tensor]) -> None:
         if tensor.requires_grad and tensor.is_leaf:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import operator
 import random
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from types import CellType, FunctionType
+from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 Undo = Callable[[], None]  # idempotent: where a signal cuts one off, it runs again
 
 _LARGE = 100_000  # items; beyond it a list or dict is not copied, what was appended is taken off again
+_FRAMEWORKS = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "ntkwatch", "builtins"}
 _CONTAINERS = (dict, list, set, deque)
 GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
 
@@ -169,6 +171,45 @@ def generators_of(function: object) -> Iterator[object]:
     if isinstance(function, FunctionType):
         cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
         yield from (value for value in (*function.__globals__.values(), *cells) if isinstance(value, GENERATORS))
+
+
+def counters_of(function: object) -> Iterator[tuple[CellType, object]]:
+    """The cells of a function's closure that hold a plain value, which a `nonlocal` statement changes."""
+    cells = (function.__closure__ or ()) if isinstance(function, FunctionType) else ()
+    yield from ((cell, cell.cell_contents) for cell in cells if cell != CellType() and _is_plain(cell.cell_contents))
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, bool | int | float | complex | str | bytes | Tensor)
+
+
+def is_users_object(value: object) -> bool:
+    """Whether a value is an object of a class of neither Python nor a framework, which a model may write to.
+
+    Trainers, loggers and the like keep no state of a forward pass, and reach the whole run.
+    """
+    if isinstance(value, type | FunctionType | MethodType | ModuleType | Tensor):
+        return False
+    package = type(value).__module__.partition(".")[0]
+    return isinstance(value, SimpleNamespace) or not (package in _FRAMEWORKS or package in sys.stdlib_module_names)
+
+
+def slots_of(value: object) -> dict[str, object]:
+    """What an object holds in `__slots__`, by name."""
+    names: list[str] = []
+    for kind in type(value).__mro__:
+        own = kind.__dict__.get("__slots__", ())
+        names += [own] if isinstance(own, str) else list(own)
+    return {name: getattr(value, name) for name in names if not name.startswith("__") and hasattr(value, name)}
+
+
+def restore_slots(value: object, saved: dict[str, object]) -> None:
+    """Put back what `slots_of` gave."""
+    for name in slots_of(value).keys() - saved.keys():
+        delattr(value, name)
+    for name, item in saved.items():
+        if getattr(value, name, saved) is not item:
+            object.__setattr__(value, name, item)
 
 
 def array(value: object) -> Undo | None:
