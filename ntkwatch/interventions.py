@@ -1,4 +1,4 @@
-"""The earlier home of `ntkwatch.twins` and `ntkwatch.output_scale`; kept for scripts that import it."""
+"""Deprecated alias of `ntkwatch.twins` and `ntkwatch.output_scale`; kept for scripts that import it."""
 
 from __future__ import annotations
 

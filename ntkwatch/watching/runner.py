@@ -116,10 +116,6 @@ class MeasurementRunner:
         last = self.results.last
         return self.results.summary() or self.failures.instead_of_a_summary(last.step if last is not None else None)
 
-    def _newest_values(self, measurement: Measurement | None) -> Mapping[str, float] | None:
-        """What rank 0 sends the others of a measurement; None where there is none."""
-        return self.session.loggers.values if measurement and self.session else None
-
     def _learn(
         self,
         measurement: Measurement | None,

@@ -42,7 +42,7 @@ class Session:
     Args:
         monitor: measures.
         folder: where the record goes, if no other is there; None writes nothing.
-        is_log: whether that is a logger's folder, which no run shares with another log.
+        is_log: whether that folder was named, by a logger or by the user; no run shares it with another log.
         loggers: those that the run writes to.
         warn: told, in one sentence, what could not be written.
         save_kernels: keep every kernel in the record, not only the baseline's.
