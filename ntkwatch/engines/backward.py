@@ -1,4 +1,4 @@
-"""Backward passes for several outputs: in turn, or all at once."""
+"""Backward passes for several outputs, sequential or batched."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Keep = Callable[[tuple[Tensor | None, ...]], tuple[Tensor | None, ...]]
 def sequential_passes(
     start: Start, wanted: Sequence[GradientEdge], cotangents: PerOutput, keep: Keep = lambda grads: grads
 ) -> list[PerOutput | None]:
-    """The gradients at the wanted edges under each cotangent, what is kept of them; None where there are none."""
+    """The gradients at the wanted edges, one pass per cotangent, filtered by `keep`; None where no gradient arrives."""
     passes = [keep(_grad(start, wanted, cotangent)) for cotangent in cotangents]
     return [_filled(each) for each in zip(*passes, strict=True)]
 
@@ -27,7 +27,7 @@ def sequential_passes(
 def at_once(
     start: Start, wanted: Sequence[GradientEdge], cotangents: PerOutput, most: int | None = None
 ) -> list[PerOutput | None] | None:
-    """The same from batched passes of at most `most` outputs, together; None where some operation has no batch."""
+    """The same from batched passes of at most `most` outputs, stacked; None if some operation cannot be batched."""
     reached: list[int] = []
 
     def one(cotangent: Tensor) -> list[Tensor]:
@@ -35,11 +35,11 @@ def at_once(
         reached[:] = [i for i, g in enumerate(grads) if g is not None]
         return [g for g in grads if g is not None]
 
-    chunk = most if most is not None and most < len(cotangents) else None  # one piece would be copied too
+    chunk = most if most is not None and most < len(cotangents) else None  # a single chunk would also be copied
     try:
         with quiet():
             found = torch.func.vmap(one, randomness="same", chunk_size=chunk)(cotangents.stacked())
-    except Exception as error:  # what an operation or a Function raises that knows of no batch
+    except Exception as error:  # operations and Functions that cannot be batched raise errors of any type
         if is_out_of_memory(error):
             raise
         return None
@@ -50,10 +50,10 @@ def at_once(
 
 
 def can_be_batched(f: Tensor, wanted: Sequence[GradientEdge]) -> bool:
-    """Whether a batched pass gives what passes in turn give.
+    """Whether a batched pass agrees with sequential passes.
 
-    Asked once of a model: torch's batching of some operations is missing, and of some it is wrong (cdist's backward
-    pass in torch 2.13).
+    Asked once per model: torch cannot batch some operations, and batches others wrongly (cdist's backward pass in torch
+    2.13).
     """
     generator = torch.Generator().manual_seed(0)
     some = torch.rand((2, *f.shape), generator=generator, dtype=torch.float64, device="cpu") + 0.5
@@ -71,7 +71,7 @@ def _agree(one: PerOutput | None, two: PerOutput | None) -> bool:
 
 
 def _filled(grads: tuple[Tensor | None, ...]) -> PerOutput | None:
-    """Zeros for those outputs that do not depend on the node; None where none does."""
+    """Zeros for the outputs that do not depend on the node; None if no output does."""
     known = next((g for g in grads if g is not None), None)
     if known is None:
         return None
@@ -84,6 +84,6 @@ def _grad(start: Start, wanted: Sequence[GradientEdge], cotangent: Tensor) -> tu
 
 
 def in_row(g: Tensor) -> Tensor:
-    """A gradient as real numbers in a row."""
+    """A gradient as a flat vector of real numbers, dense also if it is sparse."""
     g = g.detach() if g.layout is torch.strided else g.detach().to_dense()
     return (torch.view_as_real(g.resolve_conj()) if g.is_complex() else g).flatten()

@@ -1,7 +1,7 @@
-"""Whether examples are coupled: whether an example's output depends on which others are in its batch.
+"""Detection of coupled examples: an example's output depends on the other examples of its batch.
 
-A model may couple them in batches of some sizes alone (a normalisation from ten rows on), so that every size in which
-examples are run together is looked at.
+A model may couple examples only in batches of some sizes (a normalisation from ten rows on), so every batch size in use
+is checked.
 """
 
 from __future__ import annotations
@@ -20,30 +20,34 @@ from ntkwatch.engines.refusals import coupled, describe_partial_batches, describ
 from ntkwatch.model import Network, UnsupportedModel, batch_size, inputs_of, take
 from ntkwatch.model.shared_leaves import elsewhere
 
-MANY = 64  # the most examples that are run together in search of what couples them, where none has to be
-_SOME = 3  # examples that are run alone
+MANY = 64  # examples in one batch of the check, unless a kernel uses larger batches
+_SOME = 3  # examples that run alone
 
 
 class Sizes:
-    """The sizes of batch in which a network's examples were found not to be coupled."""
+    """The batch sizes at which a network's examples were found uncoupled."""
 
     def __init__(self) -> None:
         self._known: weakref.WeakKeyDictionary[Network, set[int]] = weakref.WeakKeyDictionary()
 
     def add(self, network: Network, x: Any) -> None:
-        """Somebody has passed x to `check_uncoupled`."""
+        """Records that x has passed `check_uncoupled`."""
         self._known.setdefault(network, {1}).add(min(MANY, batch_size(inputs_of(x))))
 
     def known(self, network: Network) -> frozenset[int]:
-        """The sizes of one network."""
+        """The recorded sizes of a network; 1 always counts."""
         return frozenset(self._known.get(network, {1}))
 
     def restore(self, network: Network, sizes: Iterable[int]) -> None:
-        """Takes over the sizes that were found of another Network of the same module."""
+        """Takes over the sizes recorded for another Network of the same module."""
         self._known[network] = set(sizes)
 
     def check(self, network: Network, parts: Iterable[Any], state: Mapping[str, Tensor] | None) -> None:
-        """Raises UnsupportedModel where examples are coupled in a part of a size that is not known yet."""
+        """Checks the parts whose batch size is new.
+
+        Raises:
+            UnsupportedModel: examples of a part are coupled.
+        """
         known = self._known.setdefault(network, {1})
         for part in parts:
             size = batch_size(inputs_of(part))
@@ -53,13 +57,17 @@ class Sizes:
 
 
 def check_uncoupled(network: Network, x: Any, state: Mapping[str, Tensor] | None = None, most: int = MANY) -> None:
-    """Raises UnsupportedModel where an example's output depends on which others are in its batch, or on chance.
+    """Checks that an example's output depends neither on the other examples of its batch nor on chance.
 
-    A few examples are run together, each alone, and among up to `most` of the others: a maximum or a median over the
-    batch may sit in any of them. Where the model does not take one example, all but the first are run instead.
+    A few examples run together, each alone, and in a batch of up to `most` examples: a maximum or a median over the
+    batch may come from any example. If the model rejects single examples, all but the first run instead.
 
-    Outputs that are zero (a readout that starts so) show no coupling, and a small difference of large numbers (f − f_0
-    near θ_0) shows its rounding: there the weights `elsewhere` decide, and say how large an output is.
+    Zero outputs (a readout initialised to zero) hide coupling, and small differences of large numbers (f − f_0 near
+    θ_0) contain mostly rounding error. In these cases the check also runs at the weights `elsewhere`, which also
+    determine the scale of an output.
+
+    Raises:
+        UnsupportedModel: examples are coupled, or outputs are random or depend on stored state.
     """
     why, size = _coupling(network, x, state, most)
     if why or size == 0:
@@ -76,7 +84,7 @@ def check_uncoupled(network: Network, x: Any, state: Mapping[str, Tensor] | None
 def _coupling(
     network: Network, x: Any, state: Mapping[str, Tensor] | None, most: int, least: float = 0.0
 ) -> tuple[str, float]:
-    """How examples are coupled at a state, "" where they are not, and the largest output. least: size of outputs."""
+    """A description of the coupling at a state ("" if none), and the largest output; least: a lower bound of it."""
     rows = batch_size(inputs_of(x))
     n = min(_SOME, rows)
 
@@ -97,16 +105,16 @@ def _coupling(
     if found and not any(found):
         if all(each is None for each in alone):
             with of_some(network, x, state):
-                outputs(slice(0, 1))  # raises: no engine can be checked on a model that takes no single example
+                outputs(slice(0, 1))  # raises: a model that rejects single examples cannot be checked
         return "", size
-    if bool(((whole - outputs(slice(0, n))).abs() > limit).any()):  # asked only now: chance shows in the others too
+    if bool(((whole - outputs(slice(0, n))).abs() > limit).any()):  # randomness shows above too
         raise UnsupportedModel(describe_randomness(network, x, outputs, whole, limit))
     return next(filter(None, found), ""), size
 
 
 @contextlib.contextmanager
 def of_some(network: Network, x: Any, state: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-    """Inside, some examples are run; UnsupportedModel says so where that fails although all together go through."""
+    """Reports a failure on part of the batch as UnsupportedModel if the whole batch runs."""
     try:
         yield
     except (RuntimeError, ValueError, LookupError) as error:
@@ -121,16 +129,16 @@ def of_some(network: Network, x: Any, state: Mapping[str, Tensor] | None = None)
 
 
 def _compare(outputs: Callable[[slice], Tensor], whole: Tensor, part: slice, limit: float) -> str | None:
-    """How the outputs of part of the batch differ from those in the whole, "" for not at all; None where it fails.
+    """How outputs on part of the batch differ from those on the whole ("" if equal); None if the part does not run.
 
-    It may be a number of examples that the model does not take, or that there is no memory for.
+    The model may reject that number of examples, or memory may be too short.
     """
     one = whole[part]
     try:
         other = outputs(part)[: len(one)]
     except LookupError:
         if part.stop > len(whole):
-            raise  # no smaller part of a graph, but probes that the model does not know (ids)
+            raise  # unknown probes (ids), not a smaller part of a graph
         return None
     except (RuntimeError, ValueError, MemoryError):
         return None

@@ -1,7 +1,7 @@
-"""Jacobians written out as each backward pass ends, where the gradients that they are read from are much larger.
+"""Jacobians written out after each backward pass, for nodes whose gradients need much more memory than their Jacobians.
 
-Early convolutions have few weights and many positions: the gradients of all outputs at their positions would take more
-memory than all the rest, and pages that are new cost as much time as the arithmetic.
+Early convolutions have few weights and many positions. The gradients of all outputs at their positions would need more
+memory than everything else, and allocating fresh pages costs as much time as the arithmetic.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from ntkwatch.engines.layouts import Layout, Scattered
 from ntkwatch.engines.per_output import PerOutput
 from ntkwatch.engines.rules import Use, factor, operand_shape, unfolding
 
-_LARGE = 1 << 22  # bytes of gradients per output: smaller ones are better kept …
-_MUCH = 8  # … and so are those of fewer than this many entries for one of the parameters' …
-_WIDE = 4  # … and those of convolutions whose inputs, which are held unfolded, take more than this many of them
+_LARGE = 1 << 22  # write out early only from this many bytes of gradients per output …
+_MUCH = 8  # … if the gradients are at least this many times as large as the Jacobians …
+_WIDE = 4  # … and if a convolution's unfolded inputs are at most this many times as large as its output
 
-Gradients = tuple[PerOutput | None, ...]  # of each output of a node
+Gradients = tuple[PerOutput | None, ...]  # one entry per output of a node
 
 
 def factor_of(node: Any, k: int, grads: Gradients, layout: Layout | Scattered, n: int) -> tuple[Factor, str] | None:
-    """The factor of an input of a node and the rule that gave it; None where no output depends on the node."""
+    """The factor of one input of a node and the name of its rule; None if no output depends on the node."""
     if all(g is None for g in grads):
         return None
     return factor(Use(node, k, operand_shape(node, k), grads, layout, n))
 
 
 def early_bytes(graph: Graph, node: Any, inputs: Sequence[int], n: int, scale: float = 1.0) -> int | None:
-    """Of one output's Jacobians of a node's inputs, where they are to be written out; None where they are not.
+    """Bytes of one output's Jacobians of the node's inputs if they are to be written out early, else None.
 
-    scale: the choice is that for this many times the examples.
+    scale: decide as for this many times the examples.
     """
     gradients = node_bytes(graph, node)
     if scale * gradients < _LARGE or any(unfolding(node, k) > _WIDE for k in inputs):
@@ -50,7 +50,7 @@ def early_bytes(graph: Graph, node: Any, inputs: Sequence[int], n: int, scale: f
 
 @dataclass
 class EarlyJacobian:
-    """The Jacobians of a node's inputs, from the gradients of one output after the other."""
+    """The Jacobians of a node's inputs, collected from the gradients of one output after another."""
 
     node: Any
     edges: Sequence[tuple[int, Layout | Scattered]]
@@ -60,7 +60,7 @@ class EarlyJacobian:
     _rules: dict[int, str] = field(default_factory=dict)
 
     def add(self, grads: Sequence[Tensor | None]) -> None:
-        """Those of the next output, by the node's outputs; None where it does not depend on them."""
+        """Adds the next output, given the gradients of the node's outputs; None where there is no gradient."""
         given = tuple(None if g is None else PerOutput((g.detach(),)) for g in grads)
         for k, layout in self.edges:
             found = factor_of(self.node, k, given, layout, self.n)
@@ -70,7 +70,7 @@ class EarlyJacobian:
             self._parts.setdefault(k, []).append(part)
 
     def _sharing(self, k: int, found: Factor) -> Factor:
-        """With the inputs unfolded once for all outputs."""
+        """The factor with inputs that are unfolded once for all outputs."""
         if not isinstance(found, Outer):
             return found
         if k not in self._inputs:
@@ -78,7 +78,7 @@ class EarlyJacobian:
         return replace(found, a=self._inputs[k])
 
     def factor(self, k: int) -> tuple[Factor, str] | None:
-        """As `rules.factor`, of all outputs; None where none depends on the node."""
+        """The Jacobian of input `k` for all outputs and the name of its rule; None if no output depends on the node."""
         self._inputs.clear()
         parts = self._parts.pop(k)
         known = next((part for part in parts if part is not None), None)

@@ -1,4 +1,4 @@
-"""Several uses of one parameter (tied, reused, recurrent): their Jacobians add before any product is taken."""
+"""Sums of factors: several uses of one parameter (tied, reused, recurrent) add their Jacobians before any product."""
 
 from __future__ import annotations
 
@@ -13,32 +13,38 @@ from ntkwatch.engines.per_output import PerOutput, combined
 
 @dataclass(frozen=True)
 class Sum:
-    """Several uses of one parameter: their Jacobians add, before any product (tied, reused, recurrent)."""
+    """A sum of factors of different forms, as slabs of `leading` rows."""
 
     parts: tuple[Factor, ...]
     leading: int
 
     @property
     def n(self) -> int:
+        """Number of examples."""
         return self.parts[0].n
 
     @property
     def outputs(self) -> int:
+        """Number of outputs C."""
         return self.parts[0].outputs
 
     @property
     def trailing(self) -> int:
+        """Entries per leading row."""
         return self.parts[0].leading * self.parts[0].trailing // self.leading
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the Jacobian."""
         return self.parts[0].dtype
 
     @property
     def device(self) -> torch.device:
+        """Device of the Jacobian."""
         return self.parts[0].device
 
     def open(self) -> Slab:
+        """See `Factor.open`; the slabs of the parts are added."""
         opened = [(part.open(), part.leading // self.leading) for part in self.parts]
 
         def slab(c: int, i: int, j: int, out: Tensor) -> None:
@@ -52,7 +58,7 @@ class Sum:
 
 
 def densify(found: Factor) -> Dense:
-    """Any factor written out."""
+    """Any factor as a dense Jacobian, C × [n, P]."""
     if isinstance(found, Dense):
         return found
     slab, shape = found.open(), (found.outputs, found.n, found.leading, found.trailing)
@@ -63,7 +69,7 @@ def densify(found: Factor) -> Dense:
 
 
 def add(parts: list[Factor]) -> Factor:
-    """The sum of uses; those of one form are joined along their positions, which adds cross terms by itself."""
+    """The sum of uses; factors of one form are concatenated along their positions, which includes the cross terms."""
     joined: list[Factor] = []
     for part in parts:
         for i, other in enumerate(joined):
@@ -82,7 +88,7 @@ def add(parts: list[Factor]) -> Factor:
 
 
 def aligned(one: Factor, two: Factor) -> tuple[Factor, Factor]:
-    """Two factors of one parameter, seen as the same number of leading rows."""
+    """Two factors of one parameter with the same number of leading rows."""
     if one.leading == two.leading:
         return one, two
     least = min(one.leading, two.leading)
@@ -106,5 +112,5 @@ def _added(parts: list[PerOutput]) -> PerOutput:
 
 
 def _beside(one: PerOutput, two: PerOutput) -> PerOutput:
-    """Along the positions."""
+    """Both, concatenated along the positions."""
     return combined(lambda each: torch.cat(each, -2), [one, two])

@@ -1,7 +1,7 @@
-"""The autograd graph of one forward pass: its nodes, and who consumes whom.
+"""The autograd graph of one forward pass: its nodes and their consumers.
 
-Working on the graph rather than on module hooks is what makes coverage exact: every use of every parameter is an edge
-into its AccumulateGrad node, however the module came to use it: tied, reused, raw, reparametrised, in a fused function.
+The graph covers every use of a parameter, where module hooks would miss some: each use is an edge into the parameter's
+AccumulateGrad node, whether it is tied, reused, accessed directly, reparametrised or passed to a fused function.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch.autograd.graph import GradientEdge, Node
 
 from ntkwatch.model import UnsupportedModel
 
-# Nodes that may hand rows of one example on in an order or number that depends on the data.
+# Nodes whose order or number of rows per example may depend on the data.
 _ROUTING = ("Index", "Gather", "Scatter", "Masked", "Sort", "Topk", "Take", "Nonzero", "Where", "Put", "Unique")
 
 
-# Nodes that only rearrange entries: always crossed, so that a weight is met where it is multiplied.
+# Nodes that only rearrange entries. The search crosses them, so it reaches the node that multiplies a weight.
 _REARRANGE = (
     "TBackward0",
     "TransposeBackward0",
@@ -38,13 +38,13 @@ _REARRANGE = (
 )
 
 
-# What a reshape is called depends on strides, and on whether tensors have memory.
+# The name of a reshape depends on strides, and on whether tensors have memory.
 _SAME = dict.fromkeys(("UnsafeViewBackward0", "ReshapeAliasBackward0"), "ViewBackward0")
 
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes from the output down, consumers before what they consume, in an order set by the structure alone."""
+    """The nodes from the output down, consumers first, in an order that depends on the structure alone."""
 
     root: Node
     nodes: tuple[Node, ...]
@@ -54,18 +54,22 @@ class Graph:
 
     @cached_property
     def signature(self) -> tuple[str, ...]:
-        """What two runs of the same code share."""
+        """The names of the nodes, equal for two runs of the same code."""
         return tuple(_SAME.get(name := node.name(), name) for node in self.nodes)
 
     @cached_property
     def routing(self) -> tuple[Node, ...]:
-        """The nodes that may regroup rows in a way that depends on the data."""
+        """The nodes that may regroup rows depending on the data."""
         pairs = zip(self.nodes, self.signature, strict=True)
         return tuple(node for node, name in pairs if name.startswith(_ROUTING) or "_index" in name.lower())
 
 
 def walk(outputs: Tensor, parameters: Mapping[str, Tensor]) -> Graph:
-    """The graph above `outputs`; `leaves` holds the AccumulateGrad nodes of those parameters that were used."""
+    """The graph above `outputs` [n, C]; `leaves` holds the AccumulateGrad nodes of the used parameters.
+
+    Raises:
+        NestedTensors: some node computes on nested tensors.
+    """
     root = outputs.grad_fn
     assert root is not None
     order = _post_order(root)[::-1]
@@ -84,7 +88,7 @@ def walk(outputs: Tensor, parameters: Mapping[str, Tensor]) -> Graph:
 
 
 class NestedTensors(UnsupportedModel):
-    """A node whose outputs have no shape: the gradients of nested tensors cannot be read by example."""
+    """A node computes on nested tensors, whose gradients have no shape and cannot be separated by example."""
 
 
 def _check_dense(node: Any) -> None:
@@ -95,7 +99,7 @@ def _check_dense(node: Any) -> None:
 
 
 def _post_order(root: Node) -> list[Node]:
-    """Depth first, without recursion: deep graphs exceed Python's stack."""
+    """Depth-first order without recursion: deep graphs exceed Python's stack."""
     done: set[Node] = set()
     order: list[Node] = []
     stack: list[tuple[Node, bool]] = [(root, False)]
@@ -116,14 +120,14 @@ def edges(graph: Graph, nodes: Sequence[Node]) -> list[GradientEdge]:
 
 
 def types_inside(outputs: Tensor) -> frozenset[torch.dtype]:
-    """Those of all that a forward pass gave on its way to the outputs, and that gradients pass through."""
+    """The floating-point and complex types of all intermediate results of a forward pass."""
     nodes = [] if outputs.grad_fn is None else _post_order(outputs.grad_fn)
     met = {meta.dtype for node in nodes for meta in node._input_metadata}
     return frozenset(dtype for dtype in met if dtype.is_floating_point or dtype.is_complex)
 
 
 def bytes_inside(outputs: Tensor) -> int:
-    """Of all that a forward pass gave on its way to the outputs; nested tensors do not say."""
+    """The bytes of all intermediate results of a forward pass, except nested tensors."""
     nodes = [] if outputs.grad_fn is None else _post_order(outputs.grad_fn)
     total = 0
     for node in nodes:
@@ -133,7 +137,7 @@ def bytes_inside(outputs: Tensor) -> int:
 
 
 def pull(node: Node, grads: Sequence[Tensor | None], k: int, shape: tuple[int, ...]) -> Tensor:
-    """The gradient of one input, of shape `shape`, of one node: its own backward formula and nothing upstream of it."""
+    """The gradient [*shape] of input `k` of one node, by the node's own backward formula alone."""
     apply: Any = node if callable(node) else node.apply  # type: ignore[attr-defined]
     result = apply(*(_filled(node, grads) if is_function(node) else grads))
     result = result[_argument(node, k)] if isinstance(result, tuple) else result
@@ -141,7 +145,7 @@ def pull(node: Node, grads: Sequence[Tensor | None], k: int, shape: tuple[int, .
         return next(g for g in grads if g is not None).new_zeros(shape)
     if result.is_sparse:
         result = result.to_dense()
-    extra = result.ndim - len(shape)  # the engine sums over what was broadcast; a node called by hand does not
+    extra = result.ndim - len(shape)  # autograd sums over broadcast dimensions; a node called directly does not
     if extra > 0:
         result = result.sum(list(range(extra)))
     summed = [d for d, size in enumerate(shape) if size == 1 and result.shape[d] != 1]
@@ -149,17 +153,17 @@ def pull(node: Node, grads: Sequence[Tensor | None], k: int, shape: tuple[int, .
 
 
 def variable_of(node: Any) -> Tensor | None:
-    """The tensor whose gradient a node accumulates; None of other nodes, a Function may keep one of that name."""
+    """The tensor for which a node accumulates gradients, else None; a Function may have an attribute of that name."""
     return None if is_function(node) else getattr(node, "variable", None)
 
 
 def is_function(node: Any) -> bool:
-    """Whether a node is of an `autograd.Function`, whose backward pass is Python code of the model's."""
+    """Whether a node belongs to an `autograd.Function`, whose backward pass is Python code of the model."""
     return isinstance(node, torch._C._FunctionBase)
 
 
 def _argument(node: Any, k: int) -> int:
-    """Which of a node's results belongs to input `k`: a Function has one for each argument, an edge for each tensor."""
+    """The result index of input `k`: a Function returns one result per argument, while edges exist only for tensors."""
     if not is_function(node):
         return k
     needed = [i for i, needs in enumerate(node.needs_input_grad) if needs]
@@ -167,7 +171,7 @@ def _argument(node: Any, k: int) -> int:
 
 
 def _filled(node: Any, grads: Sequence[Tensor | None]) -> list[Tensor]:
-    """A Function's output gradients with zeros where there are none, as the engine hands them in."""
+    """A Function's output gradients with zeros for missing ones, as autograd passes them."""
     known = next(g for g in grads if g is not None)
     metas = node._input_metadata
     return [
@@ -176,7 +180,7 @@ def _filled(node: Any, grads: Sequence[Tensor | None]) -> list[Tensor]:
 
 
 def rearranges(node: Node) -> bool:
-    """Whether a node only moves entries about."""
+    """Whether a node only rearranges entries."""
     return node.name() in _REARRANGE
 
 
@@ -194,6 +198,6 @@ def reaches(node: Node, leaf: Node) -> bool:
 
 
 def node_bytes(graph: Graph, node: Any) -> int:
-    """Of a node's outputs, and so of their gradients."""
+    """The bytes of a node's outputs, and so of their gradients."""
     given = [node._input_metadata[used] for used in graph.outputs_used[node]]
     return sum(int(m.dtype.itemsize) * math.prod(int(size) for size in m.shape) for m in given)

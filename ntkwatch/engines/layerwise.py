@@ -24,20 +24,20 @@ from ntkwatch.engines.run import WHOLE, Run
 from ntkwatch.engines.signs import SignRun
 from ntkwatch.model import Network, batch_size, inputs_of
 
-_LEAST = 32 << 20  # allowed for a kernel, with which small kernels are tried
-ROUGHLY = 2  # times its rough estimate, and WORKSPACE bytes, no kernel takes more
+_LEAST = 32 << 20  # the smallest memory limit under which small kernels run
+ROUGHLY = 2  # a kernel needs at most ROUGHLY × its rough estimate + WORKSPACE bytes
 WORKSPACE = 256 << 20
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What an engine has learned of one network, without a reference to it.
+    """What an engine has learned about one network, without a reference to it.
 
     Attributes:
-        separation: where examples come apart; None where the outputs depend on no trained parameter.
-        sizes: of batches in which examples were found not to be coupled.
-        chunks: probes per block that went through, by number of probes and reductions.
-        alone: examples are passed through one by one.
+        separation: the capture points; None if the outputs depend on no trained parameter.
+        sizes: batch sizes at which examples were found uncoupled.
+        chunks: probes per block that fit in memory, by number of probes and reductions.
+        alone: one pass per example and output.
     """
 
     separation: CapturePoints | None
@@ -47,11 +47,11 @@ class Reading:
 
 
 class Layerwise:
-    """Exact: one forward and C backward passes to the activations, then the cheapest contraction per parameter.
+    """Exact: one forward pass and C backward passes to the activations, then the cheapest contraction per parameter.
 
-    uncoupled: whoever asks has passed the probes of the first kernel to `check_uncoupled`.
-    alone: factors from plain backward passes of one example and one output each, for models of which nothing else is
-    right.
+    uncoupled: the caller has passed the probes of the first kernel to `check_uncoupled`.
+    alone: compute factors by plain backward passes of one example and one output each, for models that allow nothing
+    else.
     """
 
     name = "layerwise"
@@ -62,20 +62,20 @@ class Layerwise:
         self._chunks: weakref.WeakKeyDictionary[Network, dict[Any, int]] = weakref.WeakKeyDictionary()
 
     def reading(self, network: Network) -> Reading:
-        """What was learned of a network, for `restored`."""
+        """What this engine has learned about a network, for `restored`."""
         chunks = dict(self._chunks.get(network, {}))
         return Reading(self._points.get(network), self._sizes.known(network), chunks, self.alone)
 
     @classmethod
     def restored(cls, network: Network, reading: Reading) -> Layerwise:
-        """An engine that has learned of a network what another had of a Network of the same module."""
+        """An engine with what another engine has learned about a Network of the same module."""
         engine = cls(uncoupled=True, alone=reading.alone)
         engine._points[network], engine._chunks[network] = reading.separation, dict(reading.chunks)
         engine._sizes.restore(network, reading.sizes)
         return engine
 
     def graphs(self, network: Network) -> frozenset[tuple[str, ...]]:
-        """Signatures of the graphs in which the network's examples were told apart."""
+        """Signatures of the graphs in which the network's examples were separated."""
         points = self._points.get(network)
         return frozenset() if points is None else frozenset(r.signature for r in (points, *points.read.values()))
 
@@ -95,8 +95,8 @@ class Layerwise:
         """See `Engine.kernel`. Without `chunk_size`, blocks fit in a share of the free memory.
 
         Raises:
-            UnsupportedModel: examples are coupled, naming where.
-            MemoryError: one probe at a time is too much.
+            UnsupportedModel: examples are coupled; the message names the module.
+            MemoryError: a single probe needs too much memory.
         """
         rich, precision = richest(reduction, layers), at_hand(precision, network.device)
         with quiet(), returned_gradients(network):
@@ -109,7 +109,7 @@ class Layerwise:
         return Kernel(reduce(total, rich, reduction), theta, outputs, reduction, self.name, precision, floor)
 
     def points(self, network: Network, x: Any, state: Mapping[str, Tensor] | None) -> CapturePoints | None:
-        """Where this network's examples come apart, read once from a few probes.
+        """The network's capture points, read once from a few probes.
 
         Raises:
             UnsupportedModel: an example's output depends on the other examples, or is random in evaluation mode.
@@ -128,7 +128,7 @@ class Layerwise:
         return read_capture_points(network, x, state, inner)
 
     def chunk(self, run: Run, x1: Any, x2: Any = None) -> int:
-        """Probes per block: all, or as many as are predicted to fit in the limit, or as memory turned out to hold."""
+        """Probes per block: all, or as many as fit in the memory limit by prediction or by earlier experience."""
         n = max(batch_size(inputs_of(x)) for x in (x1, x2) if x is not None)
         known = self._chunks.setdefault(run.network, {})
         limit, key = limit_bytes(run.network.device), (n, run.reduction, run.layers)
@@ -140,7 +140,7 @@ class Layerwise:
         return known[key]
 
     def _backing_off(self, run: Run, x1: Any, x2: Any, chunk_size: int | None) -> dict[str, Tensor]:
-        """Halves the blocks as often as memory runs out, and remembers the size that went through."""
+        """Halves the blocks each time memory runs out, and remembers the size that fitted."""
         n = max(batch_size(inputs_of(x)) for x in (x1, x2) if x is not None)
         known, key = self._chunks.setdefault(run.network, {}), (n, run.reduction, run.layers)
 
@@ -154,7 +154,7 @@ class Layerwise:
 
 
 def _fitting(run: Run, x: Any, n: int, limit: int) -> int:
-    """Halves the blocks until the peak that small kernels predict fits in the limit."""
+    """Halves the blocks until the peak predicted from small kernels fits in the limit."""
     chunk = n
     while chunk > 1 and _peak(run, x, chunk, limit) > limit:
         chunk = -(-chunk // 2)
@@ -162,9 +162,9 @@ def _fitting(run: Run, x: Any, n: int, limit: int) -> int:
 
 
 def _peak(run: Run, x: Any, chunk: int, limit: int) -> float:
-    """From a small kernel; a rough estimate where a model takes no few probes, or memory is too short for one."""
+    """The peak predicted from a small kernel, or a rough estimate if few probes fail or memory is too short for one."""
     size = small_block(chunk)
     if limit >= _LEAST and run.rough(2 * size) <= limit:
-        with contextlib.suppress(Exception):  # whatever a model raises on few probes, running out of memory included
+        with contextlib.suppress(Exception):  # models may raise anything on few probes, including out-of-memory errors
             return extrapolate(run, x, chunk).peak
     return run.rough(min(batch_size(inputs_of(x)), 2 * chunk))

@@ -1,4 +1,4 @@
-"""Which example owns each element of a gradient: layouts, and how they are read from coded backward passes."""
+"""Layouts: which example owns each element of a gradient, read from backward passes with coded cotangents."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-_NEAR = 2.0**-5  # of the largest gradient: in half precision, no two numbers may differ by more and count as one
+_NEAR = 2.0**-5  # of the largest gradient: the tolerance in half precision
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the examples of a tensor lie: along `dim`, `k` entries each, one after the other or (minor) interleaved."""
+    """The examples of a tensor lie along `dim` with `k` entries each, one after another or (minor) interleaved."""
 
     dim: int
     k: int
     minor: bool = False
 
     def fits(self, shape: Sequence[int], n: int) -> bool:
+        """Whether a tensor of this shape can have this layout of n examples."""
         return len(shape) > self.dim and shape[self.dim] == self.k * n
 
     def owner(self, shape: Sequence[int], n: int) -> Tensor:
-        """The owner along `dim`, shaped to broadcast against the tensor."""
+        """The owner of each index along `dim`, shaped to broadcast against the tensor."""
         index = torch.arange(shape[self.dim])
         index = index % n if self.minor else index // self.k
         return index.reshape([-1] + [1] * (len(shape) - self.dim - 1))
 
     def split(self, t: Tensor, n: int, batch: int = 0) -> Tensor:
-        """[*batch, *shape] → [*batch, n, *shape with k entries at dim]; a view wherever strides allow."""
+        """[*batch, *shape] → [*batch, n, *shape with k entries at dim]; a view where strides allow."""
         d = self.dim + batch
         if self.minor:
             return t.unflatten(d, (self.k, n)).movedim(d + 1, batch)
@@ -39,17 +40,18 @@ class Layout:
 
 @dataclass(frozen=True)
 class Scattered:
-    """Every element has one owner of n, but in no regular layout (tokens routed to experts, say)."""
+    """Each element belongs to one of n examples, without a regular layout (tokens routed to experts, for instance)."""
 
-    owner: Tensor = field(repr=False)  # of the tensor's shape; any value where no gradient arrives
+    owner: Tensor = field(repr=False)  # in the tensor's shape; arbitrary where no gradient arrives
     n: int
 
     def fits(self, shape: Sequence[int], n: int) -> bool:
+        """Whether a tensor of this shape can have this layout of n examples."""
         return tuple(self.owner.shape) == tuple(shape) and self.n == n
 
     @cached_property
     def rows(self) -> Tensor:
-        """Of a matrix: numbers of the rows of each example [n, most], with that of all rows where one has fewer."""
+        """The row numbers of each example in a matrix [n, most], padded with the total number of rows."""
         owner = self.owner.max(1).values
         order = owner.argsort(stable=True)
         counts = torch.bincount(owner, minlength=self.n)
@@ -61,10 +63,10 @@ class Scattered:
 
 
 def digits(n: int, base: int) -> list[Tensor]:
-    """Powers of two that spell the example's number: scaling a cotangent by one is exact in any binary type.
+    """The digits of each example's number in base `base`, as powers of two, one tensor [n] per digit.
 
-    So an element that one example owns comes back scaled exactly by that example's power, and an element that several
-    share does not.
+    Scaling a cotangent by a power of two is exact in any binary type. An element that one example owns returns scaled
+    exactly by that example's power; an element that several examples share does not.
     """
     index, codes = torch.arange(n), []
     while True:
@@ -75,18 +77,19 @@ def digits(n: int, base: int) -> list[Tensor]:
 
 
 def base_of(types: Iterable[torch.dtype]) -> int:
-    """Of digits whose powers of two stay inside the range of all types."""
+    """The base of the digits, so that their powers of two stay in the range of all types."""
     return 4 if torch.float16 in types else 16
 
 
 def find_layout(g: Tensor, coded: Sequence[Tensor], n: int, base: int) -> tuple[Layout | Scattered | None, bool]:
-    """Which example owns each element of a gradient.
+    """The example that owns each element of a gradient.
 
     Args:
-        g: the gradient under some cotangent; coded: under the same one scaled by `digits` of that base.
+        g: the gradient under some cotangent.
+        coded: the gradients under the same cotangent scaled by `digits` of that base.
 
     Returns:
-        (layout, sure): None when several examples share an element; sure when no second reading is possible.
+        (layout, sure): layout is None if several examples share an element; sure if no other layout fits.
     """
     if g.is_complex():
         layout, sure = find_layout(torch.view_as_real(g), [torch.view_as_real(c) for c in coded], n, base)
@@ -113,7 +116,7 @@ def find_layout(g: Tensor, coded: Sequence[Tensor], n: int, base: int) -> tuple[
 
 
 def agrees(layout: Layout, g: Tensor, coded: Sequence[Tensor | None], n: int, base: int) -> bool:
-    """Whether a gradient and its coded ones (see `find_layout`) are as this layout has them."""
+    """Whether a gradient and its coded versions (see `find_layout`) are consistent with this layout."""
     if g.is_complex():
         g, coded = torch.view_as_real(g), [c if c is None else torch.view_as_real(c) for c in coded]
     owner, limit = layout.owner(g.shape, n), _rounding(g)
@@ -122,7 +125,7 @@ def agrees(layout: Layout, g: Tensor, coded: Sequence[Tensor | None], n: int, ba
 
 
 def _rounding(g: Tensor) -> Tensor:
-    """How far equal numbers may be apart."""
+    """The largest difference of equal numbers that rounding explains."""
     return min(64 * torch.finfo(g.dtype).eps, _NEAR) * g.abs().max().double()
 
 
@@ -132,5 +135,5 @@ def _agrees(g: Tensor, coded: Tensor, factor: Tensor, limit: Tensor) -> bool:
 
 
 def _all_seen(parts: Tensor) -> bool:
-    """Whether each example's part holds a gradient: where one is all zero, other layouts might fit as well."""
+    """Whether each example's part has a nonzero gradient; an all-zero part would fit other layouts as well."""
     return bool(parts.flatten(1).ne(0).any(1).all())

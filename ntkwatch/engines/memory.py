@@ -1,4 +1,7 @@
-"""Memory: what is free, what a run takes at its peak, and halving the blocks where it runs out."""
+"""Memory: free bytes, the peak of a run, and smaller blocks when memory runs out.
+
+A measurement runs inside somebody's training, so it uses only a share of the free memory.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 T = TypeVar("T")
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
-SHARE = 0.25  # of what is free: a guest in somebody's training run takes no more
+SHARE = 0.25  # of the free memory: the training run keeps the rest
 MIB = 1 << 20
 _LEAST = 32 * MIB
 _WORDS = ("can't allocate memory", "not enough memory", "could not create a primitive", "could not create a memory")
-_UNKNOWN = 2 << 30  # taken as free where the system does not say
+_UNKNOWN = 2 << 30  # assumed free if the system does not report it
 
 
 class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of the storages that operations inside have made and that are still alive."""
+    """Counts the bytes of live storages that operations inside the context have created."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +34,7 @@ class LiveStorages(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No: nothing is compiled in here, and to say so anyway loads torch's whole compiler, most of a second."""
+        """False: nothing is compiled here, and the default would load torch's compiler, most of a second."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -40,7 +43,7 @@ class LiveStorages(TorchDispatchMode):
         return result
 
     def count(self, result: Any, args: Any, kwargs: Any) -> None:
-        """Adds the storages that a call has made: those of its result that are not among its arguments'."""
+        """Adds the storages that a call created: those of its result that are not among its arguments."""
         new = [s for t in _tensors(result) for s in storages(t) if s._cdata not in self._known]
         if new:
             given = {storage._cdata for t in _tensors((*args, *(kwargs or {}).values())) for storage in storages(t)}
@@ -49,7 +52,7 @@ class LiveStorages(TorchDispatchMode):
                     self._watch(storage)
 
     def weight(self, size: int) -> float:
-        """How many bytes a storage of `size` bytes counts for."""
+        """The bytes that a storage of `size` bytes counts for; subclasses override it."""
         return size
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
@@ -65,7 +68,7 @@ class LiveStorages(TorchDispatchMode):
 
 
 def storages(t: Tensor) -> list[torch.UntypedStorage]:
-    """Of a tensor: one, or those of what a sparse one consists of; none that torch does not give."""
+    """The storages of a tensor: one, or those of a sparse tensor's parts; none for layouts without access."""
     if t.layout is torch.strided:
         return [t.untyped_storage()]
     if t.layout is torch.sparse_coo:
@@ -80,7 +83,7 @@ def storages(t: Tensor) -> list[torch.UntypedStorage]:
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
-    """Those that an operation takes or gives, in lists too."""
+    """The tensors among an operation's arguments or results, also in lists."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, list | tuple):
@@ -89,14 +92,14 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The most bytes alive at once in tensors that `run` makes."""
+    """The most bytes alive at once in tensors that `run` creates."""
     with LiveStorages() as counter:
         run()
         return int(counter.peak)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that could be taken on the device, as the system says."""
+    """Free memory on the device [bytes], as the system reports it."""
     if device.type == "cuda":
         return _free_on_gpu(device)
     with contextlib.suppress(OSError, ValueError, IndexError):
@@ -109,7 +112,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _free_on_gpu(device: torch.device) -> int:
-    """What the driver and torch's own cache hold ready, within the share that this process may take."""
+    """Free bytes in the driver and in torch's cache, within the share that this process may use."""
     free, total = torch.cuda.mem_get_info(device)
     reserved, taken = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
     share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
@@ -117,7 +120,7 @@ def _free_on_gpu(device: torch.device) -> int:
 
 
 def _address_space() -> int:
-    """What a limit on the address space leaves (ulimit -v), where there is one."""
+    """Bytes left under a limit of the address space (ulimit -v), if there is one."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -129,17 +132,21 @@ def _address_space() -> int:
 
 
 def limit_bytes(device: torch.device) -> int:
-    """What a kernel may take by default."""
+    """The memory that a kernel may use by default [bytes]."""
     return int(SHARE * free_bytes(device))
 
 
 def first_line(error: BaseException) -> str:
-    """Its kind and the first line of its message."""
+    """The type of an error and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
 
 def check_free(device: torch.device) -> None:
-    """Raises MemoryError where so little is free that the interpreter itself may fail."""
+    """Checks that enough memory is free for a kernel and the interpreter.
+
+    Raises:
+        MemoryError: less than 32 MiB are free.
+    """
     free = free_bytes(device)
     if free < _LEAST:
         raise MemoryError(
@@ -149,11 +156,11 @@ def check_free(device: torch.device) -> None:
 
 
 class OutOfMemory(MemoryError):
-    """Memory ran out, where, and what to do that every caller can do."""
+    """Memory ran out; the message says where, and gives remedies that every caller has."""
 
 
 def ran_out(what: str, device: torch.device, error: str) -> OutOfMemory:
-    """The error that says that memory ran out, and what to do."""
+    """The error for memory that ran out, with the remedy."""
     return OutOfMemory(
         f"memory ran out {what} ({free_bytes(device) / MIB:.0f} MiB are free on {device} now; {error}): raise the "
         "memory limit, or take a smaller reduction= or, through outputs=, fewer outputs"
@@ -163,9 +170,10 @@ def ran_out(what: str, device: torch.device, error: str) -> OutOfMemory:
 def backing_off(
     attempt: Callable[[int], T], chunk: int, device: torch.device, learned: Callable[[int], object] = lambda size: None
 ) -> T:
-    """`attempt(chunk)`, with blocks halved as often as memory runs out; `learned` is told every new size.
+    """`attempt(chunk)`, with `chunk` halved each time memory runs out; `learned` receives every new size.
 
-    Raises MemoryError where one probe at a time is too much.
+    Raises:
+        OutOfMemory: a single probe needs too much memory.
     """
     while True:
         try:
@@ -174,14 +182,14 @@ def backing_off(
             if not is_out_of_memory(error):
                 raise
             reason = first_line(error)
-        if chunk == 1:  # outside of the handler: the frames that hold the memory are gone
+        if chunk == 1:  # outside the handler, where no frame holds the memory
             raise ran_out("with one probe at a time", device, reason)
         chunk = -(-chunk // 2)
         learned(chunk)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is out-of-memory; on the CPU that is a plain RuntimeError, in oneDNN's words or torch's."""
+    """Whether an error means out of memory; on the CPU it is a plain RuntimeError with the words of oneDNN or torch."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)

@@ -1,4 +1,4 @@
-"""From the edge where examples come apart down to the parameter: through rearrangements for free, else pulled back."""
+"""From a capture point down to the parameter: rearrangements cost nothing, other nodes pull the gradient back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ntkwatch.engines.rules import operand_shape
 
 
 def leaf_below(node: Node) -> Node | None:
-    """The leaf that a chain of rearrangements leads to, None where the chain does something else."""
+    """The leaf below a chain of rearrangements; None if the chain contains any other operation."""
     while variable_of(node) is None:
         if not rearranges(node) or node.name() == "PermuteBackward0":
             return None
@@ -29,7 +29,7 @@ def leaf_below(node: Node) -> Node | None:
 
 
 def carry(node: Node, found: Factor) -> Factor | None:
-    """The factor in the leaf's own order of entries; None where it must be pulled back."""
+    """The factor in the leaf's own order of entries; None if its gradient must be pulled back."""
     reshaped = False
     while variable_of(node) is None:
         if node.name() in ("TBackward0", "TransposeBackward0"):
@@ -45,14 +45,14 @@ def carry(node: Node, found: Factor) -> Factor | None:
 
 
 def _real(found: Dense) -> Dense:
-    """A complex parameter's Jacobian as that of its real and imaginary parts."""
+    """The Jacobian of a complex parameter as that of its real and imaginary parts."""
     if not found.dtype.is_complex:
         return found
     return Dense(found.j.over(lambda j: torch.view_as_real(j.resolve_conj()).flatten(-2)))
 
 
 def _matrices(node: Any, found: Outer) -> bool:
-    """Whether the factor's groups, rows and columns are the tensor's own dimensions: a kernel's are several at once."""
+    """Whether the factor's groups, rows and columns are the tensor's dimensions; a convolution kernel has more."""
     *lead, rows, columns = (int(size) for size in node._input_metadata[0].shape)
     p, q = found.p, found.q
     return math.prod(lead) == found.groups and (rows, columns) == ((p, q) if found.a_first else (q, p))
@@ -70,11 +70,11 @@ def _last_two(node: Any) -> bool:
 def pull_back(
     graph: Graph, shared: Sequence[int], arrived: dict[tuple[Node, int], Tensor], names: Mapping[Node, str]
 ) -> dict[str, Dense]:
-    """Per-example gradients [C, n, *shape] of shared tensors → of the parameters they were made from.
+    """Per-example gradients [C, n, *shape] of shared tensors → Jacobians of the parameters below them, by name.
 
     Args:
-        shared: numbers of the nodes that depend on parameters alone, consumers first.
-        arrived: gradients by (node, output number); consumed.
+        shared: numbers of the nodes that depend on parameters alone.
+        arrived: gradients by (node, output number); the function consumes them.
     """
     inside = {graph.nodes[number] for number in shared}
     result: dict[str, Dense] = {}
@@ -96,7 +96,7 @@ def pull_back(
 
 
 def _pull_each(node: Node, grads: Sequence[Tensor | None], k: int, shape: tuple[int, ...]) -> Tensor:
-    """Input `k`'s gradient for every [C, n] of output gradients."""
+    """The gradient of input `k` for each of the [C, n] output gradients."""
     given = [g for g in grads if g is not None]
     lead = given[0].shape[:2]
     flat = [g.flatten(0, 1) for g in given]
@@ -108,7 +108,7 @@ def _pull_each(node: Node, grads: Sequence[Tensor | None], k: int, shape: tuple[
     with torch.no_grad():
         try:
             stacked = torch.func.vmap(one)(*flat)
-        except Exception as error:  # what an operation or a Function raises that knows of no batch
+        except Exception as error:  # operations and Functions that cannot be batched raise errors of any type
             if is_out_of_memory(error):
                 raise
             stacked = torch.stack([one(*(g[i] for g in flat)) for i in range(len(flat[0]))])

@@ -1,4 +1,4 @@
-"""Why a model is refused and what to do instead: which module couples examples, which attribute keeps state."""
+"""Explanations of refused models: which module couples examples, which attribute keeps state, and the remedy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ntkwatch.model.batch_reading import at, name_of
 
 
 def coupling_module(network: Network) -> str:
-    """The module that most likely couples examples, in words; nothing where none is known to."""
+    """The module that most likely couples examples, as a phrase; "" if none is known."""
     for name, module in network.module.named_modules():
         norm = isinstance(module, nn.modules.batchnorm._NormBase)
         if norm and "Instance" not in type(module).__name__ and (module.training or not module.track_running_stats):
@@ -28,14 +28,14 @@ def coupling_module(network: Network) -> str:
 
 
 def coupled(network: Network, x: Any) -> str:
-    """After "an example's output depends on the other examples of its batch": where, and what to do."""
+    """The cause and the remedy, to follow "an example's output depends on the other examples of its batch"."""
     by = coupling_module(network)
     end = ": the per-example kernel does not exist"
     return f"{by}{end}" if by else f"{_through(network, x)}{end}; {_by_number(network, x)}"
 
 
 def describe_partial_batches(network: Network, x: Any, error: Exception) -> str:
-    """Said of a model that runs on the whole batch, but fails so on some of its examples."""
+    """The message for a model that runs on the whole batch but fails on part of it."""
     said = next(iter(str(error).splitlines()), "") or type(error).__name__
     return (
         f"the model runs on these {batch_size(inputs_of(x))} probes together but not on some of them ({said}): where "
@@ -45,7 +45,7 @@ def describe_partial_batches(network: Network, x: Any, error: Exception) -> str:
 
 
 def _by_number(network: Network, x: Any) -> str:
-    """What to pass where rows are no examples on their own."""
+    """The remedy if rows are not independent examples: pass their numbers as probes."""
     n = batch_size(inputs_of(x))
     call = f"{network.code(x)}[rows]"
     whose = "outputs and batch are" if call.startswith("outputs") else "batch is"
@@ -58,7 +58,7 @@ def _by_number(network: Network, x: Any) -> str:
 
 
 def _lead(network: Network, x: Any) -> str:
-    """What of a batch its rows are counted in, by name."""
+    """The name of the input whose rows are the examples."""
     reading, value = network.reading(x), as_batch(x).value
     names = [*network.call.signature.required, "the probes"]
     for place in reading.places:
@@ -68,7 +68,7 @@ def _lead(network: Network, x: Any) -> str:
 
 
 def _through(network: Network, x: Any) -> str:
-    """Tensors that may relate the rows of a batch to each other, by name: those of n × n."""
+    """The n × n tensors that may relate the rows of a batch to each other, by name."""
     batch = as_batch(x)
     n = batch.n
     square = [name for name, t in network.buffers.items() if t.ndim >= 2 and t.shape[0] == t.shape[1] == n]
@@ -80,14 +80,14 @@ def _through(network: Network, x: Any) -> str:
 def describe_randomness(
     network: Network, x: Any, outputs: Callable[[slice], Tensor], whole: Tensor, limit: Tensor
 ) -> str:
-    """Said where two forward passes on the same probes differ: by chance, or by state that the model keeps."""
+    """The message if two forward passes on the same probes differ: random numbers, or state kept between calls."""
     n = len(whole)
 
     def again(seed: int | None = None) -> Tensor:
         if seed is not None:
             torch.manual_seed(seed)
             random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002  the guard around puts it back
+            np.random.seed(seed)  # noqa: NPY002  the surrounding guard restores it
         return outputs(slice(0, n))
 
     names = written(network.module, again)
@@ -104,7 +104,7 @@ def describe_randomness(
 
 
 def _repeats(outputs: Callable[[slice], Tensor], n: int, limit: Tensor, way: Sequence[Reset]) -> bool:
-    """Whether examples give the same together, again and each alone, with attributes set back before each pass."""
+    """Whether outputs agree together, again and each example alone, with attributes reset before each pass."""
     found = []
     for part in (slice(0, n), slice(0, n), *(slice(i, i + 1) for i in range(n))):
         try:
@@ -120,7 +120,7 @@ def _repeats(outputs: Callable[[slice], Tensor], n: int, limit: Tensor, way: Seq
 
 
 def nested(network: Network, forward: Callable[[], object]) -> str:
-    """The first module that `forward` hands a nested tensor to, or that gives one, and what to do about it."""
+    """The message for nested tensors: the first module of `forward` that takes or returns one, and the remedy."""
     seen: list[str] = []
     names = {id(module): name for name, module in network.module.named_modules()}
 
