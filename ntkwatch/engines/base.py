@@ -1,4 +1,4 @@
-"""The engines' contract: Engine, Kernel (the result), reductions, precision."""
+"""The interface of the engines: Engine, Kernel (the result), reductions, precision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Engine", "Kernel", "Plan", "Precision", "Reduction", "Row", "Unsuppo
 Reduction = Literal["trace", "blocks", "full", "sum"]
 Precision = Literal["double", "single"]
 
-# Reductions that hold enough to derive the others from.
+# For each reduction, those that it determines.
 _RICHER: dict[str, tuple[str, ...]] = {
     "full": ("full", "blocks", "trace", "sum"),
     "blocks": ("blocks", "trace"),
@@ -25,7 +25,7 @@ _RICHER: dict[str, tuple[str, ...]] = {
     "sum": ("sum",),
 }
 
-_COARSEST = 2.0**-8  # in half precision, where eps^¾ would be a large share of all gradients
+_COARSEST = 2.0**-8  # limit in half precision, where eps^¾ would cover a large share of all gradients
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Kernel:
 
     Attributes:
         value: [n1, n2] for "trace" and "sum", [C, n1, n2] for "blocks", [n1, C, n2, C] for "full".
-        layers: one kernel per trained parameter, which sum to the whole; empty when not asked for.
-        outputs: f(x1), [n1, C].
+        layers: one kernel per trained parameter, which sum to the whole; empty unless requested.
+        outputs: f(x1) [n1, C].
         reduction: of `value`.
         engine: its name.
-        precision: "double" or "single", that of the Gram products.
-        noise_floor: relative to λ_max: eigenvalues below noise_floor·λ_max are rounding of the factors.
+        precision: of the Gram products, "double" or "single".
+        noise_floor: relative to λ_max; eigenvalues below noise_floor·λ_max are rounding error of the factors.
     """
 
     value: Tensor
@@ -69,11 +69,11 @@ class Engine(Protocol):
         precision: Precision = "double",
         signed: bool = False,
     ) -> Kernel:
-        """The kernel of x1 and x2 (of x1 with itself when None) at the network's parameters, or at `state`'s.
+        """The kernel of x1 and x2 (None: x1 with itself), at the network's parameters or at those of `state`.
 
-        `layers` is the reduction of the kernels per parameter, None for none. `chunk_size` is probes per block.
-        `signed`: J₁ sign(J₂)ᵀ, the kernel of sign descent, which is not symmetric; in any reduction but "sum", whose
-        outputs are added before there are signs.
+        `layers` is the reduction of the kernels per parameter, None for none. `chunk_size` is the number of probes per
+        block. `signed` selects J₁ sign(J₂)ᵀ, the asymmetric kernel of sign descent, in any reduction but "sum", which
+        adds outputs before their signs exist.
         """
         ...
 
@@ -113,7 +113,7 @@ def check_reduction(reduction: str, what: str = "reduction") -> str:
 
 
 def entries(reduction: str, outputs: int) -> int:
-    """Numbers that a kernel of C outputs holds per pair of examples."""
+    """Numbers per pair of examples in a kernel of C outputs."""
     return {"full": outputs**2, "blocks": outputs}.get(reduction, 1)
 
 
@@ -125,7 +125,7 @@ def richest(reduction: Reduction, layers: Reduction | None) -> Reduction:
 
 
 def work_dtype(dtype: torch.dtype, precision: Precision) -> torch.dtype:
-    """The type that Gram products are taken in: float64 under "double", the factors' own (float32 at least) else.
+    """The type of Gram products: float64 under "double", else the type of the factors (float32 at least).
 
     Raises:
         ValueError: an unknown precision.
@@ -136,33 +136,33 @@ def work_dtype(dtype: torch.dtype, precision: Precision) -> torch.dtype:
 
 
 def at_hand(precision: Precision, device: torch.device) -> Precision:
-    """The precision that a device can give: "single" where it has no float64 (Apple's GPUs), and labelled so."""
+    """The precision that a device supports: "single" if it has no float64 (Apple's GPUs), and labelled so."""
     return "single" if device.type == "mps" else precision
 
 
 def noise_floor(dtype: torch.dtype, precision: Precision) -> float:
-    """Below this share of the largest eigenvalue, an eigenvalue is not known to 10 %.
+    """The share of the largest eigenvalue below which an eigenvalue is not known to 10 %.
 
-    Factors of type `dtype`, the coarsest on their way (`Network.rounding`), carry the rounding of forward and backward
-    passes, and so does the kernel, whatever the type of the products; products in float32 add as much again, since no
-    sum of theirs is long. Either error was at most one eps of λ_max, in spectral norm, on thirteen architectures; ten
-    of each is the floor. A ReLU that is within rounding of zero may fall on the other side of it: that is another
-    function, whose kernel is off by about one part in the number of units, and no floor covers it.
+    Factors of type `dtype`, the coarsest type in the passes (`Network.rounding`), carry the rounding error of forward
+    and backward passes, and so does the kernel, whatever the type of the products. Products in float32 add an error of
+    the same size, because their sums are short. On thirteen architectures, each error was at most one eps of λ_max in
+    spectral norm; the floor is ten of each. A ReLU within rounding of zero may take the other branch. That is a
+    different function, whose kernel differs by about one part in the number of units; no floor covers it.
     """
     work = work_dtype(dtype, precision)
     return 10 * (torch.finfo(dtype).eps + torch.finfo(work).eps)
 
 
 def share_of_rounding(dtype: torch.dtype) -> float:
-    """Entries at most this share of the largest of a parameter's gradient, of that type, are zero but for rounding.
+    """The share of a parameter's largest gradient entry up to which other entries count as rounding error.
 
-    What is left of a sum that cancels was up to 200 eps of the largest sum that does not, behind a normalisation.
+    Behind a normalisation, the remainder of a cancelling sum was up to 200 eps of the largest sum that does not cancel.
     """
     return min(torch.finfo(dtype).eps ** 0.75, _COARSEST)
 
 
 def signs(gradients: Tensor, share: float | None = None) -> Tensor:
-    """The sign of each entry; 0 where it is at most `share` of the largest entry along the last dimension."""
+    """The sign of each entry; 0 if its magnitude is at most `share` of the largest along the last dimension."""
     share = share_of_rounding(gradients.dtype) if share is None else share
     limit = share * torch.linalg.vector_norm(gradients, torch.inf, -1, keepdim=True)
     return (gradients > limit).to(gradients.dtype).masked_fill_(gradients < -limit, -1)

@@ -1,4 +1,4 @@
-"""Kernels put together from blocks of probes."""
+"""Blocks of probes, and the assembly of kernels from the kernels of pairs of blocks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ ROWS: dict[str, int] = {"trace": 0, "sum": 0, "blocks": 1, "full": 0}
 
 
 def blocks(x: Any, chunk: int) -> list[Any]:
-    """The batch in blocks of `chunk` probes."""
+    """The batch in blocks of at most `chunk` probes."""
     n = batch_size(inputs_of(x))
     return [x] if chunk >= n else [take(x, slice(i, i + chunk)) for i in range(0, n, chunk)]
 
 
 def transpose(kernel: Tensor, reduction: str) -> Tensor:
-    """The kernel with the two sides exchanged."""
+    """The kernel with its two sides exchanged."""
     return kernel.permute(2, 3, 0, 1) if reduction == "full" else kernel.transpose(-1, -2)
 
 
@@ -31,7 +31,7 @@ def assemble(
     cell: Callable[[int, int], dict[str, Tensor]],
     reduction_of: Callable[[str], str],
 ) -> dict[str, Tensor]:
-    """Kernels by name from cells; `sizes2` None is a symmetric kernel, of which cells on and below the diagonal do."""
+    """Kernels by name from their cells; `sizes2` None: symmetric, from the cells on and below the diagonal."""
     whole: dict[str, Tensor] = {}
     starts1, starts2 = _starts(sizes1), _starts(sizes1 if sizes2 is None else sizes2)
     for i in range(len(sizes1)):

@@ -1,8 +1,8 @@
-"""The choice of an engine, remembered for the life of a module object, so that its checks are paid once.
+"""A cache of the chosen engine for the life of a module object, so that its checks run once.
 
-The key holds everything that the choice depends on but the values of weights and probes: the structure of the module
-with its attributes and hooks, the trained parameters, the form of the batch, `outputs=`, and torch's global modes.
-Where something cannot be compared safely, nothing is remembered.
+The key holds everything that the choice depends on except the values of weights and probes: the module's structure with
+its attributes and hooks, the trained parameters, the form of the batch, `outputs=`, and torch's global modes. If
+something cannot be compared safely, nothing is cached.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ntkwatch.model import Network, leaves
 from ntkwatch.model.calling import form_of
 
 _ENTRIES = 8  # per module
-_DEPTH = 3  # of containers, objects and functions that are compared by what they hold
+_DEPTH = 3  # nesting depth of containers, objects and functions that are compared by their contents
 _PLAIN = (
     type(None),
     bool,
@@ -47,9 +47,9 @@ _CACHE: weakref.WeakKeyDictionary[nn.Module, OrderedDict[Hashable, _Entry]] = we
 
 @dataclass(frozen=True)
 class _Entry:
-    """A choice without any reference to the module it was made for."""
+    """A choice without a reference to its module."""
 
-    forms: Any  # how batches are read, see `Network.forms`
+    forms: Any  # see `Network.forms`
     engine: str
     reading: Reading | None
     reason: str
@@ -57,7 +57,7 @@ class _Entry:
 
 
 class _Same:
-    """An object compared by identity, and equal to nothing once it is gone."""
+    """An object compared by identity; unequal to everything once it has been deleted."""
 
     def __init__(self, value: Any) -> None:
         self._ref, self._hash = weakref.ref(value), id(value)
@@ -70,19 +70,19 @@ class _Same:
 
 
 class _NotComparable(Exception):
-    """Something that the choice may depend on can be compared neither by value nor safely by identity."""
+    """The key would contain an object that can be compared neither by value nor safely by identity."""
 
 
 class CachedChoice:
-    """The choice of an engine for a network on a batch; the caller holds the guard.
+    """The engine for a network on a batch, cached or newly chosen; the caller holds the guard.
 
     Attributes:
-        choice: the engine and why.
-        remembered: whether it was made by an earlier call.
+        choice: the engine and the reason.
+        remembered: whether an earlier call chose it.
     """
 
     def __init__(self, network: Network, x: Any, engine: str, chunk_size: int | None) -> None:
-        """x: as the caller gave it."""
+        """x: the batch as the caller passed it."""
         self._arguments = network, x, engine, chunk_size
         self._key = _key(*self._arguments)
         entries = _CACHE.get(network.module, OrderedDict())
@@ -92,11 +92,11 @@ class CachedChoice:
         self._graphs = self._reading_graphs()
 
     def store(self, kernel: Tensor | None = None) -> bool:
-        """Keeps the choice, once a kernel (or a plan) was computed with it.
+        """Caches the choice after it has computed a kernel (or a plan).
 
         Returns:
-            Whether that kernel stands: False where a remembered choice met a graph that it was not checked on, or gave
-            what is not finite. Then the choice has been made anew, or the model is refused.
+            Whether that kernel is valid. It is not if a cached choice met a graph on which it was not checked, or
+                returned values that are not finite. Then the engine is chosen again, or the model is refused.
         """
         network = self._arguments[0]
         unlike = not self._reading_graphs() <= self._graphs
@@ -116,7 +116,7 @@ class CachedChoice:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """After a failure inside, the choice is not remembered."""
+        """Removes the choice from the cache after a failure."""
         if kind is not None:
             _CACHE.get(self._arguments[0].module, OrderedDict()).pop(self._key, None)
 
@@ -137,13 +137,13 @@ class CachedChoice:
         return Choice(Layerwise.restored(network, entry.reading), entry.reason, entry.error)
 
     def _reading_graphs(self) -> frozenset[tuple[str, ...]]:
-        """Signatures of the graphs that examples were told apart in."""
+        """Signatures of the graphs in which examples were separated."""
         engine = self.choice.engine
         return engine.graphs(self._arguments[0]) if isinstance(engine, Layerwise) else frozenset()
 
 
 def _key(network: Network, x: Any, engine: str, chunk_size: int | None) -> Hashable | None:
-    """What the choice depends on; None where that cannot be compared."""
+    """Everything the choice depends on; None if it cannot be compared."""
     try:
         batch = (form_of(x), tuple(_form(leaf, 1) for leaf in leaves(x)))
         structure = tuple((name, _module(module)) for name, module in network.module.named_modules())
@@ -156,20 +156,20 @@ def _key(network: Network, x: Any, engine: str, chunk_size: int | None) -> Hasha
 
 
 def _modes() -> Hashable:
-    """Torch's global modes that a forward pass may depend on; the guard has set those of precision and gradients."""
+    """Torch's global modes that affect a forward pass; the guard has set those of precision and gradients."""
     kinds = [kind for kind in ("cpu", "cuda", "mps") if kind == "cpu" or torch.is_autocast_enabled(kind)]
     cast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
     return cast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), torch.get_default_device()
 
 
 def _module(module: nn.Module) -> Hashable:
-    """A module's own attributes, hooks among them; its children are looked at by themselves."""
+    """A module's own attributes, including hooks; its children have their own entries."""
     held = tuple((name, _form(value, _DEPTH)) for name, value in vars(module).items() if name != "_modules")
     return _Same(module), inspect.getattr_static(type(module), "forward", None), held
 
 
 def _form(value: Any, depth: int) -> Hashable:
-    """A value as something to compare: tensors by their form, containers by what they hold, others by identity.
+    """A comparable form of a value: tensors by shape and type, containers by their contents, other objects by identity.
 
     Raises:
         _NotComparable: neither is possible.
@@ -195,7 +195,7 @@ def _form(value: Any, depth: int) -> Hashable:
 
 
 def _function(value: Any, depth: int) -> Hashable:
-    """A function by its code and all that it reads: a lambda is another object at each call."""
+    """A function by its code and everything it reads, because a lambda is a new object in each call."""
     if depth == 0:
         return _Same(value)
     if isinstance(value, functools.partial):
@@ -209,7 +209,7 @@ def _function(value: Any, depth: int) -> Hashable:
 
 
 def _object(value: Any, depth: int) -> Hashable:
-    """Any other object: itself, with the plain values that it holds now, alone or in a container."""
+    """Any other object: its identity, with the plain values it holds now, alone or in containers."""
     held = getattr(value, "__dict__", {}) if depth else {}
     try:
         return _Same(value), tuple((name, _plain(item)) for name, item in held.items())

@@ -1,9 +1,9 @@
-"""What a kernel of many probes will take, from a real one of a few: peak memory, seconds, each parameter's rule.
+"""Predictions for a kernel of many probes from one of few: peak memory, seconds, and each parameter's rule.
 
-The small kernel takes the steps of the large one: groups of outputs, segments of the graph, contractions and buffers
-are chosen for the large number of probes (`scale`). Every tensor it makes is counted with the size that it will have
-there: kernels and products of pairs grow with the square of the probes, all else in proportion to them. The peak comes
-out between .9 and 2 times the real one, which is what "does it fit?" needs.
+The small kernel follows the steps of the large one: `scale` makes it choose groups of outputs, segments, contractions
+and buffers as for the full number of probes. Every tensor counts with its size in the large kernel: kernels and
+products of pairs grow with the square of the number of probes, all else linearly. The predicted peak is between 0.9 and
+2 times the real one, enough to decide whether a kernel fits.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from ntkwatch.engines.per_output import PerOutput
 from ntkwatch.engines.run import Run
 from ntkwatch.model import batch_size, inputs_of, take
 
-_PART = 4  # a block of the small kernel holds a quarter of the probes of a large one …
-_FEWEST = 3  # … and no fewer than these, from which layouts can be told
-_MARGIN, _MORE = 1.05, 1.2  # of the peak: what depends on values does not grow in proportion; where shapes do, more
-_CALLS = 50  # that are timed
-_KEPT = 2  # times that a kernel of one parameter is read and written besides its contraction
+_PART = 4  # a small block holds a quarter of the probes of a large one …
+_FEWEST = 3  # … and at least as many as distinguish layouts
+_MARGIN, _MORE = 1.05, 1.2  # on the peak, for growth that is not proportional; _MORE if shapes depend on values
+_CALLS = 50  # timed calls
+_KEPT = 2  # reads and writes of a parameter's kernel besides its contraction
 
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """What a kernel of all probes will take.
+    """The predicted cost of a kernel of all probes.
 
     Attributes:
-        peak: bytes over the model's own.
+        peak: bytes beyond the model's own.
         rows: costs by parameter name.
-        passes: seconds of forward and backward passes.
-        forward_flops: arithmetic of one probe's forward pass.
-        outputs: C.
+        passes: seconds of the forward and backward passes.
+        forward_flops: operations of one probe's forward pass.
+        outputs: number of outputs C.
     """
 
     peak: int
@@ -58,12 +58,12 @@ class Extrapolation:
 
 
 class ScaledStorages(LiveStorages):
-    """Counts live bytes at the size they will have for more probes, arithmetic, calls, and the time of counting.
+    """Counts live bytes at their size for more probes, operations, calls, and the time spent on counting.
 
     Args:
-        scale: how many times as many probes.
-        squares: by bytes of a storage that grows otherwise (a kernel), its factor.
-        clock: gives seconds.
+        scale: the ratio of numbers of probes.
+        squares: growth factors of storages that do not grow linearly (kernels), by their size in bytes.
+        clock: returns seconds.
     """
 
     def __init__(self, scale: float, squares: dict[int, float], clock: Callable[[], float]) -> None:
@@ -83,12 +83,12 @@ class ScaledStorages(LiveStorages):
         return result
 
     def weight(self, size: int) -> float:
-        """As large as the storage will be."""
+        """The bytes that the storage will have in the large kernel."""
         return size * self._squares.get(size, self.scale)
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
-        """Inside, arithmetic is counted."""
+        """Counts operations inside the context."""
         self._forward = True
         try:
             yield
@@ -97,7 +97,7 @@ class ScaledStorages(LiveStorages):
 
     @contextlib.contextmanager
     def scaled(self, scale: float) -> Iterator[None]:
-        """Inside, storages grow by another factor."""
+        """Replaces the growth factor inside the context."""
         before, self.scale = self.scale, scale
         try:
             yield
@@ -107,11 +107,13 @@ class ScaledStorages(LiveStorages):
 
 @dataclass
 class SmallRun(Run):
-    """A run of few probes that notes what its passes and contractions take.
+    """A run of few probes that records the cost of its passes and contractions.
 
     Attributes:
-        counter: counts what is alive.
-        spent: (seconds, calls) of contractions by parameter, and how many times as much each takes for all probes.
+        counter: counts live bytes, operations and calls.
+        rows: predicted costs by parameter.
+        spent: (seconds, calls) of contractions by parameter.
+        grows: the ratio of costs for all probes and for few, by parameter.
     """
 
     counter: ScaledStorages = field(default_factory=lambda: ScaledStorages(1.0, {}, time.perf_counter))
@@ -119,19 +121,19 @@ class SmallRun(Run):
     spent: dict[str, tuple[float, int]] = field(default_factory=dict)
     grows: dict[str, float] = field(default_factory=dict)
     name: str = ""
-    dispatch: float = 0.0  # seconds by which a call takes longer because it is counted
+    dispatch: float = 0.0  # seconds that counting adds to a call
 
     def capture(self, block: Any) -> Capture | OneByOne:
-        """Counts the arithmetic of the forward pass."""
+        """As `Run.capture`; counts the operations of the forward pass."""
         with self.counter.forward():
             return super().capture(block)
 
     def contractor(self, reduction: Reduction, dtype: torch.dtype, same: bool) -> Contractor:
-        """One whose contractions are timed, and choose as for all probes."""
+        """A contractor that times its contractions and chooses them as for all probes."""
         return _Observed(reduction, dtype, same, self.in_blocks, scale=self.scale, run=self)
 
     def note(self, found: Found, n: int, m: int, contract: Contractor) -> None:
-        """Adds the cost of a contraction for all probes of a pair of blocks to its parameter's row."""
+        """Adds the cost of a contraction, for all probes of a pair of blocks, to its parameter's row."""
         one, reduction, dtype, same = found.factor, contract.reduction, contract.dtype, contract.same
         large = self._scaled(n), self._scaled(m)
         how, cost = choose(one, *large, reduction, dtype, same)
@@ -143,7 +145,7 @@ class SmallRun(Run):
         self.name, self.grows[found.name] = found.name, cost.flops / max(small.flops, 1.0)
 
     def share(self, one: Dense, m: int, contract: Contractor) -> None:
-        """Takes the products of gradients that a weight shares with its bias from the row of the later of the two."""
+        """Subtracts the products that a weight and its bias share from the row of the later of the two."""
         large = self._scaled(one.n), self._scaled(m)
         cost, old = jacobian_cost(one, *large, contract.reduction, contract.dtype, contract.same), self.rows[self.name]
         self.rows[self.name] = replace(old, flops=old.flops - cost.flops, bytes=old.bytes - cost.bytes)
@@ -152,13 +154,13 @@ class SmallRun(Run):
         return round(n * self.scale)
 
     def now(self) -> float:
-        """Seconds without those of counting."""
+        """Seconds, without the time of counting."""
         return clock(self.network.device) - self.counter.counting - self.counter.calls * self.dispatch
 
 
 @dataclass
 class _Observed(Contractor):
-    """Times each contraction; products of pairs of examples are counted with the square of the probes."""
+    """Times each contraction; products of pairs of examples grow with the square of the number of probes."""
 
     run: SmallRun = field(kw_only=True)
     _pairs: float = 1.0
@@ -190,7 +192,7 @@ class _Observed(Contractor):
 
 
 def clock(device: torch.device) -> float:
-    """Seconds: on a CPU those in which this thread runs, which other processes do not change."""
+    """Seconds; on a CPU the thread's own time, which other processes do not affect."""
     if device.type == "cpu":
         return time.thread_time()
     if device.type == "cuda":
@@ -199,14 +201,14 @@ def clock(device: torch.device) -> float:
 
 
 def small_block(chunk: int) -> int:
-    """Probes of a small kernel's block: an odd number, so that few other tensors are as large as a kernel."""
+    """Probes per block of a small kernel: an odd number, so that few other tensors have the size of a kernel."""
     return min(chunk, max(_FEWEST, -(-chunk // _PART) | 1))
 
 
 def extrapolate(run: Run, x: Any, chunk: int) -> Extrapolation:
-    """What `run.kernels` of x in blocks of `chunk` will take, from a kernel of one small block, or of two.
+    """The predicted cost of `run.kernels` for x in blocks of `chunk`, from a kernel of one or two small blocks.
 
-    Raises what the model raises on few probes.
+    Raises whatever the model raises on few probes.
     """
     n = batch_size(inputs_of(x))
     chunk, size = min(n, chunk), small_block(min(n, chunk))
@@ -228,26 +230,26 @@ def extrapolate(run: Run, x: Any, chunk: int) -> Extrapolation:
     rows = {name: _timed(small, row, cells) for name, row in small.rows.items()}
     calls = counter.calls - sum(number for _, number in small.spent.values())
     seconds = cells * _larger(passes, calls, scale, device)
-    captured = taken * (len(parts) + 1) / 2  # each block again with all before it
+    captured = taken * (len(parts) + 1) / 2  # each block runs again for all blocks before it
     peak = counter.peak * (_MARGIN if run.points is None or run.points.sure else _MORE)
     return Extrapolation(int(peak), rows, seconds, counter.flops / captured, small.outputs[0].shape[1])
 
 
 def _small_blocks(run: Run, parts: list[Any], size: int) -> list[Any]:
-    """The first probes of two blocks; where shapes depend on values, of those in which a forward pass makes most."""
+    """The first probes of two blocks; if shapes depend on values, of the blocks with the largest forward passes."""
     if run.points is not None and not run.points.sure and len(parts) > 2:
         parts = sorted(parts, key=lambda part: _made(run, part), reverse=True)
     return [take(part, slice(0, size)) for part in parts[:2]]
 
 
 def _made(run: Run, block: Any) -> float:
-    """Bytes alive at the peak of a forward pass."""
+    """Peak bytes of a forward pass."""
     with torch.no_grad():
         return peak_bytes(lambda: run.network.outputs(block, run.state))
 
 
 def _dispatch_seconds(device: torch.device) -> float:
-    """By how much a call takes longer where calls are counted, but for the counting."""
+    """The overhead per call of counting calls, besides the counting itself."""
     some, spent = torch.empty(0), []
     for counter in (ScaledStorages(1.0, {}, lambda: clock(device)), None):
         with counter or contextlib.nullcontext():
@@ -259,7 +261,7 @@ def _dispatch_seconds(device: torch.device) -> float:
 
 
 def kernel_sizes(run: Run, outputs: int, size: int, count: int, pairs: float, whole: float) -> dict[int, float]:
-    """Bytes of small kernels → how many times as large they are for all probes.
+    """Sizes in bytes of small kernels → their growth factors.
 
     Args:
         size: probes of a small block, whose kernels grow by `pairs`.
@@ -270,18 +272,18 @@ def kernel_sizes(run: Run, outputs: int, size: int, count: int, pairs: float, wh
         for itemsize in (4, 8):
             found[each * itemsize * size**2] = pairs
             found[each * itemsize * count**2] = whole
-            found[each * itemsize * count**2 * len(run.network.parameters)] = whole  # of all parameters, stacked
+            found[each * itemsize * count**2 * len(run.network.parameters)] = whole  # stacked over parameters
     return found
 
 
 def _timed(small: SmallRun, row: Row, cells: float) -> Row:
-    """A parameter's costs in all pairs of blocks."""
+    """The costs of a parameter in all pairs of blocks."""
     seconds, calls = small.spent.get(row.name, (0.0, 0))
     whole = _larger(seconds, calls, small.grows[row.name], small.network.device)
     return Row(row.name, row.rule, cells * row.flops, cells * row.bytes, cells * whole)
 
 
 def _larger(seconds: float, calls: int, grows: float, device: torch.device) -> float:
-    """What takes `seconds` with few probes, of which calls stay as they are."""
+    """The seconds for all probes, given those of few; the overhead of calls stays constant."""
     fixed = min(seconds, calls * machine(device).call)
     return fixed + (seconds - fixed) * grows

@@ -1,4 +1,4 @@
-"""The oracle: torch.func's vmap(jacrev(functional_call)), contracted parameter by parameter, in blocks of probes."""
+"""The reference engine: torch.func's vmap(jacrev(functional_call)), contracted per parameter, in blocks of probes."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from ntkwatch.model import (
 from ntkwatch.model.wrappers import eager
 
 USE_ANOTHER = "; use engine='layerwise' or 'auto'"
-_STRETCH = 1 << 13  # terms of one product: no float32 sum grows longer
-_BLOCK_BYTES = 1 << 30  # Jacobians of one pair of blocks, when chunk_size is not given
+_STRETCH = 1 << 13  # terms of one product, which bounds the error of float32 sums
+_BLOCK_BYTES = 1 << 30  # Jacobians of one pair of blocks, unless chunk_size is given
 
 
 class Functional:
-    """Exact on whatever torch.func can transform; its memory is that of the Jacobians of a block."""
+    """Exact for any model that torch.func can transform; it holds the Jacobians of two blocks in memory."""
 
     name = "functional"
 
@@ -68,7 +68,7 @@ class Functional:
 
         Raises:
             UnsupportedModel: torch.func cannot transform the model, or examples of x2 are coupled.
-            MemoryError: one probe at a time is too much.
+            MemoryError: a single probe needs too much memory.
         """
         parameters, precision = trained_at(network, state), at_hand(precision, network.device)
         dtype = work_dtype(next(iter(parameters.values())).dtype, precision)
@@ -99,7 +99,11 @@ class Functional:
         dtype: torch.dtype,
         signed: bool = False,
     ) -> dict[str, Tensor]:
-        """One kernel for each parameter, of the blocks with those of `other`, or with themselves; see `assemble`."""
+        """One kernel per parameter between the blocks and those of `other` (None: themselves), in `reduction`'s shape.
+
+        Raises:
+            UnsupportedModel: torch.func cannot transform the model.
+        """
         parameters, blocks2 = trained_at(network, state), blocks1 if other is None else other
 
         @lru_cache(maxsize=2)
@@ -115,16 +119,16 @@ class Functional:
         return assemble(sizes[0], None if other is None and not signed else sizes[1], cell, lambda _: reduction)
 
     def chunk(self, parameters: Mapping[str, Tensor], n_outputs: int, limit: int) -> int:
-        """Probes per block such that two blocks of Jacobians, and as much in passing, fit in the limit."""
+        """Probes per block such that Jacobians of two blocks, and as much temporary memory, fit in `limit` bytes."""
         per_probe = n_outputs * 4 * sum(p.numel() * p.element_size() for p in parameters.values())
         return max(1, min(_BLOCK_BYTES, limit) // per_probe)
 
     def _jacobian(
         self, network: Network, block: Any, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor] | None
     ) -> dict[str, Tensor]:
-        """Per-example Jacobians, {name: [n, C, *shape]}."""
+        """Per-example Jacobians by name, [n, C, *shape]."""
         known = as_batch(block)
-        if any(known.differentiated):  # which no transform of torch.func lets a model do inside
+        if any(known.differentiated):  # by the model itself, which torch.func's transforms do not allow
             return _one_by_one(network, known, parameters, state)
         rest = {name: value for name, value in (state or {}).items() if name not in parameters}
 
@@ -158,21 +162,21 @@ def _one_by_one(
 
 
 def trained_at(network: Network, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The trained parameters, at `state` where it names them."""
+    """The trained parameters by name, at `state` where it holds them."""
     return {name: (state or {}).get(name, p).detach() for name, p in network.parameters.items()}
 
 
 def together(
     theta: Mapping[str, Tensor], source: Reduction, reduction: Reduction, layers: Reduction | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The kernel of all parameters in `reduction`, and of each in `layers`, from those of each in `source`."""
+    """The kernel of all parameters in `reduction`, and of each one in `layers`, from those of each in `source`."""
     total = torch.stack(list(theta.values())).sum(0)
     kept = {} if layers is None else {name: reduce(t, source, layers) for name, t in theta.items()}
     return reduce(total, source, reduction), kept
 
 
 def contract(j1: Tensor, j2: Tensor, reduction: Reduction, dtype: torch.dtype) -> Tensor:
-    """The kernel of two blocks of one parameter's Jacobians [n, C, ...], products in `dtype`, none of many terms."""
+    """The kernel of two blocks of one parameter's Jacobians [n, C, ...]; products in `dtype`, in chunks of terms."""
     a, b = (j.detach().reshape(*j.shape[:2], -1) for j in (j1, j2))
     n_outputs = a.shape[1]
     if reduction == "sum":
@@ -185,7 +189,7 @@ def contract(j1: Tensor, j2: Tensor, reduction: Reduction, dtype: torch.dtype) -
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without torch's warnings about batching rules: an operation that has none is right, only slower."""
+    """Suppresses torch's warnings about missing batching rules, which cost speed but not correctness."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*(performance drop|experimental feature).*")
         yield
@@ -193,6 +197,6 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def math_attention() -> Iterator[None]:
-    """Attention by its formula: the fused kernels have no batching rule and no forward mode."""
+    """Computes attention by its formula: the fused kernels have no batching rule and no forward mode."""
     with sdpa_kernel(SDPBackend.MATH), quiet():
         yield

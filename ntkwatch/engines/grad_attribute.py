@@ -1,8 +1,7 @@
-"""Whether gradients are returned by a backward pass or left in `.grad`, where they cannot be told apart by example.
+"""Detection of gradients that a backward pass leaves in `.grad`, where they cannot be separated by example.
 
-A Function whose backward pass calls `torch.autograd.backward` (a checkpoint of one's own, a reversible block) adds to
-`.grad` of the weights inside and returns none for them: to `torch.autograd.grad` they seem to have no part in the
-outputs.
+A Function whose backward pass calls `torch.autograd.backward` (a custom checkpoint, a reversible block) adds to `.grad`
+of the weights inside and returns no gradients for them: to `torch.autograd.grad`, they do not affect the outputs.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ _MOST = 50  # names in a message
 
 @contextlib.contextmanager
 def returned_gradients(network: Network) -> Iterator[None]:
-    """Raises UnsupportedModel where passes inside change `.grad` of trained parameters, naming them.
+    """Checks that passes inside the context leave `.grad` of trained parameters unchanged; the guard restores it.
 
-    Whatever fails inside because of that is told so too. To put `.grad` back is the guard's part.
+    Raises:
+        UnsupportedModel: `.grad` has changed, also if another error followed; the message names the parameters.
     """
     before = {name: _mark(p) for name, p in network.parameters.items()}
     try:
@@ -35,7 +35,7 @@ def returned_gradients(network: Network) -> Iterator[None]:
 
 
 def _mark(p: Tensor) -> tuple[Tensor | None, int]:
-    """Another one after any change: the gradient, and how often it was changed in place."""
+    """The gradient and its version counter, which differ after any change."""
     return p.grad, -1 if p.grad is None else p.grad._version
 
 

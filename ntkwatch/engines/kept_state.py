@@ -1,4 +1,4 @@
-"""State that a model keeps between calls: which attributes a forward pass writes, and what resets them."""
+"""State that a model keeps between calls: the attributes that a forward pass writes, and code that resets them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 Place = tuple[str, str]  # a module's name and an attribute's
 _INTERNAL = frozenset(vars(nn.Module())) - {"_buffers"}
-_DEPTH = 4  # of containers and objects that are looked into
-_TRIED = 64  # ways to reset, at most
+_DEPTH = 4  # nesting depth of containers and objects
+_TRIED = 64  # combinations of resets at most
 
 
 def written(module: nn.Module, forward: Callable[[], object]) -> list[Place]:
-    """The attributes, buffers among them, that are another after a forward pass than before."""
+    """The attributes, including buffers, that a forward pass changes, as (module name, attribute name)."""
     before = _look(module)
     forward()
     after = _look(module)
@@ -27,14 +27,14 @@ def written(module: nn.Module, forward: Callable[[], object]) -> list[Place]:
 
 @dataclass(frozen=True)
 class Reset:
-    """One attribute set to what it may have been before the first call: as code of `model`, and done."""
+    """One attribute set to a possible initial value: as code on `model`, and as a function."""
 
     code: str
     do: Callable[[], object]
 
 
 def resets(module: nn.Module, places: Sequence[Place], repeats: Callable[[Sequence[Reset]], bool]) -> str | None:
-    """Code that sets attributes back, after which calls agree, as `repeats` finds; None where none was found."""
+    """Code that resets the attributes so that calls agree, tested by `repeats`; None if no combination works."""
     ways = itertools.product(*(_options(module, place) for place in places))
     for way in itertools.islice(ways, _TRIED):
         if repeats(way):
@@ -43,7 +43,7 @@ def resets(module: nn.Module, places: Sequence[Place], repeats: Callable[[Sequen
 
 
 def _needed(way: Sequence[Reset], repeats: Callable[[Sequence[Reset]], bool]) -> Sequence[Reset]:
-    """Without those that are not needed: attributes that are written and never read."""
+    """The resets without unnecessary ones, of attributes that are written and never read."""
     for each in way:
         rest = [other for other in way if other is not each]
         if rest and repeats(rest):
@@ -70,7 +70,7 @@ def _set(owner: nn.Module, name: str, make: Callable[[], Any]) -> None:
 
 
 def _owner(name: str) -> str:
-    """A submodule in Python."""
+    """The Python expression of a submodule."""
     if not name:
         return "model"
     parts = name.split(".")
@@ -87,7 +87,7 @@ def _look(module: nn.Module) -> dict[Place, Any]:
 
 
 def _copy(value: Any, depth: int) -> Any:
-    """The tensors, numbers and texts in a value; anything else by its identity."""
+    """A copy of the tensors, numbers and strings in a value; other objects by their identity."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if value is None or isinstance(value, bool | int | float | str):

@@ -1,8 +1,8 @@
-"""Jacobians from plain backward passes: one example, one output and one forward pass at a time.
+"""Jacobians from plain backward passes: one forward pass for each example and output.
 
-Right wherever autograd is, also where a graph can be gone through once only (a Function that frees what it saved), or
-where an operation has no formula that can be called by itself. It takes n·C forward and backward passes, and the
-memory of a block's whole Jacobian.
+Correct wherever autograd is, even if a graph allows one backward pass only (a Function that frees its saved tensors) or
+a node's formula cannot be called separately. It needs n·C forward and backward passes, and memory for the Jacobian of a
+group of outputs.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ntkwatch.engines.per_output import PerOutput
 from ntkwatch.model import Network, take
 
 RULE = "one pass for each example and output"
-_GROUP_BYTES = 1 << 28  # of Jacobians that are made together
+_GROUP_BYTES = 1 << 28  # Jacobians of a group of outputs
 
 
 def one_by_one(network: Network, x: Any, state: Mapping[str, Tensor] | None = None) -> CapturePoints | None:
-    """What stands for a separation where examples are passed through alone; None where nothing is trained."""
+    """Capture points without a boundary, for one pass per example; None if outputs depend on no trained parameter."""
     f = outputs_at(network, few(x), state, leaves_at(network, state))
     if f.grad_fn is None:
         return None
@@ -37,11 +37,11 @@ def one_by_one(network: Network, x: Any, state: Mapping[str, Tensor] | None = No
 
 
 class OneByOne:
-    """A block's factors, as `Capture` gives them; the graph is made anew for each.
+    """The factors of a block, with the interface of `Capture`; each example and output gets a new graph.
 
     Args:
-        summed: take Σ_c f_c for the one output.
-        scale: groups are chosen for this many times the examples.
+        summed: use Σ_c f_c as the only output.
+        scale: choose groups for this many times the examples.
     """
 
     def __init__(
@@ -60,19 +60,19 @@ class OneByOne:
         self.cotangents = cotangents(self.outputs, summed)
 
     def groups(self) -> list[slice]:
-        """Outputs in groups of which the Jacobians fit in a moderate amount of memory."""
+        """Groups of outputs whose Jacobians stay below a fixed size (256 MiB)."""
         outputs = len(self.cotangents)
         size = max(1, int(_GROUP_BYTES / max(1.0, self._scale * self.n * self.points.captured)))
         return [slice(i, min(i + size, outputs)) for i in range(0, outputs, size)]
 
     def factors(self, outputs: slice = slice(None)) -> Iterator[Found]:
-        """Every trained parameter, once, for some of the outputs."""
+        """The factor of every trained parameter, once each, for a group of outputs."""
         found = [self._jacobians(cotangent) for cotangent in PerOutput(self.cotangents.parts[outputs])]
         for name, each in zip(self._network.parameters, zip(*found, strict=True), strict=True):
             yield Found(name, Dense(PerOutput(each)), RULE)
 
     def _jacobians(self, cotangent: Tensor) -> list[Tensor]:
-        """Of one output: [n, P] by parameter."""
+        """The Jacobians [n, P] of one output by parameter."""
         rows = [self._gradients(i, cotangent) for i in range(self.n)]
         return [torch.stack(each) for each in zip(*rows, strict=True)]
 

@@ -1,4 +1,4 @@
-"""What a kernel costs before it is computed, parameter by parameter, and the table that says so."""
+"""The predicted cost of a kernel, parameter by parameter, and its table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Row:
-    """What one parameter costs: the rule that treats it, multiply-adds ×2, bytes moved, and the time these predict."""
+    """The cost of one parameter: its rule, operations (multiply-adds ×2), bytes moved, and predicted seconds."""
 
     name: str
     rule: str
@@ -19,14 +19,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a kernel will cost before it is computed; `str()` is a table.
+    """The predicted cost of a kernel; `str()` gives a table.
 
     Attributes:
         engine: the engine's name.
-        reason: why this engine, one line.
-        peak_bytes: predicted memory over the model's own.
+        reason: why this engine, in one line.
+        peak_bytes: predicted memory beyond the model's own.
         chunk_size: probes per block.
-        notes: what else to know, a sentence each.
+        table: one row per trained parameter, and one for the passes.
+        notes: further remarks, one sentence each.
     """
 
     engine: str
@@ -49,9 +50,10 @@ class Plan:
         return self.text()
 
     def text(self, width: int = 80) -> str:
-        """The plan as a table of at most `width` columns, 60 at the least; a narrow one has no arithmetic and traffic.
+        """The plan as a table of at most `width` columns (60 at least); below 72 it omits arithmetic and traffic.
 
-        A long name shows its end, which tells it from its neighbours; a cost beyond the kernel is a sentence.
+        A long name keeps its end, which distinguishes it from its neighbours; a cost beyond the kernel becomes a
+        sentence.
         """
         numbers = [("GFLOP", _gflop), ("MB moved", _megabytes), ("time", _seconds)][0 if width >= WIDE else 2 :]
         room = max(LEAST, width) - _NUMBER * len(numbers)
@@ -72,7 +74,7 @@ class Plan:
 
 
 def _what(row: Row, name: int, rule: int) -> list[str]:
-    """What a row is about, in lines of name + 2 + rule columns."""
+    """The description of a row, in lines of name + 2 + rule columns."""
     span = name + 2 + rule
     if not row.name.startswith("+"):
         return [f"{_tail(row.name, name):<{name}}  {_head(row.rule, rule):<{rule}}"]
@@ -82,16 +84,16 @@ def _what(row: Row, name: int, rule: int) -> list[str]:
 
 
 def _sentence(row: Row) -> str:
-    """A cost beyond the kernel and who asks for it, where that fits."""
+    """A cost beyond the kernel and its reason."""
     return f"{row.name} ({row.rule})"
 
 
-WIDE, LEAST = 72, 60  # columns of a table with all numbers, and of the narrowest
-_NUMBER = 9  # columns of a number, with the space before it
+WIDE, LEAST = 72, 60  # columns: from WIDE on with all numbers, LEAST for the narrowest table
+_NUMBER = 9  # columns per number, including the space before it
 
 
 def _time(seconds: float) -> str:
-    """Three digits at most, in the unit that suits."""
+    """A duration with at most three digits, in a suitable unit."""
     for size, unit in ((60.0, "min"), (1.0, "s"), (1e-3, "ms")):
         if seconds >= (100 if unit == "min" else 1) * size:
             return f"{seconds / size:.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.1f} {unit}"
@@ -99,14 +101,14 @@ def _time(seconds: float) -> str:
 
 
 def _size(value: float) -> str:
-    """Two digits, and no exponent."""
+    """A number with two digits and no exponent."""
     if value >= 10:
         return f"{value:.0f}"
     return f"{value:.2g}" if value >= 1e-3 or value == 0 else "< 0.001"
 
 
 def _tail(name: str, width: int) -> str:
-    """The end of a long name, which tells it from its neighbours."""
+    """The end of a long name, which distinguishes it from its neighbours."""
     return name if len(name) <= width else "…" + name[1 - width :]
 
 

@@ -1,4 +1,4 @@
-"""The plan of a kernel: rule, cost and memory per parameter, before it is computed."""
+"""The plan of a kernel before its computation: rule, cost and memory per parameter, predicted by a small kernel."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ntkwatch.model import Network, batch_size, inputs_of, take
 
 PASSES = "forward and backward"
 ROUGH = "Peak memory could not be measured on smaller batches; it is a rough estimate."
-_BLOCKS = 3  # of the functional engine's: two Jacobians are kept while the third is made
+_BLOCKS = 3  # blocks of the functional engine's small kernel: two Jacobians are cached while it computes the third
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of an engine: `reduction` is the one measured, rich enough for that of `layers`."""
+    """The requested kernel; `reduction` is the computed one, which determines that of `layers`."""
 
     reduction: Reduction
     layers: Reduction | None
@@ -48,9 +48,9 @@ def _layerwise(choice: Choice, engine: Layerwise, network: Network, x: Any, want
         chunk = min(n, wanted.chunk_size or engine.chunk(run, x))
         try:
             found = extrapolate(run, x, chunk)
-        except Exception:  # whatever a model raises on few probes
+        except Exception:  # models may raise anything on few probes
             return Plan(engine.name, choice.reason, int(run.rough(min(n, 2 * chunk))), chunk, (), (*notes, ROUGH))
-    rounds = (-(-n // chunk) + 1) / 2  # how often a block is passed through again for the others
+    rounds = (-(-n // chunk) + 1) / 2  # passes per block, including repetitions for other blocks
     times, saved = (1 + found.outputs) * rounds, points.saved * n if points else 0.0
     passes = Row(PASSES, "autograd", found.forward_flops * n * times, 2.0 * saved * times, found.passes)
     rows = (found.rows.get(name, Row(name, "unused", 0.0, 0.0, 0.0)) for name in network.parameters)
@@ -58,7 +58,7 @@ def _layerwise(choice: Choice, engine: Layerwise, network: Network, x: Any, want
 
 
 def _notes(device: torch.device, precision: Precision) -> tuple[str, ...]:
-    """What to know of float64 on this device."""
+    """Remarks about float64 on this device."""
     if precision == "single" or has_fast_double(device):
         return ()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -87,7 +87,7 @@ def _functional(choice: Choice, network: Network, x: Any, wanted: Wanted) -> Pla
 def _small_functional(
     network: Network, x: Any, chunk: int, wanted: Wanted, precision: Precision
 ) -> tuple[int, float, float]:
-    """Bytes at the peak, arithmetic of one probe's forward pass, and seconds, from a kernel of few probes."""
+    """Peak bytes, operations of one probe's forward pass, and seconds, from a kernel of few probes."""
     n, size = batch_size(inputs_of(x)), small_block(chunk)
     part = take(x, slice(0, min(n, size * min(_BLOCKS, -(-n // chunk)))))
     count, scale = batch_size(inputs_of(part)), chunk / size

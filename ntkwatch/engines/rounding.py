@@ -1,4 +1,4 @@
-"""How large the rounding error of a forward pass is: measured, by rounding the weights otherwise."""
+"""The rounding error of a forward pass, measured by perturbing the last digits of the weights."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from ntkwatch.model import Network
 
-SEED = 0x6E746B77  # not one that scripts use: from its stream come their weights, and draws would be aligned with them
+SEED = 0x6E746B77  # unlike the seeds of scripts: their weights come from those streams, and the draws would correlate
 
 
 def perturb_last_digits(
     network: Network, state: Mapping[str, Tensor] | None, outputs: torch.dtype
 ) -> dict[str, Tensor]:
-    """`state` with each trained weight changed by up to half a last digit of what outputs of that type are rounded to.
+    """`state` with each trained weight changed by up to half a unit in the last place of the outputs' rounding.
 
-    What a forward pass rounds on its way, it then rounds otherwise, and weights that are cast (autocast) are cast to
-    other neighbours: the outputs change by about the rounding error that they had.
+    The forward pass then rounds differently, and casts of weights (autocast) reach other neighbours: the outputs change
+    by about their rounding error.
     """
     half = torch.finfo(network.rounding(outputs)).eps / 2
     draw = torch.Generator().manual_seed(SEED)
@@ -33,7 +33,7 @@ def perturb_last_digits(
 
 
 def rounding_error(network: Network, x: Any, state: Mapping[str, Tensor] | None, outputs: Tensor) -> Tensor:
-    """An estimate of the rounding error of the outputs [n, C] of `x` at `state`, float64 on the CPU."""
+    """An estimate of the rounding error of `outputs` [n, C] of `x` at `state`; float64 on the CPU."""
     with torch.no_grad():
         other = network.outputs(x, perturb_last_digits(network, state, outputs.dtype))
     return (other.double() - outputs.to(other.device).double()).cpu()

@@ -1,4 +1,4 @@
-"""The self-check: an engine's kernel on a few probes against plain backward passes, one example at a time."""
+"""The self-check: an engine's kernel on a few probes against plain backward passes of single examples."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _STRETCH = 1 << 16  # terms of one float32 product
 
 
 class Mixed(Network):
-    """A network that shows a mixture of all of its outputs, and beside it one of them as it is where `beside`.
+    """A network with a mixture of all outputs as its output, and one unmixed output beside it if `beside`.
 
-    A mistake in any output shows in the mixture, at the cost of two outputs, or one, however many there are.
+    An error in any output shows in the mixture, at the cost of one or two outputs instead of C.
     """
 
     def __init__(self, network: Network, beside: bool = True) -> None:
@@ -38,19 +38,20 @@ class Mixed(Network):
 
 
 def self_check(engine: Engine, network: Network, x: Any) -> tuple[float, str]:
-    """How far an engine's kernel is from plain backward passes, relative to the whole, and the parameter off most.
+    """The error of an engine's kernel against plain backward passes, and the parameter with the largest error.
 
-    Each probe is given weights w_i over the outputs, no two alike. One backward pass of a probe alone gives
-    g_i = Σ_c w_ic ∂f_c(x_i)/∂θ, and of every parameter all products ⟨g_i, g_j⟩ are compared with w_iᵀ Θ_ij w_j: each
-    pair of probes is told apart, and so are the outputs, whose mixtures differ. Deviations are summed over parameters.
+    Each probe i has its own random weights w_i over the outputs. One backward pass per probe gives g_i = Σ_c w_ic
+    ∂f_c(x_i)/∂θ. For every parameter, the check compares all products ⟨g_i, g_j⟩ with w_iᵀ Θ_ij w_j, which
+    distinguishes pairs of probes and outputs. The error is the sum of deviations over parameters, relative to the whole
+    kernel.
 
     Raises:
-        UnsupportedModel: gradients are not finite on the probes.
+        UnsupportedModel: outputs or gradients on the probes are not finite.
     """
     probes, mixed = few(x), Mixed(network)
     kernel = engine.kernel(mixed, probes, reduction="full", layers="full", precision="single")
     w = torch.randn(kernel.outputs.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(kernel.outputs)
-    w[:, 0] = w[:, 0].abs() + 0.5  # the mixture always counts
+    w[:, 0] = w[:, 0].abs() + 0.5  # the mixture never has weight zero
     right = _reference(mixed, probes, w)
     whole = torch.stack(list(right.values())).sum(0)
     if not bool(torch.isfinite(whole).all()):
@@ -67,7 +68,7 @@ def self_check(engine: Engine, network: Network, x: Any) -> tuple[float, str]:
 
 
 def not_finite(network: Network, probes: Any) -> str:
-    """Where the NaN or infinity comes from: the weights, else the probes, else what the model makes of both."""
+    """The source of a NaN or infinity: the weights, else the probes, else the model's computation."""
     module = network.module
     bad = next((name for name, p in [*module.named_parameters(), *module.named_buffers()] if _spoilt(p)), None)
     if bad is not None:
@@ -78,14 +79,14 @@ def not_finite(network: Network, probes: Any) -> str:
 
 
 def _spoilt(leaf: Any) -> bool:
-    """NaN or infinity; −∞ is what masks hold."""
+    """Whether a tensor holds NaN or +∞; masks may hold −∞."""
     if not isinstance(leaf, Tensor) or leaf.is_complex() or not leaf.is_floating_point():
         return False
     return bool((leaf.isnan() | leaf.isposinf()).any())
 
 
 def _forms(theta: Tensor, w: Tensor) -> Tensor:
-    """w_iᵀ Θ_ij w_j, [n, n], of Θ [n, C, n, C] and w [n, C]."""
+    """w_iᵀ Θ_ij w_j [n, n] for Θ [n, C, n, C] and w [n, C]."""
     return torch.einsum("ic,icjd,jd->ij", w.double(), theta.double(), w.double()).cpu()
 
 
@@ -102,12 +103,12 @@ def _reference(network: Network, x: Any, w: Tensor) -> dict[str, Tensor]:
 
 
 def wide_row(g: Tensor) -> Tensor:
-    """A gradient as real numbers in a row, in float32 at least."""
+    """A gradient as a flat vector of real numbers, float32 at least."""
     return in_row(g.to(torch.promote_types(g.dtype, torch.float32)))
 
 
 def _products(rows: tuple[Tensor | None, ...]) -> Tensor:
-    """Inner products [n, n] of the examples' gradients, zero where there are none."""
+    """Inner products [n, n] of the examples' gradients, zero for missing gradients."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device="cpu")
     there = torch.tensor([i for i, g in enumerate(rows) if g is not None], dtype=torch.long, device="cpu")
     for pieces in zip(*(g.split(_STRETCH) for g in rows if g is not None), strict=True):

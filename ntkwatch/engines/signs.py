@@ -1,9 +1,10 @@
-"""The kernel of sign descent, J₁ sign(J₂)ᵀ: not symmetric, and no product of Grams, but still a slab of J at a time.
+"""The kernel of sign descent, J₁ sign(J₂)ᵀ: asymmetric, not a product of Grams, but computed slab by slab.
 
-Signs of an outer product are the outer product of signs, so a weight used at one position keeps its factors; of every
-other parameter the Jacobian has to be added up first, and its slabs are multiplied with their own signs.
+The signs of an outer product are the outer product of signs, so a weight used at one position keeps its factors. For
+every other parameter, slabs of the summed Jacobian are multiplied with their own signs.
 
-A gradient that is zero but for rounding has the sign 0: whatever instructions a CPU has, its last bits decide nothing.
+A gradient that is zero up to rounding has the sign 0, so the result does not depend on the last bits of a CPU's
+arithmetic.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ntkwatch.engines.run import Run
 
 @dataclass
 class _Signs(Contractor):
-    """Multiplies with signs on the right; nothing is mirrored."""
+    """Replaces the right factor of each product by its signs; nothing is mirrored."""
 
     share: float = 0.0
 
@@ -34,19 +35,19 @@ class _Signs(Contractor):
         return signs(t, self.share)
 
     def _side_by_side(self, g: PerOutput) -> Tensor:
-        """Outputs stay apart: the largest entry of one says nothing about another's rounding."""
+        """[C, n, q]: outputs stay separate, because each has its own rounding threshold."""
         return g.stacked().to(self.dtype)
 
 
 @dataclass
 class SignRun(Run):
-    """A run of J₁ sign(J₂)ᵀ; all pairs of blocks are taken, for K[n, m] is not K[m, n]."""
+    """A run of J₁ sign(J₂)ᵀ over all pairs of blocks, because the kernel is asymmetric."""
 
     def kernels(self, blocks1: list[Any], blocks2: list[Any] | None) -> dict[str, Tensor]:
-        """As of any run; `blocks2` None is the same examples on both sides."""
+        """As `Run.kernels`; `blocks2` None means the same examples on both sides, without symmetry."""
         return super().kernels(blocks1, blocks1 if blocks2 is None else blocks2)
 
     def contractor(self, reduction: Reduction, dtype: torch.dtype, same: bool) -> Contractor:
-        """Of a batch with itself as of any two."""
+        """A contractor without symmetry, also for a block with itself."""
         held = next(iter(self.network.parameters.values())).dtype
         return _Signs(reduction, dtype, False, self.in_blocks, share=share_of_rounding(held))

@@ -1,9 +1,9 @@
-"""The self-check on all probes: a backward pass of a weighted sum over them against the engine's kernel.
+"""The self-check on all probes: backward passes of weighted sums against the engine's kernel.
 
-Of g = ∇ Σ_i w_i Σ_c m_c f_c(x_i), ‖g‖² is wᵀKw, K being the kernel of the one output Σ_c m_c f_c. It costs about as
-much as two more outputs, and a rule that is wrong on the last probe alone shows. It belongs to the choice of an engine
-and is made once: rules do not depend on the parameters' values, and at every measurement it would cost as much again.
-What may change later, gradients that are left in `.grad`, is looked for in every kernel (`returned`).
+For g = ∇ Σ_i w_i Σ_c m_c f_c(x_i), ‖g‖² equals wᵀKw, where K is the kernel of the single output Σ_c m_c f_c. The check
+costs about two more outputs and detects a rule that is wrong on one probe only. It runs once, when an engine is chosen:
+rules do not depend on parameter values, and repeating it would double the cost of a measurement. Gradients left in
+`.grad` may appear later, so every kernel checks for them (`returned_gradients`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ntkwatch.model import Network, UnsupportedModel, batch_size, inputs_of, tak
 
 @dataclass(frozen=True)
 class Block:
-    """Some of the probes, the weights w of their sum [n], and its ‖g‖² by parameter."""
+    """Some of the probes, their weights w [n], and ‖g‖² of their weighted sum by parameter."""
 
     probes: Any
     w: Tensor
@@ -36,19 +36,19 @@ class Block:
 
 
 class SumCheck:
-    """Backward passes of weighted sums over all probes, made once for all engines.
+    """Backward passes of weighted sums over all probes, computed once for all engines.
 
-    In blocks of a size that examples were found not to be coupled in: all pairs of many probes would cost as much as
-    the kernel itself.
+    Blocks have a size at which examples were found uncoupled; all pairs of many probes would cost as much as the
+    kernel.
 
     Raises:
-        UnsupportedModel: gradients are not finite, or arrive through `.grad`, naming whose.
+        UnsupportedModel: gradients are not finite, or arrive through `.grad`; the message names the parameters.
     """
 
     def __init__(self, network: Network, x: Any, chunk_size: int | None = None) -> None:
         self._network, n = Mixed(network, beside=False), batch_size(inputs_of(x))
         size = min(n, MANY, chunk_size or n)
-        rows = [slice(i, i + size) for i in (*range(0, n - size, size), n - size)]  # some may be in the last two
+        rows = [slice(i, i + size) for i in (*range(0, n - size, size), n - size)]  # the last two may overlap
         w, most = _weights(n), self._affordable(x)
         with returned_gradients(network):
             self._blocks = [self._block(take(x, some), w[some], most) for some in rows]
@@ -56,14 +56,14 @@ class SumCheck:
             raise UnsupportedModel(not_finite(network, x))
 
     def error(self, engine: Engine) -> tuple[float, str]:
-        """How far the engine's kernels are from the sums, beyond rounding, and the parameter that is off most."""
+        """The largest error of the engine's kernels beyond rounding, and the parameter with the largest deviation."""
         kernels = (
             engine.kernel(self._network, block.probes, layers="trace", precision="single") for block in self._blocks
         )
         return max(_deviation(kernel, block) for kernel, block in zip(kernels, self._blocks, strict=True))
 
     def _block(self, x: Any, w: Tensor, most: int) -> Block:
-        """The sum over a block, of as many probes at a time as memory holds."""
+        """The weighted sum over a block, with as many probes at a time as fit in memory."""
 
         def attempt(size: int) -> dict[str, float]:
             total: dict[str, Tensor] = {}
@@ -76,7 +76,7 @@ class SumCheck:
         return Block(x, w, backing_off(attempt, min(len(w), most), self._network.device))
 
     def _gradients(self, x: Any, w: Tensor) -> dict[str, Tensor]:
-        """Of Σ_i w_i f(x_i), by parameter; those that it does not depend on are left out."""
+        """The gradients of Σ_i w_i f(x_i) by parameter, without those that it does not depend on."""
         with math_attention():
             f = self._network.outputs(x)
         if not f.requires_grad:
@@ -86,23 +86,23 @@ class SumCheck:
         return {name: wide_row(g) for name, g in zip(names, grads, strict=True) if g is not None}
 
     def _affordable(self, x: Any) -> int:
-        """Probes of which a pass takes no more than a kernel may."""
+        """Probes per pass within the memory limit of a kernel."""
         some = few(x)
         each = 2 * bytes_inside(self._network.outputs(some)) / batch_size(inputs_of(some))
         return max(1, int(limit_bytes(self._network.device) / max(each, 1.0)))
 
 
 def _weights(n: int) -> Tensor:
-    """Of either sign, so that gradients that are alike do not hide one another; exact in every type."""
+    """Weights of both signs, so that similar gradients do not cancel each other's errors; exact in every type."""
     generator = torch.Generator().manual_seed(0)
     size, sign = (torch.randint(k, (n,), generator=generator, device="cpu") for k in (5, 2))
     return (size + 2) / 4 * (2 * sign - 1)
 
 
 def _deviation(kernel: Kernel, block: Block) -> tuple[float, str]:
-    """|wᵀKw − ‖g‖²|, summed over parameters, beyond the noise floor, and the parameter that is off most.
+    """|wᵀKw − ‖g‖²| summed over parameters, beyond the noise floor, and the parameter with the largest deviation.
 
-    Relative to what probes give each by itself, added up as independent errors of theirs are.
+    It is relative to the probes' own terms, added in quadrature as independent errors are.
     """
     w = block.w.double()
 

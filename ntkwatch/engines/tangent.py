@@ -1,4 +1,4 @@
-"""J_0·v: how the outputs move, to first order, along a direction in parameter space."""
+"""J_0·v: the first-order change of the outputs along a direction in parameter space."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def jvp(
     """Outputs and their derivative along `direction`, both at `state0`.
 
     Args:
-        state0: parameters and buffers by name; what it does not name is the module's own.
-        direction: by parameter name; what it does not name stays put.
+        state0: parameters and buffers by name; missing ones are the module's own.
+        direction: by parameter name; missing parameters do not move.
 
     Returns:
-        f_0 [n, C], J_0·v [n, C], and how: "forward mode", "double backward" (where an operation has no forward rule) or
-        "central differences" (where it has no second derivative either; about half the digits).
+        f_0 [n, C], J_0·v [n, C], and the method: "forward mode", "double backward" (if an operation has no forward
+            rule) or "central differences" (if it has no second derivative either; about half the digits).
     """
     moving = {name: v for name, v in direction.items() if name in network.parameters}
     base = {name: state0.get(name, p).detach() for name, p in network.parameters.items() if name in moving}
@@ -47,7 +47,7 @@ def jvp(
 
 
 def warm_up() -> None:
-    """Load what torch loads at the first forward-mode product, so that no probe is charged for it."""
+    """Loads what torch needs for the first forward-mode product, so that no measurement is charged for it."""
     with forward_ad.dual_level():
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 

@@ -96,9 +96,7 @@ def _gate_bias(use: Use) -> Factor | None:
     """A bias of a fused recurrent cell (as on GPUs): it is added to the gates, whose gradient the node returns."""
     assert isinstance(use.layout, Layout)
     gates = use.k - 3
-    if (
-        use.layout.dim != 0 or use.node.next_functions[gates][0] is None
-    ):  # the node returns no gate gradient if the weights are frozen
+    if use.layout.dim != 0 or use.node.next_functions[gates][0] is None:  # None if the weights are frozen
         return None
     shape = operand_shape(use.node, gates)
     with torch.no_grad():
