@@ -82,7 +82,7 @@ def table(columns: Sequence[Column], width: int, sections: Sequence[tuple[int, s
 def shorten_middle(name: str, width: int) -> str:
     """A name of at most `width` characters: its two ends, which tell it from its neighbours.
 
-    >>> middle("encoder.layers.10.weight", 16)
+    >>> shorten_middle("encoder.layers.10.weight", 16)
     'encoder…0.weight'
     """
     if len(name) <= width:

@@ -115,8 +115,8 @@ def test_the_zoo_is_large_enough() -> None:
 
 
 def test_segments_and_groups_of_outputs_and_batches_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "_SEGMENT_BYTES", 1)
-    monkeypatch.setattr(capture, "_GROUP_BYTES", 1)
+    monkeypatch.setattr(capture, "SEGMENT_BYTES", 1)
+    monkeypatch.setattr(capture, "GROUP_BYTES", 1)
     monkeypatch.setattr(capture, "_PASS_BYTES", {})
     for case in [c for c in CASES if not c.refused and not c.name.startswith("hf_")]:
         module, batch = build(case)
@@ -141,7 +141,7 @@ def test_passes_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_jacobians_written_out_pass_by_pass(segment: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of early convolutions are: here of every layer of every model."""
     monkeypatch.setattr(capture, "_BATCHED_BYTES", {})
-    monkeypatch.setattr(capture, "_SEGMENT_BYTES", segment)
+    monkeypatch.setattr(capture, "SEGMENT_BYTES", segment)
     monkeypatch.setattr(early_jacobians, "_LARGE", 0)
     monkeypatch.setattr(early_jacobians, "_MUCH", 0)
     monkeypatch.setattr(early_jacobians, "_WIDE", 1e9)

@@ -197,7 +197,7 @@ def predicted_and_counted(
     network, engine = Network(module), Layerwise()
     found = plan(module, x, **asked)
     with leave_no_trace(module):
-        engine.recipe(network, x, None)
+        engine.points(network, x, None)
         return {"predicted": found.peak_bytes, "counted": memory.peak_bytes(lambda: engine.kernel(network, x, **asked))}
 
 

@@ -105,7 +105,7 @@ class Cell:
 # ── a rank that fails in a phase ───────────────────────────────────────────────────────────────────────────────────
 PHASES: dict[str, tuple[str, int, str]] = {  # on rank 0, what fails and at which call; what the ranks then do together
     "choosing probes": ("ntkwatch.frontends.session_setup.probing.choose_probes", 1, "the look at model and probes"),
-    "preparing": ("ntkwatch.frontends.session_setup.Monitor", 1, "the look at model and probes"),
+    "preparing": ("ntkwatch.watching.setup.Monitor", 1, "the look at model and probes"),
     "self-check": ("ntkwatch.engines.auto.self_check", 1, "settling the baseline"),
     "baseline": ("ntkwatch.measurement.monitor.Monitor.measure", 1, "the baseline probe"),
     "a probe": ("ntkwatch.measurement.monitor.Monitor.measure", 2, "the probe at step 2"),
