@@ -73,7 +73,7 @@ def choose(network: Network, x: Any, engine: str = "auto", chunk_size: int | Non
         if not is_out_of_memory(error):
             raise
         reason = first_line(error)
-    raise ran_out("in the self-check, which takes a few probes", network.device, reason)
+    raise ran_out("in the self-check, which runs on a few probes", network.device, reason)
 
 
 def _choose(network: Network, x: Any, engine: str, chunk_size: int | None) -> Choice:

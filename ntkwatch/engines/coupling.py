@@ -144,7 +144,7 @@ def _compare(outputs: Callable[[slice], Tensor], whole: Tensor, part: slice, lim
         return None
     if one.shape[1] != other.shape[1]:
         return (
-            f"{len(whole)} examples have {one.shape[1]} outputs each, another number of them {other.shape[1]}: an "
+            f"a batch of {len(whole)} has {one.shape[1]} outputs per example, one of another size {other.shape[1]}: an "
             "example's output depends on the other examples of its batch"
         )
     coupled = bool(((one - other).abs() > limit).any())

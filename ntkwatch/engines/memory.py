@@ -150,7 +150,7 @@ def check_free(device: torch.device) -> None:
     free = free_bytes(device)
     if free < _LEAST:
         raise MemoryError(
-            f"{free / MIB:.0f} MiB of memory are free on {device}, and a kernel needs {_LEAST / MIB:.0f} at the least: "
+            f"{free / MIB:.0f} MiB of memory are free on {device}, and a kernel needs at least {_LEAST / MIB:.0f}: "
             "raise the memory limit, or free some"
         )
 
@@ -163,7 +163,7 @@ def ran_out(what: str, device: torch.device, error: str) -> OutOfMemory:
     """The error for memory that ran out, with the remedy."""
     return OutOfMemory(
         f"memory ran out {what} ({free_bytes(device) / MIB:.0f} MiB are free on {device} now; {error}): raise the "
-        "memory limit, or take a smaller reduction= or, through outputs=, fewer outputs"
+        "memory limit, or use a smaller reduction=, or fewer outputs with outputs="
     )
 
 

@@ -63,7 +63,7 @@ def _notes(device: torch.device, precision: Precision) -> tuple[str, ...]:
         return ()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if at_hand(precision, device) == "single":
-        return (f"{name} has no float64: products are taken in float32, and the noise floor says so",)
+        return (f"{name} has no float64: products are computed in float32, and the noise floor accounts for it",)
     return (f"float64 is slow on {name}: precision='single' is faster, at twice the noise floor",)
 
 

@@ -39,7 +39,7 @@ def describe_partial_batches(network: Network, x: Any, error: Exception) -> str:
     said = next(iter(str(error).splitlines()), "") or type(error).__name__
     return (
         f"the model runs on these {batch_size(inputs_of(x))} probes together but not on some of them ({said}): where "
-        f"batches of one size alone go through, examples cannot be told apart{_through(network, x)}; "
+        f"batches of one size alone run, examples cannot be told apart{_through(network, x)}; "
         f"{_by_number(network, x)}"
     )
 
@@ -51,7 +51,7 @@ def _by_number(network: Network, x: Any) -> str:
     whose = "outputs and batch are" if call.startswith("outputs") else "batch is"
     lead = _lead(network, x)
     return (
-        f"each row of {lead} is taken as one example: where rows are nodes of one graph or parts of one whole, pass "
+        f"each row of {lead} is taken as one example: if rows are nodes of one graph or parts of one whole, pass "
         f"their numbers as probes, torch.arange({n}), with outputs=lambda model, rows: {call}, where {whose} what you "
         "pass now"
     )
@@ -98,8 +98,8 @@ def describe_randomness(
     call = network.code(x)
     code = resets(network.module, names, lambda way: _repeats(outputs, n, limit, way))
     if code is None:
-        return f"{said}: set it to what it is at the start of a sequence in outputs=, before the model is called there"
-    own = ", where outputs is your own of now" if call.startswith("outputs") else ""
+        return f"{said}: in outputs=, set it to its value at the start of a sequence before calling the model"
+    own = ", where outputs is your present function" if call.startswith("outputs") else ""
     return f"{said}: reset it before each call, outputs=lambda model, batch: ({code}, {call})[-1]{own}"
 
 
