@@ -213,9 +213,20 @@ def describe_inputs(reading: Reading, signature: Signature, batch: Any) -> str:
 
 
 def ignored_parts(reading: Reading, batch: Any) -> list[str]:
-    """The parts of the batch that are neither inputs nor target, by name."""
-    used = {place[:1] for place in (*reading.places, *([reading.target] if reading.target is not None else []))}
+    """The parts of the batch, and of its items that are used in part, that are neither inputs nor target, by name."""
+    used = {*reading.places, *([reading.target] if reading.target is not None else [])}
     if () in used or not isinstance(batch, Mapping | tuple | list):
         return []
-    keys = list(batch) if isinstance(batch, Mapping) else range(len(batch))
-    return [name_of(batch, (key,)) for key in keys if (key,) not in used]
+    left: list[Place] = []
+    for key in _keys(batch):
+        inner = [place for place in used if place[:1] == (key,)]
+        if not inner:
+            left.append((key,))
+        elif (key,) not in inner:
+            taken = {place[1] for place in inner}
+            left += [(key, other) for other in _keys(batch[key]) if other not in taken]
+    return [name_of(batch, place) for place in left]
+
+
+def _keys(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, Mapping) else list(range(len(value)))

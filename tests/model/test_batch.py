@@ -102,6 +102,9 @@ CASES: dict[str, tuple[Any, Callable[..., Any], Right, Tensor | None, str]] = {
     "(x, y, group) and an optional mask": (
         (X, Y, GROUP), with_mask, lambda m, i: m.net(X[i]), Y, "forward is called without its optional mask",
     ),
+    "((x, mask), y) and an optional mask": (
+        ((X, MASKED), Y), with_mask, lambda m, i: m.net(X[i]), Y, "mask; ignored: item 2 of item 1 of 2",
+    ),
     "(x, y, weight)": ((X, Y, torch.rand(N)), one, lambda m, i: m.net(X[i]), Y, "ignored: item 3"),
     "(x, y, path)": ((X, Y, PATHS), one, lambda m, i: m.net(X[i]), Y, "targets: item 2 of 3"),
     "(x, path, y)": ((X, PATHS, Y), one, lambda m, i: m.net(X[i]), Y, "targets: item 3 of 3"),
