@@ -119,7 +119,7 @@ def sign_ntk(
             [3., 3.]], dtype=torch.float64)
     """
     if reduction == "sum":
-        raise ValueError("reduction='sum' adds outputs before their signs exist: use 'trace', 'blocks' or 'full'")
+        raise ValueError("reduction='sum' adds outputs before their signs exist: take 'trace', 'blocks' or 'full'")
     found = _kernel(model, x1, x2, reduction, None, engine, outputs, params, chunk_size, precision, signed=True)
     return found.value
 
