@@ -2,9 +2,9 @@
 
     python -m tests.bench.calls [--models NAME …] [--precision single|double] [--rounds N]
 
-One row a model: the kernel alone (the engine, its choice made), then in kernels the first `empirical_ntk` on a fresh
-model, the second, `plan`, and the first and a later `Monitor.measure`; in floors (one forward and C backward passes),
-the kernel and the tutorial's vmap(jacrev). Medians of rounds in turn.
+One row a model: the kernel alone (the engine, its choice made); in kernels, the first `empirical_ntk` on a fresh model,
+the second, and `plan`; in kernels of the monitor's own (double precision, one for each parameter), the first and a
+later `Monitor.measure`. Floors are one forward and C backward passes; the tutorial is vmap(jacrev). Medians of rounds.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ MODELS: dict[str, Callable[[], Made]] = {
     "BERT-small": bert_small,
     "GPT-2 small": gpt2,
 }
+MONITORS = "monitor's kernel"  # in double precision, with a kernel per parameter
 PEERED = {"MLP", "CNN", "ResNet-18", "GPT"}
 
 
@@ -89,6 +90,10 @@ def row(name: str, precision: Any, rounds: int) -> dict[str, float]:
             with leave_no_trace(model):
                 engine.kernel(network, batch, reduction="trace", layers=None, precision=precision)
 
+        def monitors_kernel() -> None:
+            with leave_no_trace(model):
+                engine.kernel(network, batch, reduction="trace", layers="trace")
+
         kernel()
         ntkwatch.empirical_ntk(model, x, precision=precision)
         monitor = ntkwatch.Monitor(model, x)
@@ -98,6 +103,7 @@ def row(name: str, precision: Any, rounds: int) -> dict[str, float]:
             note("first call", lambda fresh=fresh: ntkwatch.empirical_ntk(fresh, x, precision=precision))
             del fresh
             note("kernel", kernel)
+            note(MONITORS, monitors_kernel)
             note("second call", lambda: ntkwatch.empirical_ntk(model, x, precision=precision))
             note("plan", lambda: plan(model, x, precision=precision))
             note("measure", lambda step=step: monitor.measure(step))
@@ -130,11 +136,11 @@ def main() -> None:
     print(f"{'':12} {'kernel, ms':>10} {'floors':>7}", *(f"{name:>13}" for name in names), f"{'tutorial/2nd':>13}")
     for name in asked.models:
         found = row(name, asked.precision, asked.rounds)
-        k = found["kernel"]
-        print(
-            f"{name:12} {1000 * k:10.1f} {k / found['floor']:7.2f}", *(f"{found[each] / k:13.2f}" for each in names),
-            f"{found['tutorial'] / found['second call'] if 'tutorial' in found else float('nan'):13.2f}", flush=True,
-        )  # fmt: skip
+        k, own = found["kernel"], found[MONITORS]
+        ratios = [found[each] / (own if "measure" in each else k) for each in names]
+        peer = found["tutorial"] / found["second call"] if "tutorial" in found else float("nan")
+        columns = "".join(f"{each:14.2f}" for each in (*ratios, peer))
+        print(f"{name:12} {1000 * k:10.1f} {k / found['floor']:7.2f}{columns}", flush=True)
 
 
 if __name__ == "__main__":
