@@ -156,16 +156,15 @@ def _key(network: Network, x: Any, engine: str, chunk_size: int | None) -> Hasha
 
 
 def _modes() -> Hashable:
-    """Torch's global modes that affect a forward pass; the guard has set those of precision and gradients."""
-    kinds = [kind for kind in ("cpu", "cuda", "mps") if kind == "cpu" or torch.is_autocast_enabled(kind)]
-    cast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
-    return cast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), torch.get_default_device()
+    """Torch's global modes that affect a forward pass and that the guard leaves as they are."""
+    return torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
 
 
 def _module(module: nn.Module) -> Hashable:
     """A module's own attributes, including hooks; its children have their own entries."""
     held = tuple((name, _form(value, _DEPTH)) for name, value in vars(module).items() if name != "_modules")
-    return _Same(module), inspect.getattr_static(type(module), "forward", None), held
+    forward = inspect.getattr_static(type(module), "forward", None)
+    return _Same(module), None if forward is None else _Same(forward), held
 
 
 def _form(value: Any, depth: int) -> Hashable:
@@ -177,7 +176,8 @@ def _form(value: Any, depth: int) -> Hashable:
     if isinstance(value, _PLAIN):
         return type(value), value
     if isinstance(value, Tensor):
-        return _Same(value) if isinstance(value, nn.Parameter) else None, value.shape, value.dtype, value.device
+        own = _Same(value) if isinstance(value, nn.Parameter) else None
+        return own, value.shape, value.dtype, value.device, value.layout, value.requires_grad
     if isinstance(value, weakref.ReferenceType):
         return weakref.ReferenceType, _form(value(), depth)
     if isinstance(value, nn.Module | type | types.ModuleType | types.BuiltinFunctionType):
@@ -220,7 +220,7 @@ def _object(value: Any, depth: int) -> Hashable:
 def _plain(value: Any, depth: int = _DEPTH) -> Hashable:
     """The plain values in a value and in its containers."""
     if isinstance(value, _PLAIN):
-        return value
+        return type(value), value
     if depth and isinstance(value, Mapping):
         return tuple((key, _plain(item, depth - 1)) for key, item in value.items())
     if depth and isinstance(value, list | tuple | set | frozenset):

@@ -13,17 +13,11 @@ from torch.autograd import forward_ad
 from ntkwatch.guard import interruption
 from ntkwatch.guard.default_device import users_default_device
 from ntkwatch.model.batch import (
-    LABEL_KEYS,
     Batch,
-    as_batch,
     batch_size,
     inputs_of,
-    is_per_example,
     leaves,
-    map_leaves,
     raw_of,
-    take,
-    to_device,
 )
 from ntkwatch.model.batch_reading import Reading
 from ntkwatch.model.calling import Caller, form_of
@@ -31,24 +25,6 @@ from ntkwatch.model.output import UnsupportedModel, as_output, outputs_advice, r
 from ntkwatch.model.parameters import check_devices, trained_parameters
 from ntkwatch.model.shared_leaves import elsewhere, infer_rows
 from ntkwatch.model.wrappers import attribute_paths, eager, not_reentrant, unfused, unwrap
-
-__all__ = [
-    "LABEL_KEYS",
-    "Batch",
-    "Network",
-    "OutputsFn",
-    "UnsupportedModel",
-    "as_batch",
-    "as_output",
-    "batch_size",
-    "inputs_of",
-    "is_per_example",
-    "leaves",
-    "map_leaves",
-    "raw_of",
-    "take",
-    "to_device",
-]
 
 OutputsFn = Callable[[nn.Module, Any], Tensor]
 

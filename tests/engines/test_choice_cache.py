@@ -90,6 +90,7 @@ CHANGED: dict[str, Callable[[Net], dict[str, Any]]] = {
     "tied weights": lambda net: setattr(net.norm, "weight", net.a.bias) or {},
     "the type of weights": lambda net: net.double() and {"x": X.double()},
     "fewer probes": lambda net: {"x": X[:4]},
+    "probes that require grad": lambda net: {"x": X.clone().requires_grad_()},
     "part of the parameters": lambda net: {"params": "a.*"},
     "another engine": lambda net: {"engine": "functional"},
     "outputs=": lambda net: {"outputs": lambda m, x: m(x)[:, :2]},
